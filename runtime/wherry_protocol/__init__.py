@@ -1,0 +1,1 @@
+"""What Wherry's processes say to one another. No torch, no kopf, no Kubernetes client."""

@@ -1,0 +1,81 @@
+"""An engine's settings, as the operator writes them into container arguments and the runtime reads them back.
+
+One declaration serves both, so that neither can name a flag that the other does not know.
+"""
+
+import argparse
+from typing import Annotated, Any, Literal, get_args, get_type_hints
+
+import msgspec
+
+Dtype = Literal["auto", "float32", "bfloat16", "float16"]
+
+
+class EngineConfig(msgspec.Struct, kw_only=True, frozen=True):
+    """Each field is a flag: `max_running` is `--max-running`."""
+
+    model_name: Annotated[str, msgspec.Meta(description="name that clients ask for")]
+    model_uri: Annotated[str, msgspec.Meta(description="file:///dir, sample://tiny, or a plain path")]
+    host: Annotated[str, msgspec.Meta(description="address to listen on")] = "127.0.0.1"
+    port: Annotated[int, msgspec.Meta(description="port to listen on; 0 picks a free one")] = 8000
+    dtype: Annotated[Dtype, msgspec.Meta(description="type of weights and activations")] = "auto"
+    max_model_len: Annotated[
+        int, msgspec.Meta(description="tokens of prompt and answer together; 0: the model's own")
+    ] = 0
+    max_running: Annotated[int, msgspec.Meta(description="requests in a batch at most")] = 64
+    max_batched_tokens: Annotated[
+        int, msgspec.Meta(description="tokens in one step at most; longer prompts are chunked")
+    ] = 2048
+    max_queued: Annotated[int, msgspec.Meta(description="requests that may wait; over it the answer is 429")] = 256
+    block_size: Annotated[int, msgspec.Meta(description="tokens in a KV cache block")] = 16
+    kv_cache_bytes: Annotated[
+        int, msgspec.Meta(description="memory for the KV cache; 0: sized from the memory limit")
+    ] = 0
+    prefix_cache: Annotated[bool, msgspec.Meta(description="reuse the KV cache of equal prefixes")] = True
+    threads: Annotated[int, msgspec.Meta(description="CPU threads; 0: what the cgroup allows")] = 0
+    drain_timeout_s: Annotated[
+        int, msgspec.Meta(description="seconds that running requests get to finish after SIGTERM")
+    ] = 300
+
+
+def _flag(name: str) -> str:
+    return "--" + name.replace("_", "-")
+
+
+def to_args(config: EngineConfig) -> list[str]:
+    """Container arguments for `config`; settings at their default are left out."""
+    args = []
+    for field in msgspec.structs.fields(EngineConfig):
+        value = getattr(config, field.name)
+        if field.required or value != field.default:
+            args.append(f"{_flag(field.name)}={str(value).lower() if isinstance(value, bool) else value}")
+    return args
+
+
+def _boolean(text: str) -> bool:
+    if text not in ("true", "false"):
+        raise argparse.ArgumentTypeError(f"{text!r} is neither true nor false")
+    return text == "true"
+
+
+def argument_parser(prog: str) -> argparse.ArgumentParser:
+    """A parser with one flag for every field."""
+    parser = argparse.ArgumentParser(prog=prog, allow_abbrev=False)
+    hints = get_type_hints(EngineConfig, include_extras=True)
+    for field in msgspec.structs.fields(EngineConfig):
+        base, meta = get_args(hints[field.name])[:2]
+        options: dict[str, Any] = {"help": f"{meta.description}", "required": field.required}
+        if not field.required:
+            options["default"] = field.default
+            options["help"] += f" (default: {field.default})"
+        if choices := get_args(base):
+            options["choices"] = choices
+        else:
+            options["type"] = _boolean if base is bool else base
+        parser.add_argument(_flag(field.name), **options)
+    return parser
+
+
+def from_args(argv: list[str], prog: str = "wherry-runtime") -> EngineConfig:
+    """The settings that `argv` names; argparse exits with status 2 and a usage line when it cannot be read."""
+    return EngineConfig(**vars(argument_parser(prog).parse_args(argv)))

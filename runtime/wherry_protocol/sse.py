@@ -1,0 +1,42 @@
+"""Server-sent events: https://html.spec.whatwg.org/multipage/server-sent-events.html, the part that Wherry speaks.
+
+Every event is one `event:` line, one `data:` line of JSON and a blank line, so a reader needs no more than to split at
+blank lines.
+"""
+
+from collections.abc import AsyncIterator
+
+import msgspec
+
+from wherry_protocol.worker import Event
+
+_encoder = msgspec.json.Encoder()
+_decoder: msgspec.json.Decoder[Event] = msgspec.json.Decoder(Event)
+_TAGS = {t: t.__struct_config__.tag for t in Event.__args__}
+
+
+def encode_event(event: Event) -> bytes:
+    """One SSE frame."""
+    return b"event: %s\ndata: %s\n\n" % (str(_TAGS[type(event)]).encode(), _encoder.encode(event))
+
+
+def decode_frame(frame: bytes) -> Event | None:
+    """The event of one frame (without its blank line), or None for a comment.
+
+    Raises:
+        msgspec.ValidationError, msgspec.DecodeError: the data is not an event.
+    """
+    for line in frame.split(b"\n"):
+        if line.startswith(b"data: "):
+            return _decoder.decode(line[6:])
+    return None
+
+
+async def frames(chunks: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
+    """Splits a byte stream, cut anywhere, into frames. A trailing partial frame is dropped: its sender died."""
+    buffer = b""
+    async for chunk in chunks:
+        buffer += chunk
+        *whole, buffer = buffer.split(b"\n\n")
+        for frame in whole:
+            yield frame

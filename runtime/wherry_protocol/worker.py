@@ -1,0 +1,152 @@
+"""The worker API: what the router (or `wherry serve`) asks of an engine, and what the engine answers.
+
+`POST /execute` takes an `ExecuteRequest` as JSON and answers with server-sent events, one per `Event` below; the SSE
+`event:` field is the type's tag and `data:` its JSON:
+
+    started, token*, metrics, (end | error)
+
+A request that cannot start gets an HTTP status with an `ErrorEvent` as its JSON body and no stream: 400 (the request),
+401 (the token), 404 (the model), 429 (the queue is full, with `Retry-After`), 503 (not ready or draining).
+`POST /cancel` takes a `CancelRequest`; `GET /load` answers a `LoadReport`; `GET /health` and `GET /ready` need no token.
+"""
+
+from typing import Literal
+
+import msgspec
+
+FinishReason = Literal["stop", "length", "cancelled"]
+
+
+class ChatMessage(msgspec.Struct, kw_only=True, omit_defaults=True):
+    """One turn of a conversation. `content` is text; other parts are refused before they get here."""
+
+    role: Literal["system", "developer", "user", "assistant"]
+    content: str
+    name: str | None = None
+
+
+class Prompt(msgspec.Struct, kw_only=True, omit_defaults=True):
+    """Exactly one of the three. Text is tokenized with special tokens; messages go through the chat template."""
+
+    text: str | None = None
+    token_ids: list[int] | None = None
+    messages: list[ChatMessage] | None = None
+
+
+class SamplingParams(msgspec.Struct, kw_only=True, omit_defaults=True, frozen=True):
+    """How tokens are drawn. `temperature` 0 is greedy. The router checks ranges before they get here."""
+
+    max_tokens: int | None = None  # None: as many as the context has room for
+    min_tokens: int = 0
+    temperature: float = 1.0
+    top_k: int = 0  # 0: off
+    top_p: float = 1.0
+    min_p: float = 0.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    repetition_penalty: float = 1.0
+    seed: int | None = None  # None: the engine draws one per request
+    stop: list[str] = []
+    stop_token_ids: list[int] = []
+    ignore_eos: bool = False
+    logit_bias: dict[int, float] = {}
+    logprobs: int | None = None  # None: none; k: the sampled token's and the k most likely ones'
+
+
+class ExecuteRequest(msgspec.Struct, kw_only=True, omit_defaults=True):
+    """One generation. `id` is the correlation id, unique among the worker's live requests."""
+
+    id: str
+    model: str
+    prompt: Prompt
+    sampling: SamplingParams = SamplingParams()
+    priority: int = 0  # higher runs first; ties by arrival
+
+
+class CancelRequest(msgspec.Struct):
+    """Ends the request with this id; unknown ids are fine (it may have just ended)."""
+
+    id: str
+
+
+class TokenLogprob(msgspec.Struct, omit_defaults=True):
+    """A token's natural-log probability after temperature-free softmax, its text and its bytes."""
+
+    id: int
+    logprob: float
+    text: str
+    bytes: list[int]
+
+
+class PositionLogprobs(msgspec.Struct):
+    """The sampled token, and the most likely ones in descending order."""
+
+    sampled: TokenLogprob
+    top: list[TokenLogprob]
+
+
+class Started(msgspec.Struct, tag_field="event", tag="started"):
+    """The request left the queue. `cached_tokens` of the prompt came from the prefix cache."""
+
+    id: str
+    prompt_tokens: int
+    cached_tokens: int
+    seed: int
+
+
+class Token(msgspec.Struct, tag_field="event", tag="token", omit_defaults=True):
+    """One or more new tokens. `index` is the first one's place in the answer. `text` is what became final with them:
+    whole characters only, held back while a stop string may still match, so it may be empty."""
+
+    index: int
+    ids: list[int]
+    text: str = ""
+    logprobs: list[PositionLogprobs] = []
+
+
+class Metrics(msgspec.Struct, tag_field="event", tag="metrics"):
+    """Sent once before `end`. Times in seconds."""
+
+    queue_s: float
+    prefill_s: float
+    decode_s: float
+
+
+class End(msgspec.Struct, tag_field="event", tag="end", omit_defaults=True):
+    """The answer is whole. `stop_reason` is the stop string or stop token id that matched, if one did."""
+
+    finish_reason: FinishReason
+    prompt_tokens: int
+    completion_tokens: int
+    cached_tokens: int = 0
+    stop_reason: str | int | None = None
+
+
+class ErrorEvent(msgspec.Struct, tag_field="event", tag="error", omit_defaults=True):
+    """What went wrong, for a person. `retryable`: another replica (or a later try) may answer it."""
+
+    code: str
+    message: str
+    retryable: bool = False
+    param: str | None = None
+
+
+Event = Started | Token | Metrics | End | ErrorEvent
+
+
+class LoadReport(msgspec.Struct, kw_only=True):
+    """An engine's load now. Token counts are tokens of KV cache."""
+
+    model: str
+    ready: bool
+    running: int
+    waiting: int
+    max_running: int
+    kv_tokens_used: int
+    kv_tokens_total: int
+    prompt_tokens_total: int
+    completion_tokens_total: int
+    prefix_hit_tokens_total: int
+    preemptions_total: int
+    steps_total: int
+    heartbeat_age_s: float
