@@ -1,0 +1,59 @@
+# The verbs of this repository. `make help` lists them.
+SHELL := bash
+.SHELLFLAGS := -euo pipefail -c
+MAKEFLAGS += --no-print-directory
+BIN := .venv/bin
+STEP := hack/step
+
+.DEFAULT_GOAL := help
+.PHONY: help setup up down check test unit e2e generate bench docs
+
+##@ Using Wherry
+up: setup ## Start everything on this machine and have one chat answered
+	@PATH="$(CURDIR)/$(BIN):$$PATH" hack/first-light
+
+down: ## Stop what `make up` started
+	@$(BIN)/wherry local down
+
+##@ Working on Wherry
+setup: .venv/.ready ## Install what the other verbs need, into .venv
+
+check: setup ## Format, lint, types, import contracts
+	@$(STEP) "format" $(BIN)/ruff format --check --quiet .
+	@$(STEP) "lint" $(BIN)/ruff check --quiet .
+	@$(STEP) "types" $(BIN)/mypy
+	@$(STEP) "import contracts" $(BIN)/lint-imports --no-cache
+
+unit: setup ## Every test that needs no container: tests/
+	@$(STEP) "control-plane binaries" $(BIN)/wherry local assets --for local
+	@$(STEP) "tests" $(BIN)/pytest tests
+
+e2e: setup ## The tests on a three-node kind cluster: e2e/
+	@$(STEP) "kind cluster" e2e/cluster/up
+	@$(STEP) "e2e tests" $(BIN)/pytest e2e
+	@$(STEP) "kind cluster down" e2e/cluster/down
+
+test: ## All the set-up, then every check and every test
+	@hack/step --begin
+	@$(MAKE) setup
+	@$(MAKE) check
+	@$(MAKE) unit
+	@$(MAKE) e2e
+	@hack/step --summary
+
+generate: setup ## Write the generated files again: CRD, reference, golden files
+	@$(BIN)/python -m hack.generate
+
+bench: setup ## Run the benchmarks, which print the tables in docs/
+	@for b in benchmarks/*.py; do $(STEP) "$$b" $(BIN)/python "$$b"; done
+
+docs: setup ## Build the documentation into site/
+	@$(STEP) "docs" $(BIN)/mkdocs build --strict --quiet
+
+help: ## This text
+	@awk 'BEGIN {FS = ":.*## "} /^##@/ {printf "\n%s\n", substr($$0, 5)} /^[a-z0-9]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+# PyPI's torch is large (about 6 GB installed); uv keeps one copy in its cache and links it into every .venv.
+.venv/.ready: pyproject.toml constraints.txt
+	@hack/step "Python environment" hack/setup
+	@touch $@
