@@ -1,0 +1,100 @@
+"""Validation rules in CEL, which the API server checks on every write: https://kubernetes.io/docs/reference/using-api/cel/.
+
+A rule says in its message what to do, because the message is all that `kubectl apply` shows.
+"""
+
+from typing import Any
+
+MAX_NAME = 40
+
+
+def rule(expression: str, message: str, **more: Any) -> dict[str, Any]:
+    return {"rule": expression, "message": message, **more}
+
+
+def rules(*entries: dict[str, Any]) -> dict[str, Any]:
+    """The entries as the schema extension that the API server reads."""
+    return {"x-kubernetes-validations": list(entries)}
+
+
+ROOT = rules(
+    rule(
+        f"size(self.metadata.name) <= {MAX_NAME} && self.metadata.name.matches('^[a-z]([-a-z0-9]*[a-z0-9])?$')",
+        f"metadata.name must be at most {MAX_NAME} characters of a-z, 0-9 and '-', start with a letter and end with a "
+        "letter or digit: the Service and the pods are named after it",
+    )
+)
+
+SPEC = rules(
+    rule(
+        "!(has(self.replicas) && has(self.scaling))",
+        "replicas and scaling exclude each other: remove spec.replicas and set scaling.minReplicas and "
+        "scaling.maxReplicas, or remove spec.scaling",
+    ),
+)
+
+MODEL_URI = rules(
+    rule(
+        "self.matches('^(file|pvc|sample)://') || !self.matches('^(hf|s3)://')",
+        "hf:// and s3:// come later; for now put the model on a volume and write pvc://CLAIM/PATH, or use "
+        "file:///ABSOLUTE/PATH (in the image) or sample://NAME",
+    ),
+    rule(
+        "!self.startsWith('file:') || self.matches('^file:///[^/].*$')",
+        "a file URI is file:///ABSOLUTE/PATH: three slashes, and a path inside the container",
+    ),
+    rule(
+        "!self.startsWith('pvc:') || self.matches('^pvc://[a-z0-9]([-a-z0-9.]*[a-z0-9])?(/.*)?$')",
+        "a pvc URI is pvc://CLAIM/PATH: the name of a PersistentVolumeClaim in this namespace, then a path inside it",
+    ),
+    rule(
+        "!self.startsWith('sample:') || self.matches('^sample://[A-Za-z0-9][-A-Za-z0-9._]*$')",
+        "a sample URI is sample://NAME, like sample://tiny",
+    ),
+    rule(
+        "self.matches('^(file|pvc|sample|hf|s3):')",
+        "the URI must start with file://, pvc:// or sample://",
+    ),
+    rule("!self.matches('(^|/)[.][.](/|$)')", "the URI must not contain '..'"),
+)
+
+SCALING = rules(
+    rule("self.minReplicas <= self.maxReplicas", "scaling.minReplicas must not be above scaling.maxReplicas"),
+)
+
+TARGETS = rules(
+    rule(
+        "has(self.requestsPerReplica) || has(self.kvUtilization)",
+        "scaling.targets needs requestsPerReplica or kvUtilization",
+    ),
+)
+
+# `string()` makes 0 and "0%" one case.
+ROLLOUT = rules(
+    rule(
+        "!(string(self.maxSurge) in ['0', '0%'] && string(self.maxUnavailable) in ['0', '0%'])",
+        "maxSurge and maxUnavailable are both 0, so no rollout could ever start: raise one of them",
+    ),
+    rule(
+        "duration(self.drainTimeout) <= duration('1h')",
+        "drainTimeout must be at most 1h",
+    ),
+)
+
+WINDOW = rules(rule("duration(self) <= duration('1h')", "stabilizationWindow must be at most 1h"))
+
+RESOURCES = rules(
+    rule(
+        "!has(self.requests) || !has(self.limits) || self.requests.all(k, !(k in self.limits) || "
+        "!isQuantity(string(self.requests[k])) || !isQuantity(string(self.limits[k])) || "
+        "quantity(string(self.requests[k])).compareTo(quantity(string(self.limits[k]))) <= 0)",
+        "resources.requests must not be above resources.limits",
+    )
+)
+
+POD_TEMPLATE = rules(
+    rule(
+        "!has(self.spec) || !has(self.spec.containers) || self.spec.containers.all(c, has(c.name))",
+        "each of podTemplate.spec.containers needs a name; the engine's container is 'runtime'",
+    )
+)

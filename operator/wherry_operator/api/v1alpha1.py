@@ -1,0 +1,303 @@
+"""LLMDeployment, version v1alpha1: the one place that says what it holds. `make generate` turns this into the CRD."""
+
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from wherry_operator.api import rules
+from wherry_operator.api.kube import (
+    PRESERVE,
+    CamelModel,
+    Duration,
+    Embedded,
+    IntOrPercent,
+    LocalObjectReference,
+    Quantity,
+    ResourceRequirements,
+    Toleration,
+    TopologySpreadConstraint,
+)
+
+GROUP = "inference.wherry.dev"
+VERSION = "v1alpha1"
+API_VERSION = f"{GROUP}/{VERSION}"
+KIND = "LLMDeployment"
+PLURAL = "llmdeployments"
+
+Replicas = Annotated[int, Field(ge=0, le=1000)]
+# So that an object that leaves the whole block out gets the defaults inside it.
+EMPTY = {"default": {}}
+
+
+class Model(CamelModel):
+    """The model that is served."""
+
+    name: str = Field(
+        description="Name that clients ask for, as `model` in a request. Letters, digits and ._:/- ; 128 at most.",
+        pattern=r"^[A-Za-z0-9]([-A-Za-z0-9._:/]*[A-Za-z0-9])?$",
+        max_length=128,
+    )
+    uri: str = Field(
+        description="Where the weights are: pvc://CLAIM/PATH (a PersistentVolumeClaim of this namespace, mounted "
+        "read-only), file:///PATH (a directory inside the container image) or sample://NAME (a sample model that ships "
+        "with the runtime, like sample://tiny). The directory holds config.json, tokenizer.json and safetensors.",
+        max_length=1024,
+        json_schema_extra=rules.MODEL_URI,
+    )
+
+
+class ScalingTargets(CamelModel):
+    """What each replica should carry. With both set, the one that asks for more replicas decides."""
+
+    requests_per_replica: int | None = Field(
+        None,
+        description="Requests, running and waiting together, that one replica should carry on average.",
+        ge=1,
+        le=100000,
+    )
+    kv_utilization: int | None = Field(
+        None,
+        description="Percentage of the KV cache that should be in use on average.",
+        ge=1,
+        le=100,
+    )
+
+
+class ScaleUp(CamelModel):
+    """How the number of replicas grows."""
+
+    stabilization_window: Duration = Field(
+        "0s",
+        description="How long a higher load must last before replicas are added, like 0s or 30s.",
+        json_schema_extra=rules.WINDOW,
+    )
+
+
+class ScaleDown(CamelModel):
+    """How the number of replicas shrinks."""
+
+    stabilization_window: Duration = Field(
+        "5m",
+        description="How long a lower load must last before replicas are removed, like 5m.",
+        json_schema_extra=rules.WINDOW,
+    )
+
+
+class ScalingBehavior(CamelModel):
+    """How fast the number of replicas follows the load."""
+
+    scale_up: ScaleUp = Field(default_factory=ScaleUp, description="Adding replicas.", json_schema_extra=EMPTY)
+    scale_down: ScaleDown = Field(default_factory=ScaleDown, description="Removing replicas.", json_schema_extra=EMPTY)
+
+
+class Scaling(CamelModel):
+    """Lets the number of replicas follow the load."""
+
+    min_replicas: int = Field(1, description="Replicas that always run.", ge=1, le=1000)
+    max_replicas: int = Field(description="Replicas that run at most.", ge=1, le=1000)
+    targets: ScalingTargets = Field(
+        default_factory=lambda: ScalingTargets(requests_per_replica=16),
+        description="The load that each replica should carry. Defaults to 16 requests.",
+        json_schema_extra={"default": {"requestsPerReplica": 16}, **rules.TARGETS},
+    )
+    behavior: ScalingBehavior = Field(
+        default_factory=ScalingBehavior,
+        description="How fast the number of replicas follows the load.",
+        json_schema_extra=EMPTY,
+    )
+
+
+class Batching(CamelModel):
+    """How an engine batches requests. What is left out gets the runtime's own default."""
+
+    max_running: int | None = Field(
+        None, description="Requests that run at once in one replica. Defaults to 64.", ge=1, le=4096
+    )
+    max_batched_tokens: int | None = Field(
+        None,
+        description="Tokens that one step computes at most; longer prompts are cut into chunks. Defaults to 2048.",
+        ge=16,
+        le=1048576,
+    )
+    max_model_len: int | None = Field(
+        None,
+        description="Tokens of prompt and answer together. Defaults to what the model was trained for.",
+        ge=1,
+        le=16777216,
+    )
+    max_queued: int | None = Field(
+        None,
+        description="Requests that may wait in one replica; over it clients get 429. Defaults to 256.",
+        ge=0,
+        le=100000,
+    )
+    kv_cache_memory: Quantity | None = Field(
+        None,
+        description="Memory for the KV cache of one replica, like 512Mi. Defaults to what the memory limit leaves.",
+    )
+    prefix_cache: bool | None = Field(
+        None, description="Whether requests that start alike share their KV cache. Defaults to true."
+    )
+
+
+class Router(CamelModel):
+    """The router in front of the replicas: it speaks the OpenAI API."""
+
+    replicas: int = Field(1, description="Router pods.", ge=1, le=100)
+    image: str | None = Field(
+        None, description="Image of the router. Defaults to the operator's --router-image.", min_length=1
+    )
+    resources: ResourceRequirements | None = Field(
+        None, description="CPU and memory of each router pod.", json_schema_extra=rules.RESOURCES
+    )
+
+
+class RolloutStrategy(CamelModel):
+    """How pods are exchanged when anything about them changes."""
+
+    max_surge: IntOrPercent = Field(
+        1, description="Pods above the wanted number during a rollout: a number, or a percentage rounded up."
+    )
+    max_unavailable: IntOrPercent = Field(
+        0,
+        description="Replicas that may be missing during a rollout: a number, or a percentage rounded down. With 0 a "
+        "rollout waits for room for one more pod; set 1 where every accelerator is taken.",
+    )
+    drain_timeout: Duration = Field(
+        "5m", description="How long a pod that is taken down may go on answering what it has begun."
+    )
+
+
+class LLMDeploymentSpec(CamelModel):
+    """What should run."""
+
+    model: Model = Field(description="The model that is served.")
+    image: str | None = Field(
+        None, description="Image of the runtime. Defaults to the operator's --runtime-image.", min_length=1
+    )
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
+        "auto", description="Type of weights and activations; auto takes the model's own."
+    )
+    replicas: Replicas | None = Field(
+        None,
+        description="How many replicas run; 0 stops them all. Defaults to 1. Not together with scaling. "
+        "`kubectl scale` writes this field.",
+    )
+    scaling: Scaling | None = Field(
+        None, description="Lets the number of replicas follow the load. Not together with replicas."
+    )
+    batching: Batching = Field(
+        default_factory=Batching, description="How each engine batches requests.", json_schema_extra=EMPTY
+    )
+    router: Router = Field(
+        default_factory=Router,
+        description="The router in front of the replicas.",
+        json_schema_extra=EMPTY,
+    )
+    rollout_strategy: RolloutStrategy = Field(
+        default_factory=RolloutStrategy,
+        description="How pods are exchanged when anything about them changes.",
+        json_schema_extra={"default": {"maxSurge": 1, "maxUnavailable": 0, "drainTimeout": "5m"}} | rules.ROLLOUT,
+    )
+    resources: ResourceRequirements | None = Field(
+        None,
+        description="CPU, memory and accelerators of each runtime pod. The memory limit must hold the weights and the "
+        "KV cache.",
+        json_schema_extra=rules.RESOURCES,
+    )
+    node_selector: dict[str, str] | None = Field(
+        None, description="Node labels that a node must carry to run runtime pods."
+    )
+    tolerations: list[Toleration] | None = Field(
+        None,
+        description="Node taints that runtime pods put up with.",
+        max_length=64,
+        json_schema_extra={"x-kubernetes-list-type": "atomic"},
+    )
+    affinity: Embedded | None = Field(
+        None, description="Affinity of runtime pods, as in a pod's spec.", json_schema_extra=PRESERVE
+    )
+    topology_spread_constraints: list[TopologySpreadConstraint] | None = Field(
+        None,
+        description="How evenly runtime pods spread over nodes or zones.",
+        max_length=16,
+        json_schema_extra={
+            "x-kubernetes-list-type": "map",
+            "x-kubernetes-list-map-keys": ["topologyKey", "whenUnsatisfiable"],
+        },
+    )
+    image_pull_secrets: list[LocalObjectReference] | None = Field(
+        None,
+        description="Secrets with credentials for the images' registry, for runtime and router pods.",
+        max_length=16,
+        json_schema_extra={"x-kubernetes-list-type": "map", "x-kubernetes-list-map-keys": ["name"]},
+    )
+    pod_template: Embedded | None = Field(
+        None,
+        description="Anything else about runtime pods: metadata and spec as in a pod template, merged over what "
+        "Wherry makes. Lists merge by name; the engine's container is named runtime.",
+        json_schema_extra=PRESERVE | {"type": "object"},
+    )
+
+    @property
+    def fixed_replicas(self) -> int | None:
+        """The replicas asked for, or None when scaling decides."""
+        if self.scaling is not None:
+            return None
+        return 1 if self.replicas is None else self.replicas
+
+
+class Condition(CamelModel):
+    """One aspect of the state, after Kubernetes' metav1.Condition."""
+
+    type: str = Field(description="The aspect, like Ready.")
+    status: Literal["True", "False", "Unknown"] = Field(description="True, False or Unknown.")
+    reason: str = Field(description="One word that says why.")
+    message: str = Field(description="The cause and what to do about it.")
+    last_transition_time: str = Field(
+        description="When status last changed.", json_schema_extra={"format": "date-time"}
+    )
+    observed_generation: int = Field(description="The metadata.generation that this was judged on.")
+
+
+class PendingAction(CamelModel):
+    """Something that the operator will do once it can."""
+
+    action: str = Field(description="What: CreatePod, DeletePod, ApplyObject or Wait.")
+    target: str = Field(description="The object that it is about.")
+    reason: str = Field(description="Why, and what it waits for.")
+
+
+class OperatorInfo(CamelModel):
+    """The operator that wrote this status; `wherry plan` renders with the same settings."""
+
+    version: str = Field(description="Version of Wherry.")
+    runtime_image: str = Field(description="Its --runtime-image.")
+    router_image: str = Field(description="Its --router-image.")
+
+
+class LLMDeploymentStatus(CamelModel):
+    """What runs now."""
+
+    phase: str | None = Field(
+        None, description="One word for people: Pending, Progressing, Ready, Degraded, Stopped or Terminating."
+    )
+    observed_generation: int | None = Field(None, description="The metadata.generation that this status is about.")
+    desired_replicas: int | None = Field(None, description="Replicas that should run.")
+    replicas: int | None = Field(None, description="Replicas that exist.")
+    ready_replicas: int | None = Field(None, description="Replicas that can answer requests.")
+    updated_replicas: int | None = Field(None, description="Replicas made from the current spec.")
+    revision: str | None = Field(None, description="Hash of the current pod template.")
+    selector: str | None = Field(None, description="Label selector of the runtime pods.")
+    url: str | None = Field(None, description="Base URL of the OpenAI API inside the cluster, without /v1.")
+    operator: OperatorInfo | None = Field(None, description="The operator that wrote this status.")
+    plan: list[PendingAction] | None = Field(
+        None,
+        description="What the operator still has to do, and what each step waits for.",
+        json_schema_extra={"x-kubernetes-list-type": "atomic"},
+    )
+    conditions: list[Condition] | None = Field(
+        None,
+        description="The state, aspect by aspect.",
+        json_schema_extra={"x-kubernetes-list-type": "map", "x-kubernetes-list-map-keys": ["type"]},
+    )
