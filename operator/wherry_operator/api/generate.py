@@ -43,7 +43,7 @@ def reference(definition: dict[str, Any]) -> str:
     ]
     for part in ("spec", "status"):
         lines += ["", f"## {part}", "", "| field | type | default | meaning |", "|---|---|---|---|"]
-        lines += [row for row in _rows(schema["properties"][part], part)]
+        lines += _rows(schema["properties"][part], part)
     lines += ["", "## Rules", "", "The API server answers with these at once:", ""]
     lines += [f"- {message}" for message in dict.fromkeys(_messages(schema))]
     return "\n".join(lines) + "\n"

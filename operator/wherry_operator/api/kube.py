@@ -17,7 +17,7 @@ _SECONDS = {"ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0}
 
 
 class CamelModel(BaseModel):
-    """A type of the API: snake_case here, camelCase on the wire, unknown fields ignored as the API server prunes them."""
+    """A type of the API: snake_case here, camelCase on the wire, unknown fields pruned."""
 
     model_config = ConfigDict(alias_generator=to_camel, validate_by_name=True, validate_by_alias=True, extra="ignore")
 
@@ -56,6 +56,7 @@ Quantity = Annotated[
         json_schema_extra={
             "type": None,
             "anyOf": [{"type": "integer"}, {"type": "string"}],
+            "maxLength": 20,
             "pattern": QUANTITY_PATTERN,
             "x-kubernetes-int-or-string": True,
         }
@@ -91,12 +92,12 @@ class ResourceRequirements(CamelModel):
     requests: dict[str, Quantity] | None = Field(
         None,
         description="What the scheduler reserves, like {cpu: 500m, memory: 1Gi}. Defaults to the limits.",
-        max_length=16,
+        max_length=8,
     )
     limits: dict[str, Quantity] | None = Field(
         None,
         description="What the container may use at most, like {memory: 16Gi, nvidia.com/gpu: 1}.",
-        max_length=16,
+        max_length=8,
     )
 
 

@@ -86,7 +86,6 @@ WINDOW = rules(rule("duration(self) <= duration('1h')", "stabilizationWindow mus
 RESOURCES = rules(
     rule(
         "!has(self.requests) || !has(self.limits) || self.requests.all(k, !(k in self.limits) || "
-        "!isQuantity(string(self.requests[k])) || !isQuantity(string(self.limits[k])) || "
         "quantity(string(self.requests[k])).compareTo(quantity(string(self.limits[k]))) <= 0)",
         "resources.requests must not be above resources.limits",
     )

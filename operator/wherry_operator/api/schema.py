@@ -47,7 +47,7 @@ def _convert(node: Any, definitions: dict[str, Any]) -> Any:
         del node["type"]
     if node.get("type") == "object" and "maxLength" in node:
         node["maxProperties"] = node.pop("maxLength")
-    out = {
+    return {
         # Names of properties are not keywords, so they are not looked at.
         key: {name: _convert(value, definitions) for name, value in value.items()}
         if key == "properties"
@@ -56,7 +56,6 @@ def _convert(node: Any, definitions: dict[str, Any]) -> Any:
         else _convert(value, definitions)
         for key, value in node.items()
     }
-    return out
 
 
 def _inline(node: dict[str, Any], definitions: dict[str, Any]) -> dict[str, Any]:
