@@ -1,0 +1,1 @@
+"""The binaries of Kubernetes that local mode and the kind cluster need."""
