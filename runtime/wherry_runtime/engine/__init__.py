@@ -1,0 +1,1 @@
+"""The step loop and what it runs. `async_engine` is the way in."""

@@ -1,0 +1,270 @@
+"""The engine as its users see it: `start`, `generate`, `close`."""
+
+import asyncio
+import secrets
+import time
+from collections import deque
+from collections.abc import AsyncIterator
+
+from wherry_protocol.engine_config import EngineConfig
+from wherry_protocol.worker import Event, ExecuteRequest, LoadReport
+from wherry_runtime.engine.answer import Answer
+from wherry_runtime.engine.core import EngineClosedError, EngineCore
+from wherry_runtime.engine.live import Live, Progress
+from wherry_runtime.engine.setup import Loaded, load
+from wherry_runtime.engine.validation import (
+    RequestError,
+    check_identity,
+    check_prompt,
+    check_sampling,
+    check_tokens,
+)
+from wherry_runtime.loading.errors import ModelError
+from wherry_runtime.scheduling.request import Request
+from wherry_runtime.scheduling.scheduler import QueueFullError
+from wherry_runtime.tokenization.chat_template import TemplateError
+from wherry_runtime.tokenization.detokenizer import Detokenizer
+
+__all__ = ["AsyncEngine", "ModelError", "RequestError"]
+
+SEED_BITS = 53  # what every JSON reader keeps exactly
+
+
+class _Inbox:
+    """Progress of one request on its way from the step loop to its consumer."""
+
+    def __init__(self) -> None:
+        self._items: deque[Progress] = deque()
+        self._ready = asyncio.Event()
+
+    def put(self, progress: Progress) -> None:
+        self._items.append(progress)
+        self._ready.set()
+
+    async def take(self) -> list[Progress]:
+        """Everything that has come, at least one."""
+        await self._ready.wait()
+        self._ready.clear()
+        items = list(self._items)
+        self._items.clear()
+        return items
+
+
+class AsyncEngine:
+    """Loads a model and answers requests.
+
+    One instance belongs to the event loop that calls `start`; the model runs in a thread of its own and never blocks
+    it.
+    """
+
+    def __init__(self, config: EngineConfig) -> None:
+        self._config = config
+        self._loaded: Loaded | None = None
+        self._core: EngineCore | None = None
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._inboxes: dict[str, _Inbox] = {}
+
+    async def start(self) -> None:
+        """Loads the model, off the event loop, and starts the step loop.
+
+        Raises:
+            ModelError: why the model cannot be served.
+        """
+        if self._core is not None:
+            raise RuntimeError("the engine was started already")
+        self._loop = asyncio.get_running_loop()
+        self._loaded = await asyncio.to_thread(load, self._config)
+        self._core = EngineCore(self._loaded.runner, self._loaded.new_scheduler, self._report)
+        self._core.start()
+
+    async def close(self) -> None:
+        """Ends running requests with a retryable error, and frees the model. May be called more than once."""
+        core, loaded, self._loaded = self._core, self._loaded, None
+        if core is not None:
+            await asyncio.to_thread(core.close)
+        if loaded is not None and loaded.chat_template is not None:
+            await asyncio.to_thread(loaded.chat_template.close)
+
+    async def generate(self, request: ExecuteRequest) -> AsyncIterator[Event]:
+        """Started, Token…, Metrics, and End; or an ErrorEvent as the last one.
+
+        Closing the iterator cancels the request. Text may lag behind tokens: see `worker.Token`.
+
+        Raises:
+            RequestError: before the first event, if the request cannot start.
+        """
+        answer = await self._admit(request)
+        inbox = self._inboxes[request.id]
+        try:
+            while not answer.ended:
+                for event in answer.take(await inbox.take()):
+                    yield event
+        finally:
+            del self._inboxes[request.id]
+            if answer.needs_cancel and self._core is not None:
+                self._core.cancel(request.id)
+
+    def cancel(self, request_id: str) -> bool:
+        """Ends a request: its iterator gets an End with `cancelled`. False if no such request is live."""
+        if self._core is None or request_id not in self._inboxes:
+            return False
+        self._core.cancel(request_id)
+        return True
+
+    def load(self) -> LoadReport:
+        """The engine's load now."""
+        core = self._core
+        ready = core is not None and self._loaded is not None
+        blocks = core.scheduler.blocks if core else None
+        used = (blocks.num_blocks - blocks.num_free) * blocks.block_size if blocks else 0
+        return LoadReport(
+            model=self._config.model_name,
+            ready=ready,
+            running=core.num_running if core else 0,
+            waiting=core.num_waiting if core else 0,
+            max_running=core.scheduler.max_running if core else self._config.max_running,
+            kv_tokens_used=used,
+            kv_tokens_total=blocks.num_blocks * blocks.block_size if blocks else 0,
+            prompt_tokens_total=core.prompt_tokens if core else 0,
+            completion_tokens_total=core.completion_tokens if core else 0,
+            prefix_hit_tokens_total=core.prefix_hit_tokens if core else 0,
+            preemptions_total=core.preemptions if core else 0,
+            steps_total=core.steps if core else 0,
+            heartbeat_age_s=self.heartbeat_age(),
+        )
+
+    def heartbeat_age(self) -> float:
+        """Seconds since the step loop last came round; 0 before there is one (loading is not a hang)."""
+        return max(0.0, time.monotonic() - self._core.heartbeat) if self._core is not None else 0.0
+
+    @property
+    def max_model_len(self) -> int:
+        """Tokens of prompt and answer together."""
+        return self._ready().max_model_len
+
+    @property
+    def eos_token_ids(self) -> tuple[int, ...]:
+        """Tokens that end an answer unless `ignore_eos`."""
+        return self._ready().model_config.eos_token_ids
+
+    @property
+    def family(self) -> str:
+        """Such as `llama`."""
+        return self._ready().model_config.family
+
+    @property
+    def dtype(self) -> str:
+        """Of weights and KV cache, such as `bfloat16`."""
+        return str(self._ready().dtype).removeprefix("torch.")
+
+    @property
+    def num_parameters(self) -> int:
+        return self._ready().num_parameters
+
+    @property
+    def device(self) -> str:
+        """`cpu` or `cuda`."""
+        return self._ready().device.torch.type
+
+    def count_tokens(self, text: str) -> int:
+        """How many tokens `text` has, special ones not added."""
+        return len(self._ready().tokenizer.encode(text, special_tokens=False))
+
+    def _ready(self) -> Loaded:
+        if self._loaded is None:
+            raise RequestError("not_ready", "the model is not loaded", status=503, retryable=True)
+        return self._loaded
+
+    def _running(self) -> EngineCore:
+        if self._core is None:
+            raise EngineClosedError("the engine is not running")
+        return self._core
+
+    async def _admit(self, request: ExecuteRequest) -> Answer:
+        """Validates and queues a request."""
+        loaded = self._ready()
+        vocab_size = loaded.model_config.vocab_size
+        check_identity(request, self._config.model_name)
+        if request.id in self._inboxes:
+            raise RequestError("duplicate_id", f"a request with id {request.id!r} is live already", param="id")
+        check_prompt(request.prompt)
+        check_sampling(request.sampling, vocab_size)
+        # Reserved before the first await, so that of two requests with the same id only one gets on.
+        inbox = self._inboxes[request.id] = _Inbox()
+        try:
+            tokens = await self._tokenize(request, loaded)
+            check_tokens(tokens, vocab_size, loaded.max_model_len)
+            live = self._live(request, tokens, loaded)
+            self._running().add(live)
+        except QueueFullError as e:
+            self._forget(request.id, inbox)
+            raise RequestError("queue_full", f"{e}; try again later", status=429, retryable=True) from None
+        except EngineClosedError as e:
+            self._forget(request.id, inbox)
+            raise RequestError("shutting_down", str(e), status=503, retryable=True) from None
+        except BaseException:
+            self._forget(request.id, inbox)
+            raise
+        is_chat = request.prompt.messages is not None
+        detokenizer = Detokenizer(loaded.tokenizer, request.sampling.stop, strip_leading_space=is_chat)
+        return Answer(live, loaded.tokenizer, detokenizer)
+
+    def _forget(self, request_id: str, inbox: _Inbox) -> None:
+        if self._inboxes.get(request_id) is inbox:
+            del self._inboxes[request_id]
+
+    async def _tokenize(self, request: ExecuteRequest, loaded: Loaded) -> list[int]:
+        prompt = request.prompt
+        if prompt.token_ids is not None:
+            return list(prompt.token_ids)
+        if prompt.text is not None:
+            return await loaded.encode(prompt.text, special_tokens=True)
+        if not prompt.messages:
+            raise RequestError("empty_prompt", "messages is empty; it needs at least one message", param="messages")
+        if loaded.chat_template is None:
+            raise RequestError(
+                "chat_template_missing",
+                "this model has no chat template; use completions, or give its directory a chat_template.jinja",
+                param="messages",
+            )
+        try:
+            text = await asyncio.to_thread(loaded.chat_template.render, prompt.messages)
+        except TemplateError as e:
+            status = 400 if e.refused else 500
+            raise RequestError("chat_template_error", str(e), status=status, param="messages") from e
+        # The template writes special tokens itself, as text.
+        return await loaded.encode(text, special_tokens=False)
+
+    def _live(self, request: ExecuteRequest, tokens: list[int], loaded: Loaded) -> Live:
+        params = request.sampling
+        room = loaded.max_model_len - len(tokens)
+        max_new = room if params.max_tokens is None else min(params.max_tokens, room)
+        if params.max_tokens is None:
+            max_new = min(max_new, loaded.kv_tokens - len(tokens))
+        needed = len(tokens) + max_new
+        if needed > loaded.kv_tokens or max_new < 1:
+            raise RequestError(
+                "kv_cache_too_small",
+                f"prompt and answer need {max(needed, len(tokens) + 1)} tokens of KV cache and there are "
+                f"{loaded.kv_tokens}; ask for fewer tokens, or give the engine more cache",
+                param="max_tokens",
+            )
+        stop_ids = set(params.stop_token_ids)
+        if not params.ignore_eos:
+            stop_ids.update(t for t in loaded.model_config.eos_token_ids if t < loaded.model_config.vocab_size)
+        return Live(
+            request=Request(id=request.id, tokens=tokens, max_new_tokens=max_new, priority=request.priority),
+            params=params,
+            seed=secrets.randbits(SEED_BITS) if params.seed is None else params.seed,
+            stop_ids=frozenset(stop_ids),
+        )
+
+    def _report(self, progress: list[Progress]) -> None:
+        """Called by the step loop's thread."""
+        if self._loop is not None and not self._loop.is_closed():
+            self._loop.call_soon_threadsafe(self._deliver, progress)
+
+    def _deliver(self, progress: list[Progress]) -> None:
+        for item in progress:
+            if (inbox := self._inboxes.get(item.request_id)) is not None:
+                inbox.put(item)

@@ -1,0 +1,140 @@
+"""Everything between an EngineConfig and an engine that can step: blocking work, done once."""
+
+import asyncio
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from wherry_protocol.engine_config import EngineConfig
+from wherry_runtime.engine.core import new_scheduler_factory
+from wherry_runtime.engine.resources import Device, cpu_threads
+from wherry_runtime.engine.runner import ModelRunner
+from wherry_runtime.kvcache.paged import PagedKVCache, bytes_per_token
+from wherry_runtime.loading.config import ModelConfig
+from wherry_runtime.loading.errors import ModelError
+from wherry_runtime.loading.loader import choose_dtype, load_model
+from wherry_runtime.loading.locate import locate
+from wherry_runtime.models.registry import read_config
+from wherry_runtime.scheduling.scheduler import Scheduler
+from wherry_runtime.tokenization.chat_template import ChatTemplate, find_template
+from wherry_runtime.tokenization.tokenizer import Tokenizer
+
+log = logging.getLogger(__name__)
+
+SHORT_TEXT = 2000  # characters that are tokenized on the event loop: a thread would cost more
+
+
+@dataclass(slots=True, frozen=True)
+class Loaded:
+    """A model that is ready to serve."""
+
+    model_config: ModelConfig
+    max_model_len: int
+    kv_tokens: int
+    dtype: torch.dtype
+    device: Device
+    num_parameters: int
+    tokenizer: Tokenizer
+    chat_template: ChatTemplate | None
+    runner: ModelRunner
+    new_scheduler: Callable[[], Scheduler]
+
+    async def encode(self, text: str, *, special_tokens: bool) -> list[int]:
+        """Token ids of `text`, off the event loop if it is long."""
+        if len(text) <= SHORT_TEXT:
+            return self.tokenizer.encode(text, special_tokens=special_tokens)
+        return await asyncio.to_thread(self.tokenizer.encode, text, special_tokens=special_tokens)
+
+
+def load(config: EngineConfig) -> Loaded:
+    """Loads the model and makes its KV cache.
+
+    Raises:
+        ModelError: why not.
+    """
+    device = Device.choose()
+    if device.torch.type == "cpu":
+        torch.set_num_threads(config.threads or cpu_threads())
+    directory = locate(config.model_uri)
+    model_config = read_config(directory)
+    tokenizer = Tokenizer(directory)
+    dtype = choose_dtype(config.dtype, model_config, device.torch)
+    wanted = _model_length(config, model_config)
+    template = _chat_template(tokenizer, find_template(directory, tokenizer.settings))
+    model = load_model(directory, model_config, wanted, dtype, device.torch)
+    num_blocks = _num_blocks(config, model_config, wanted, dtype, device)
+    cache = PagedKVCache(model_config, num_blocks, config.block_size, dtype=dtype, device=device.torch)
+    kv_tokens = num_blocks * config.block_size
+    max_model_len = wanted
+    if kv_tokens < wanted and not config.max_model_len:
+        log.warning("the KV cache holds %d tokens, so the context is that and not the model's %d", kv_tokens, wanted)
+        max_model_len = kv_tokens
+    log.info(
+        "%s: %s, %s parameters, %s on %s, context %d, KV cache %d tokens",
+        *(config.model_name, model_config.family, f"{model.num_parameters():,}", dtype, device.torch),
+        *(max_model_len, kv_tokens),
+    )
+    return Loaded(
+        model_config=model_config,
+        max_model_len=max_model_len,
+        kv_tokens=kv_tokens,
+        dtype=dtype,
+        device=device,
+        num_parameters=model.num_parameters(),
+        tokenizer=tokenizer,
+        chat_template=template,
+        runner=ModelRunner(model, cache),
+        new_scheduler=new_scheduler_factory(
+            num_blocks,
+            config.block_size,
+            config.prefix_cache,
+            config.max_running,
+            config.max_batched_tokens,
+            config.max_queued,
+        ),
+    )
+
+
+def _chat_template(tokenizer: Tokenizer, source: str | None) -> ChatTemplate | None:
+    if source is None:
+        return None
+
+    def content(name: str) -> str:
+        token: Any = tokenizer.settings.get(name)
+        return str(token.get("content", "") if isinstance(token, dict) else token or "")
+
+    return ChatTemplate(source, {name: content(name) for name in ("bos_token", "eos_token", "pad_token", "unk_token")})
+
+
+def _model_length(config: EngineConfig, model_config: ModelConfig) -> int:
+    """The context to serve.
+
+    Raises:
+        ModelError: bad_setting, when more is asked for than the model has.
+    """
+    own = model_config.max_position_embeddings
+    if config.max_model_len > own:
+        raise ModelError("bad_setting", f"max_model_len {config.max_model_len} is more than the model's context, {own}")
+    return config.max_model_len or own
+
+
+def _num_blocks(
+    config: EngineConfig, model_config: ModelConfig, max_model_len: int, dtype: torch.dtype, device: Device
+) -> int:
+    """KV cache blocks: what was asked for or what memory allows, but no more than a full batch can use.
+
+    Raises:
+        ModelError: kv_cache_too_small, when there is no room for a single block.
+    """
+    per_block = bytes_per_token(model_config, dtype) * config.block_size
+    memory = config.kv_cache_bytes or device.memory_for_cache()
+    useful = config.max_running * -(-max_model_len // config.block_size)
+    num_blocks = min(memory // per_block, useful)
+    if num_blocks < 1:
+        raise ModelError(
+            "kv_cache_too_small", f"{memory} bytes for the KV cache are less than a block of {per_block}; give it more"
+        )
+    return num_blocks

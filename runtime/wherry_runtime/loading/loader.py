@@ -1,0 +1,48 @@
+"""From a model directory to a model in memory."""
+
+from pathlib import Path
+
+import torch
+
+from wherry_protocol.engine_config import Dtype
+from wherry_runtime.loading.checkpoint import fill, iterate_tensors
+from wherry_runtime.loading.config import ModelConfig
+from wherry_runtime.models.decoder import Decoder
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+def choose_dtype(wanted: Dtype, config: ModelConfig, device: torch.device) -> torch.dtype:
+    """The dtype of weights, activations and KV cache.
+
+    `auto` is the checkpoint's own, except on CPU: float16 becomes float32 there (its arithmetic is emulated), and so
+    does bfloat16 where the processor has no instructions for it.
+    """
+    if wanted != "auto":
+        return DTYPES[wanted]
+    own = DTYPES[config.dtype]
+    if device.type == "cpu" and (own is torch.float16 or (own is torch.bfloat16 and not _cpu_has_bfloat16())):
+        return torch.float32
+    return own
+
+
+def _cpu_has_bfloat16() -> bool:
+    """Whether PyTorch multiplies bfloat16 matrices fast here: with AVX-512 or AMX (others are not measured yet)."""
+    capabilities = torch.backends.cpu.get_cpu_capability()
+    if capabilities.startswith(("SVE", "DEFAULT", "NO AVX", "AVX2", "VSX", "Z VECTOR")):
+        return False
+    return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+
+
+def load_model(
+    directory: Path, config: ModelConfig, num_positions: int, dtype: torch.dtype, device: torch.device
+) -> Decoder:
+    """The model with its weights.
+
+    Raises:
+        ModelError: what is wrong with the checkpoint; see `checkpoint`.
+    """
+    model = Decoder(config, num_positions, dtype=dtype, device=device)
+    with torch.inference_mode():
+        fill(model.slots(), iterate_tensors(directory), directory)
+    return model

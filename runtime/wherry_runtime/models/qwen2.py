@@ -1,0 +1,23 @@
+"""Qwen2 and Qwen2.5: biases on queries, keys and values (https://arxiv.org/abs/2407.10671)."""
+
+from typing import Any
+
+ARCHITECTURE = "Qwen2ForCausalLM"
+FAMILY = "qwen2"
+
+
+def fields(raw: dict[str, Any]) -> dict[str, Any]:
+    """What differs from the plain decoder, from `config.json`."""
+    return {"qkv_bias": True, "windows": windows(raw)}
+
+
+def windows(raw: dict[str, Any]) -> tuple[int | None, ...]:
+    """Each layer's window: `layer_types` says, or else the layers from `max_window_layers` on slide."""
+    num_layers = int(raw.get("num_hidden_layers") or 0)
+    window = raw.get("sliding_window")
+    if not raw.get("use_sliding_window", False) or window is None:
+        return (None,) * num_layers
+    if layer_types := raw.get("layer_types"):
+        return tuple(window if kind == "sliding_attention" else None for kind in layer_types)
+    first = int(raw.get("max_window_layers", 28))
+    return tuple(window if index >= first else None for index in range(num_layers))

@@ -1,0 +1,88 @@
+"""A checkpoint's tokenizer: `tokenizer.json` and `tokenizer_config.json`."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from tokenizers import Tokenizer as FastTokenizer
+
+from wherry_runtime.loading.config import read_json
+from wherry_runtime.loading.errors import ModelError
+
+
+def _byte_level_alphabet() -> dict[str, int]:
+    """GPT-2's alphabet of byte-level BPE: printable characters stand for themselves, the rest moves above 255."""
+    printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
+    moved = [b for b in range(256) if b not in printable]
+    return {chr(b): b for b in printable} | {chr(256 + i): b for i, b in enumerate(moved)}
+
+
+_BYTE_OF = _byte_level_alphabet()
+
+
+class Tokenizer:
+    """Encodes text, and knows the bytes of each token.
+
+    Bytes per token make detokenization a matter of concatenation: exact for byte-level BPE and for SentencePiece with
+    byte fallback, the two kinds that the known families use. Other kinds fall back to decoding each token alone.
+    """
+
+    def __init__(self, directory: Path) -> None:
+        """Reads the tokenizer.
+
+        Raises:
+            ModelError: missing_tokenizer, bad_tokenizer or bad_json.
+        """
+        path = directory / "tokenizer.json"
+        if not path.is_file():
+            raise ModelError("missing_tokenizer", f"{path}: not found; Wherry reads tokenizers in this format only")
+        try:
+            self._fast = FastTokenizer.from_file(str(path))
+            description = json.loads(self._fast.to_str())
+        except Exception as e:  # tokenizers raises plain Exception
+            raise ModelError("bad_tokenizer", f"{path}: not a tokenizer: {e}") from e
+        self._fast.no_truncation()
+        self._fast.no_padding()
+        settings_path = directory / "tokenizer_config.json"
+        self.settings: dict[str, Any] = read_json(settings_path) if settings_path.is_file() else {}
+        self._added = self._fast.get_added_tokens_decoder()
+        self._bytes: dict[int, bytes] = {}
+        decoder = json.dumps(description.get("decoder"))
+        self._byte_level = '"ByteLevel"' in decoder
+        self._byte_fallback = '"ByteFallback"' in decoder
+        self.strips_leading_space = '"Strip"' in decoder or '"Metaspace"' in decoder
+        self.vocab_size = self._fast.get_vocab_size(with_added_tokens=True)
+
+    def encode(self, text: str, *, special_tokens: bool = True) -> list[int]:
+        """Token ids of `text`; `special_tokens` adds what the tokenizer's post-processor adds (such as BOS)."""
+        return list(self._fast.encode(text, add_special_tokens=special_tokens).ids)
+
+    def decode(self, ids: list[int]) -> str:
+        """The whole text of `ids`, special tokens left out, by the library's own decoder."""
+        return str(self._fast.decode(ids, skip_special_tokens=True))
+
+    def is_special(self, token: int) -> bool:
+        """Whether a token is markup rather than text."""
+        added = self._added.get(token)
+        return added is not None and bool(added.special)
+
+    def token_bytes(self, token: int) -> bytes:
+        """The bytes that a token stands for, special ones by their name. Ids beyond the vocabulary are empty."""
+        known = self._bytes.get(token)
+        if known is None:
+            known = self._bytes[token] = self._compute_bytes(token)
+        return known
+
+    def _compute_bytes(self, token: int) -> bytes:
+        if (added := self._added.get(token)) is not None:
+            return str(added.content).encode()
+        piece = self._fast.id_to_token(token)
+        if piece is None:
+            return b""
+        if self._byte_level and all(c in _BYTE_OF for c in piece):
+            return bytes(_BYTE_OF[c] for c in piece)
+        if self._byte_fallback:
+            if len(piece) == 6 and piece.startswith("<0x") and piece.endswith(">"):
+                return bytes([int(piece[3:5], 16)])
+            return str(piece).replace("▁", " ").encode()
+        return str(self._fast.decode([token])).encode()
