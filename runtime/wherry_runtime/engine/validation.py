@@ -101,8 +101,10 @@ def check_tokens(tokens: list[int], vocab_size: int, max_model_len: int) -> None
         raise RequestError("empty_prompt", "the prompt is empty; it needs at least one token", param="prompt")
     if len(tokens) >= max_model_len:
         raise RequestError(
-            "context_length_exceeded", f"the prompt has {len(tokens)} tokens and the model's context is {max_model_len}
-            tokens, of which the answer " "needs at least one; shorten the prompt", param="prompt",
+            "context_length_exceeded",
+            f"the prompt has {len(tokens)} tokens and the model's context is {max_model_len} tokens, "
+            "of which the answer needs at least one; shorten the prompt",
+            param="prompt",
         )
     for token in tokens:
         if not isinstance(token, int) or isinstance(token, bool) or not 0 <= token < vocab_size:
