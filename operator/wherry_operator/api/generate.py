@@ -87,7 +87,7 @@ def _messages(node: Any) -> Iterator[str]:
 
 def drift() -> str:
     """A unified diff from the files to what they should be; empty when nothing drifted."""
-    parts = []
+    parts: list[str] = []
     for path, text in outputs().items():
         old = path.read_text() if path.exists() else ""
         name = str(path.relative_to(ROOT))

@@ -77,7 +77,7 @@ IntOrPercent = Annotated[
 
 # A type of Kubernetes' own that is handed on as it is; the API server checks it when a pod is made.
 Embedded = dict[str, Any]
-PRESERVE = {"type": "object", "x-kubernetes-preserve-unknown-fields": True}
+PRESERVE: dict[str, Any] = {"type": "object", "x-kubernetes-preserve-unknown-fields": True}
 
 
 class LocalObjectReference(CamelModel):

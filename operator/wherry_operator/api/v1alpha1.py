@@ -1,6 +1,6 @@
 """LLMDeployment, version v1alpha1: the one place that says what it holds. `make generate` turns this into the CRD."""
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
@@ -26,7 +26,7 @@ PLURAL = "llmdeployments"
 
 Replicas = Annotated[int, Field(ge=0, le=1000)]
 # So that an object that leaves the whole block out gets the defaults inside it.
-EMPTY = {"default": {}}
+EMPTY: dict[str, Any] = {"default": {}}
 
 
 class Model(CamelModel):
@@ -236,7 +236,7 @@ class LLMDeploymentSpec(CamelModel):
         None,
         description="Anything else about runtime pods: metadata and spec as in a pod template, merged over what "
         "Wherry makes. Lists merge by name; the engine's container is named runtime.",
-        json_schema_extra=PRESERVE | {"type": "object"},
+        json_schema_extra=PRESERVE,
     )
 
     @property

@@ -1,0 +1,120 @@
+"""One look at one LLMDeployment: read, decide, act, say. The only place where the four meet."""
+
+import asyncio
+import logging
+import secrets
+from collections.abc import Callable
+from dataclasses import dataclass
+from datetime import UTC, datetime
+
+from wherry_operator.api.conditions import DEGRADED
+from wherry_operator.api.v1alpha1 import LLMDeploymentStatus
+from wherry_operator.autoscaling.decide import Recommendation, decide
+from wherry_operator.cluster import load, snapshot
+from wherry_operator.cluster.client import Api
+from wherry_operator.cluster.events import EventRecorder
+from wherry_operator.cluster.execute import execute, write_status
+from wherry_operator.planning.plan import make_plan
+from wherry_operator.planning.status import make_status
+from wherry_operator.planning.types import Action, Observed, Plan, Refusal, Scale, Settings
+
+logger = logging.getLogger("wherry.operator")
+
+# No vowels, so that no words appear in names.
+ALPHABET = "bcdfghjkmnpqrstvwxz2456789"
+TOKEN_BYTES = 32
+SCALING_INTERVAL_S = 5.0
+REFUSED_RETRY_S = 15.0
+AFTER_ACTION_S = 2.0
+
+
+@dataclass(frozen=True)
+class Key:
+    """Which LLMDeployment."""
+
+    namespace: str
+    name: str
+
+
+def new_group() -> str:
+    """A group id that is not in use, as good as surely; creating a pod whose name is taken fails and is tried anew."""
+    return "".join(secrets.choice(ALPHABET) for _ in range(5))
+
+
+class Reconciler:
+    """Brings LLMDeployments to what their spec says. Holds no state but the autoscaler's history, which it can lose."""
+
+    def __init__(self, api: Api, settings: Settings, clock: Callable[[], datetime] = lambda: datetime.now(UTC)) -> None:
+        self._api = api
+        self._settings = settings
+        self._clock = clock
+        self._events = EventRecorder(api)
+        self._history: dict[str, tuple[Recommendation, ...]] = {}
+
+    async def reconcile(self, key: Key) -> float | None:
+        """One pass. Returns the seconds after which to look again though nothing happened, or None.
+
+        Raises:
+            StaleError, ApiError, Unavailable, LostLeadership: try again later.
+        """
+        raw = await self._api.get("LLMDeployment", key.namespace, key.name)
+        if raw is None:
+            return None
+        observed = await snapshot.read(self._api, raw)
+        scale = await self._scale(observed)
+        now = self._clock()
+        plan = make_plan(observed, scale, self._settings, now, secrets.token_urlsafe(TOKEN_BYTES), new_group)
+        done, refused = await execute(self._api, observed.owner, plan.actions)
+        if observed.owner.deleting and any(action.verb == "finalizers" for action in done):
+            self._history.pop(observed.owner.uid, None)
+            return None
+        status = make_status(plan, self._settings, now, refused)
+        await write_status(self._api, observed.owner, status)
+        await self._tell(observed, status, done, refused)
+        return self._again(plan, refused)
+
+    def _again(self, plan: Plan, refused: list[Refusal]) -> float | None:
+        waits = [plan.retry_after] if plan.retry_after is not None else []
+        if refused:
+            waits.append(REFUSED_RETRY_S)
+        elif plan.actions:
+            # The events of what was just done ask for it sooner; this is for when they do not come.
+            waits.append(AFTER_ACTION_S)
+        if plan.scale.active is not None:
+            waits.append(SCALING_INTERVAL_S)
+        return min(waits, default=None)
+
+    async def _scale(self, observed: Observed) -> Scale:
+        owner = observed.owner
+        before = owner.status.get("desiredReplicas")
+        if owner.spec is None or owner.deleting:
+            return Scale(before or 0)
+        if (scaling := owner.spec.scaling) is None:
+            return Scale(owner.spec.fixed_replicas or 0)
+        current = before if before is not None else scaling.min_replicas
+        ready = [pod for pod in observed.pods if pod.ready and not pod.deleting]
+        signals = await load.poll(ready, observed.token)
+        now = self._clock()
+        # After a restart the number that runs counts as recommended, so that it does not drop for lack of memory.
+        history = self._history.get(owner.uid) or (Recommendation(now, current),)
+        decision = decide(scaling, current, signals, history, now)
+        self._history[owner.uid] = decision.history
+        return Scale(decision.replicas, decision.reason, decision.message, decision.active)
+
+    async def _tell(
+        self, observed: Observed, status: LLMDeploymentStatus, done: list[Action], refused: list[Refusal]
+    ) -> None:
+        """Events for what was done, and for trouble that is new."""
+        owner = observed.owner
+        past = {"create": "Created", "apply": "Applied", "delete": "Deleted"}
+        told = [
+            ("Normal", past[a.verb] + a.kind, f"{past[a.verb]} {a.kind} {a.name}: {a.reason}")
+            for a in done
+            if a.verb in past
+        ]
+        for *_, message in told:
+            logger.info("%s/%s: %s", owner.namespace, owner.name, message)
+        for condition in status.conditions or []:
+            if condition.type == DEGRADED and condition.status == "True":
+                told.append(("Warning", condition.reason, condition.message))
+        await asyncio.gather(*(self._events.post(owner, *entry) for entry in told))

@@ -1,0 +1,58 @@
+"""Reads everything that exists for one LLMDeployment."""
+
+import asyncio
+import base64
+import binascii
+from typing import Any
+
+from wherry_operator.api.resource import LLMDeployment
+from wherry_operator.cluster.client import Api
+from wherry_operator.desired.common import router_name, token_secret_name
+from wherry_operator.planning.objects import owned
+from wherry_operator.planning.pods import PodView
+from wherry_operator.planning.types import Observed
+from wherry_protocol import naming
+
+
+def children(owner: LLMDeployment) -> list[tuple[str, str]]:
+    """Kind and name of every child that is not a pod."""
+    router = router_name(owner)
+    named = [(kind, router) for kind in ("ServiceAccount", "Role", "RoleBinding", "Deployment")]
+    return [("Secret", token_secret_name(owner)), ("Service", owner.name), *named]
+
+
+async def read(api: Api, raw: dict[str, Any]) -> Observed:
+    """The snapshot for the LLMDeployment `raw`.
+
+    Raises:
+        ApiError, Unavailable: something could not be read; nothing may be concluded from the rest then.
+    """
+    owner = LLMDeployment.from_raw(raw)
+    keys = children(owner)
+    selector = f"{naming.LABEL_DEPLOYMENT}={owner.name}"
+    pods, *found = await asyncio.gather(
+        api.list("Pod", owner.namespace, selector),
+        *(api.get(kind, owner.namespace, name) for kind, name in keys),
+    )
+    objects = {key: value for key, value in zip(keys, found, strict=True) if value is not None}
+    runtime = [p for p in pods if _component(p) == naming.COMPONENT_RUNTIME and owned(p, owner)]
+    router = [p for p in pods if _component(p) == naming.COMPONENT_ROUTER]
+    return Observed(
+        owner=owner,
+        pods=tuple(PodView.from_raw(pod) for pod in runtime),
+        router_pods=tuple(PodView.from_raw(pod) for pod in router),
+        objects=objects,
+        token=_token(objects.get(keys[0])),
+    )
+
+
+def _component(pod: dict[str, Any]) -> str:
+    return str(pod["metadata"].get("labels", {}).get(naming.LABEL_COMPONENT, ""))
+
+
+def _token(secret: dict[str, Any] | None) -> str | None:
+    encoded = (secret or {}).get("data", {}).get("token", "")
+    try:
+        return base64.b64decode(encoded, validate=True).decode() or None
+    except (binascii.Error, UnicodeDecodeError):
+        return None

@@ -1,0 +1,129 @@
+"""The router's objects: Deployment, Service, and the ServiceAccount that may watch pods and nothing else. Pure."""
+
+from typing import Any
+
+from wherry_operator.api.resource import LLMDeployment
+from wherry_operator.api.v1alpha1 import LLMDeploymentSpec
+from wherry_operator.desired.common import (
+    ANNOTATION_TOKEN,
+    GRACE_MARGIN_S,
+    RenderSettings,
+    container_security,
+    digest,
+    environment,
+    labels,
+    metadata,
+    pod_security,
+    probe,
+    router_name,
+    selector,
+    stamped,
+)
+from wherry_operator.desired.runtime import drain_seconds
+from wherry_protocol import naming
+
+CONTAINER = "router"
+
+
+def router_args(owner: LLMDeployment, spec: LLMDeploymentSpec) -> list[str]:
+    """The router's command line."""
+    return [
+        f"--deployment={owner.name}",
+        f"--namespace={owner.namespace}",
+        f"--host=$({naming.ENV_POD_IP})",
+        f"--port={naming.ROUTER_PORT}",
+        f"--model={spec.model.name}",
+        f"--drain-timeout-s={drain_seconds(spec)}",
+    ]
+
+
+def router_objects(
+    owner: LLMDeployment, spec: LLMDeploymentSpec, settings: RenderSettings, token: str
+) -> list[dict[str, Any]]:
+    """All of the router's objects, in the order in which they are applied."""
+    bodies = [*_access(owner), _service(owner), _deployment(owner, spec, settings, token)]
+    return [stamped(body) for body in bodies]
+
+
+def _access(owner: LLMDeployment) -> list[dict[str, Any]]:
+    name = router_name(owner)
+    rbac = "rbac.authorization.k8s.io"
+    meta = metadata(owner, name, naming.COMPONENT_ROUTER)
+    return [
+        {"apiVersion": "v1", "kind": "ServiceAccount", "metadata": meta, "automountServiceAccountToken": False},
+        {
+            "apiVersion": f"{rbac}/v1",
+            "kind": "Role",
+            "metadata": meta,
+            "rules": [{"apiGroups": [""], "resources": ["pods"], "verbs": ["get", "list", "watch"]}],
+        },
+        {
+            "apiVersion": f"{rbac}/v1",
+            "kind": "RoleBinding",
+            "metadata": meta,
+            "roleRef": {"apiGroup": rbac, "kind": "Role", "name": name},
+            "subjects": [{"kind": "ServiceAccount", "name": name, "namespace": owner.namespace}],
+        },
+    ]
+
+
+def _service(owner: LLMDeployment) -> dict[str, Any]:
+    port = {"name": "http", "port": naming.SERVICE_PORT, "targetPort": "http", "protocol": "TCP"}
+    return {
+        "apiVersion": "v1",
+        "kind": "Service",
+        "metadata": metadata(owner, owner.name, naming.COMPONENT_ROUTER),
+        "spec": {"type": "ClusterIP", "selector": selector(owner, naming.COMPONENT_ROUTER), "ports": [port]},
+    }
+
+
+def _deployment(owner: LLMDeployment, spec: LLMDeploymentSpec, settings: RenderSettings, token: str) -> dict[str, Any]:
+    chosen = selector(owner, naming.COMPONENT_ROUTER)
+    return {
+        "apiVersion": "apps/v1",
+        "kind": "Deployment",
+        "metadata": metadata(owner, router_name(owner), naming.COMPONENT_ROUTER),
+        "spec": {
+            "replicas": spec.router.replicas,
+            "selector": {"matchLabels": chosen},
+            "strategy": {"type": "RollingUpdate", "rollingUpdate": {"maxSurge": 1, "maxUnavailable": 0}},
+            "template": {
+                "metadata": {
+                    "labels": labels(owner, naming.COMPONENT_ROUTER),
+                    "annotations": {ANNOTATION_TOKEN: digest(token)},
+                },
+                "spec": _pod_spec(owner, spec, settings),
+            },
+        },
+    }
+
+
+def _pod_spec(owner: LLMDeployment, spec: LLMDeploymentSpec, settings: RenderSettings) -> dict[str, Any]:
+    container: dict[str, Any] = {
+        "name": CONTAINER,
+        "image": spec.router.image or settings.router_image,
+        "command": ["wherry-router"],
+        "args": router_args(owner, spec),
+        "env": environment(owner),
+        "ports": [{"name": "http", "containerPort": naming.ROUTER_PORT, "protocol": "TCP"}],
+        "startupProbe": probe("/healthz", period=1, failures=60),
+        "livenessProbe": probe("/healthz", period=5, failures=6),
+        "readinessProbe": probe("/readyz", period=2, failures=3),
+        "securityContext": container_security(),
+        "terminationMessagePolicy": "FallbackToLogsOnError",
+        "volumeMounts": [{"name": "tmp", "mountPath": "/tmp"}],  # noqa: S108 - the container's own
+    }
+    if spec.router.resources:
+        container["resources"] = spec.router.resources.to_wire()
+    pod: dict[str, Any] = {
+        "automountServiceAccountToken": True,
+        "containers": [container],
+        "enableServiceLinks": False,
+        "securityContext": pod_security(),
+        "serviceAccountName": router_name(owner),
+        "terminationGracePeriodSeconds": drain_seconds(spec) + GRACE_MARGIN_S,
+        "volumes": [{"name": "tmp", "emptyDir": {}}],
+    }
+    if spec.image_pull_secrets:
+        pod["imagePullSecrets"] = [secret.to_wire() for secret in spec.image_pull_secrets]
+    return pod

@@ -1,0 +1,91 @@
+"""The planner: an exact snapshot and the time in, a plan out. Pure; `wherry plan` and the operator run this same code.
+
+Level-triggered: nothing is remembered between plans, so it does not matter what happened, only what is.
+"""
+
+from collections.abc import Callable
+from datetime import datetime
+
+from wherry_operator.api.resource import FINALIZER, InvalidSpecError
+from wherry_operator.api.v1alpha1 import LLMDeploymentSpec, PendingAction
+from wherry_operator.desired.objects import Desired, render
+from wherry_operator.desired.runtime import pod
+from wherry_operator.planning.groups import bounds, plan_groups
+from wherry_operator.planning.objects import name_conflict, object_actions, owned, teardown_actions
+from wherry_operator.planning.types import Action, Observed, Plan, Problem, Scale, Settings
+
+
+def make_plan(
+    observed: Observed, scale: Scale, settings: Settings, now: datetime, new_token: str, new_group: Callable[[], str]
+) -> Plan:
+    """What to do about one LLMDeployment.
+
+    Args:
+        observed: the snapshot.
+        scale: how many replicas should run.
+        settings: the operator's.
+        now: the time, UTC.
+        new_token: the worker token to use where there is none yet.
+        new_group: makes the id of a new group.
+    """
+    owner = observed.owner
+    if owner.deleting:
+        return _teardown(observed, scale)
+    try:
+        desired = render(owner, settings.render, observed.token or new_token)
+    except InvalidSpecError as error:
+        return Plan(observed, scale, problem=Problem("InvalidSpec", str(error)))
+    spec = owner.spec
+    if spec is None:
+        raise TypeError("a spec that rendered cannot be missing")
+    if problem := name_conflict(desired, observed):
+        return Plan(observed, scale, desired.revision, problem=problem)
+    actions = []
+    if FINALIZER not in owner.finalizers:
+        # Before anything else, so that nothing is ever made that deletion would not take down in order.
+        reason = "so that deletion lets running requests finish"
+        finalizers = (*owner.finalizers, FINALIZER)
+        actions.append(Action("finalizers", "LLMDeployment", owner.name, reason, uid=owner.uid, finalizers=finalizers))
+    actions += object_actions(desired, observed)
+    return _with_groups(observed, scale, desired, spec, actions, now, new_group)
+
+
+def _with_groups(
+    observed: Observed,
+    scale: Scale,
+    desired: Desired,
+    spec: LLMDeploymentSpec,
+    actions: list[Action],
+    now: datetime,
+    new_group: Callable[[], str],
+) -> Plan:
+    strategy = spec.rollout_strategy
+    surge, unavailable = bounds(strategy.max_surge, strategy.max_unavailable, scale.replicas)
+    groups = plan_groups(observed.pods, scale.replicas, desired.revision, surge, unavailable, now)
+    for creation in groups.creations:
+        body = pod(observed.owner, desired.template, new_group(), failures=creation.failures)
+        actions.append(Action("create", "Pod", body["metadata"]["name"], creation.reason, body=body))
+    for deletion in groups.deletions:
+        actions.append(Action("delete", "Pod", deletion.pod.name, deletion.reason, uid=deletion.pod.uid))
+    return Plan(observed, scale, desired.revision, tuple(actions), groups.pending, retry_after=groups.retry_after)
+
+
+def _teardown(observed: Observed, scale: Scale) -> Plan:
+    """Pods first: they finish what they have begun while the router still stands; then all else; then the finalizer."""
+    owner = observed.owner
+    if FINALIZER not in owner.finalizers:
+        return Plan(observed, scale)
+    reason = "the LLMDeployment is being deleted"
+    if observed.pods:
+        actions = [Action("delete", "Pod", p.name, reason, uid=p.uid) for p in observed.pods if not p.deleting]
+        pending = [
+            PendingAction(action="Wait", target=p.name, reason=f"it finishes its requests on {p.node or 'no node'}")
+            for p in sorted(observed.pods, key=lambda p: p.name)
+        ]
+        return Plan(observed, scale, actions=tuple(actions), pending=tuple(pending))
+    if any(owned(raw, owner) for raw in observed.objects.values()):
+        wait = PendingAction(action="Wait", target="the router's objects", reason="they are being deleted")
+        return Plan(observed, scale, actions=tuple(teardown_actions(observed)), pending=(wait,), retry_after=1.0)
+    left = tuple(finalizer for finalizer in owner.finalizers if finalizer != FINALIZER)
+    done = Action("finalizers", "LLMDeployment", owner.name, "everything is gone", uid=owner.uid, finalizers=left)
+    return Plan(observed, scale, actions=(done,))
