@@ -1,0 +1,142 @@
+"""A uvicorn server that bounds request heads and drains before it stops."""
+
+import asyncio
+import contextlib
+import signal
+import socket
+from collections.abc import Awaitable, Callable, Generator
+from typing import Any
+
+import msgspec
+import uvicorn
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+
+from wherry_protocol.http.asgi import App
+
+MAX_HEAD_BYTES = 64 * 1024
+# Longer than clients keep idle connections (aiohttp: 15 s), so that it is never the server that closes under a request.
+KEEP_ALIVE_S = 75
+_BACKLOG = 2048
+
+
+class AddressError(Exception):
+    """The server cannot listen where it was told to. The message says what to do."""
+
+
+class BoundedHeadProtocol(HttpToolsProtocol):
+    """uvicorn's HTTP/1.1 protocol, with a cap on request line and headers together, which httptools does not have."""
+
+    _in_head = True
+    _head_bytes = 0
+
+    def data_received(self, data: bytes) -> None:
+        """Ends the connection when a head is over the cap."""
+        self._head_bytes += len(data)
+        super().data_received(data)
+        if self._in_head and self._head_bytes > MAX_HEAD_BYTES and not self.transport.is_closing():
+            self._refuse(431, "request_head_too_large", f"request line and headers are over {MAX_HEAD_BYTES} bytes")
+
+    def on_message_begin(self) -> None:
+        super().on_message_begin()
+        self._in_head = True
+
+    def on_headers_complete(self) -> None:
+        self._in_head = False
+        super().on_headers_complete()
+
+    def on_message_complete(self) -> None:
+        super().on_message_complete()
+        self._in_head, self._head_bytes = True, 0
+
+    def send_400_response(self, msg: str) -> None:
+        """A request that is not HTTP gets a JSON answer like every other one."""
+        self._refuse(400, "malformed_http", "this is not a well-formed HTTP/1.1 request")
+
+    def _refuse(self, status: int, code: str, message: str) -> None:
+        error = {"message": message, "type": "invalid_request_error", "param": None, "code": code}
+        body = msgspec.json.encode({"error": error})
+        head = (
+            b"HTTP/1.1 %d Refused\r\ncontent-type: application/json\r\ncontent-length: %d\r\nconnection: close\r\n\r\n"
+        )
+        self.transport.write(head % (status, len(body)) + body)
+        self.transport.close()
+
+
+class _Server(uvicorn.Server):
+    @contextlib.contextmanager
+    def capture_signals(self) -> Generator[None, None, None]:
+        """Signals are ours: they start a drain, not an end."""
+        yield
+
+
+def bind(host: str, port: int) -> socket.socket:
+    """A socket bound to `host` and `port` (0: a free one).
+
+    Raises:
+        AddressError: the port is taken, or the host is not an address of this machine.
+    """
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    sock = socket.socket(family, socket.SOCK_STREAM)
+    try:
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        sock.bind((host, port))
+        sock.listen(_BACKLOG)
+    except (OSError, OverflowError) as error:
+        sock.close()
+        reason = getattr(error, "strerror", None) or str(error)
+        hint = "choose another with --port" if "in use" in reason else "choose another with --host or --port"
+        raise AddressError(f"cannot listen on {host}:{port}: {reason}; {hint}") from None
+    sock.setblocking(False)
+    return sock
+
+
+def url_of(sock: socket.socket) -> str:
+    """http://host:port of a bound socket."""
+    host, port = sock.getsockname()[:2]
+    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+
+
+async def serve(app: App, sock: socket.socket, stop: asyncio.Event, drain: Callable[[], Awaitable[None]]) -> None:
+    """Serves `app` on `sock` until `stop` is set, goes on serving while `drain` runs, then closes.
+
+    What still runs after `drain` is cancelled, so its time limit is the limit of the whole.
+    """
+    options: dict[str, Any] = {"lifespan": "off", "ws": "none", "log_config": None, "access_log": False}
+    config = uvicorn.Config(
+        app,
+        http=BoundedHeadProtocol,
+        server_header=False,
+        proxy_headers=False,
+        timeout_keep_alive=KEEP_ALIVE_S,
+        timeout_graceful_shutdown=1,
+        backlog=_BACKLOG,
+        **options,
+    )
+    server = _Server(config)
+    serving = asyncio.create_task(server.serve(sockets=[sock]))
+    stopping = asyncio.create_task(stop.wait())
+    try:
+        await asyncio.wait({serving, stopping}, return_when=asyncio.FIRST_COMPLETED)
+        await drain()
+    finally:
+        stopping.cancel()
+        server.should_exit = True
+        await serving
+
+
+def stop_on_signals(stop: asyncio.Event) -> None:
+    """SIGTERM and SIGINT set `stop`."""
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, stop.set)
+
+
+async def drained(in_flight: Callable[[], int], timeout_s: float, grace_s: float = 0.0) -> bool:
+    """Waits until nothing is in flight, at least `grace_s` and at most `timeout_s`. False: time ran out."""
+    loop = asyncio.get_running_loop()
+    began = loop.time()
+    while loop.time() - began < grace_s or in_flight() > 0:
+        if loop.time() - began >= timeout_s:
+            return False
+        await asyncio.sleep(0.02)
+    return True

@@ -1,0 +1,126 @@
+"""`wherry-router`: the OpenAI API in front of workers."""
+
+import argparse
+import asyncio
+import contextlib
+import logging
+import os
+import socket
+import sys
+
+import uvloop
+from prometheus_client import CollectorRegistry
+
+from wherry_protocol.http.logs import set_up
+from wherry_protocol.http.server import AddressError, bind, serve, stop_on_signals, url_of
+from wherry_protocol.naming import ENV_WORKER_TOKEN, ROUTER_PORT
+from wherry_router.app import RouterApp
+from wherry_router.discovery.endpoints import EndpointPoll, parse_endpoints
+from wherry_router.metrics import RouterMetrics
+from wherry_router.pool import Pool
+from wherry_router.replicas import Replicas
+from wherry_router.settings import Limits
+from wherry_router.upstream import Upstream
+
+log = logging.getLogger("wherry.router")
+
+ENV_API_KEY = "WHERRY_API_KEY"
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="wherry-router", allow_abbrev=False, description=__doc__)
+    where = parser.add_mutually_exclusive_group(required=True)
+    where.add_argument("--deployment", help="watch the pods of this LLMDeployment")
+    where.add_argument("--endpoints", type=parse_endpoints, help="workers, as http://host:port,http://host:port")
+    parser.add_argument("--namespace", help="the LLMDeployment's namespace (default: $POD_NAMESPACE, else `default`)")
+    parser.add_argument("--kubeconfig", help="default: $KUBECONFIG, else in-cluster, else ~/.kube/config")
+    parser.add_argument("--model", required=True, help="the model name that clients ask for")
+    parser.add_argument("--host", default="127.0.0.1", help="address to listen on (default: %(default)s)")
+    parser.add_argument("--port", type=int, default=ROUTER_PORT, help="0: a free one (default: %(default)s)")
+    parser.add_argument(
+        "--drain-timeout-s",
+        type=float,
+        default=300,
+        help="seconds that running answers get after SIGTERM (%(default)s)",
+    )
+    parser.add_argument(
+        "--drain-grace-s", type=float, default=2, help="seconds that new requests are taken after SIGTERM (%(default)s)"
+    )
+    defaults = Limits()
+    for name, text in (
+        ("max_body_bytes", "bytes of a request's body"),
+        ("max_concurrent", "requests at a time; over it the answer is 429"),
+        ("first_token_timeout_s", "seconds from a request to its first token"),
+        ("no_replica_wait_s", "seconds that a request waits while no replica is ready"),
+        ("max_tries", "replicas that one request may be tried on"),
+        ("stall_s", "seconds of silence after which a worker is asked whether it is alive"),
+    ):
+        default = getattr(defaults, name)
+        flag = "--" + name.replace("_", "-")
+        parser.add_argument(flag, type=type(default), default=default, help=f"{text} (default: {default})")
+    return parser
+
+
+async def _discovery(
+    args: argparse.Namespace, upstream: Upstream, pool: Pool, stack: contextlib.AsyncExitStack
+) -> None:
+    if args.endpoints:
+        await EndpointPoll(args.endpoints, args.model, upstream, pool).run()
+        return
+    # Imported late: the Kubernetes client takes a second, and --endpoints does not need it.
+    from wherry_router.discovery.watch import PodWatch, api_client
+
+    api = await stack.enter_async_context(await api_client(args.kubeconfig))
+    namespace = args.namespace or os.environ.get("POD_NAMESPACE") or "default"
+    await PodWatch(api, namespace, args.deployment, pool).run()
+
+
+async def _run(args: argparse.Namespace, sock: socket.socket) -> int:
+    limits = Limits(
+        **{name: getattr(args, name) for name in Limits.__struct_fields__ if hasattr(args, name)},
+    )
+    registry = CollectorRegistry()
+    metrics = RouterMetrics(registry)
+    stop = asyncio.Event()
+    stop_on_signals(stop)
+    status = 0
+
+    def discovery_ended(task: asyncio.Task[None]) -> None:
+        # It never ends by itself; without it the router would go blind, so it goes down and is started anew.
+        nonlocal status
+        if not task.cancelled() and not stop.is_set():
+            log.critical("discovery failed", exc_info=task.exception())
+            status = 1
+            stop.set()
+
+    async with contextlib.AsyncExitStack() as stack:
+        upstream = Upstream(os.environ.get(ENV_WORKER_TOKEN), limits)
+        stack.push_async_callback(upstream.close)
+        backend = Replicas(upstream, limits, metrics)
+        stack.push_async_callback(backend.close)
+        app = RouterApp(backend, args.model, limits, metrics, registry, os.environ.get(ENV_API_KEY))
+        discovery = asyncio.create_task(_discovery(args, upstream, backend.pool, stack))
+        discovery.add_done_callback(discovery_ended)
+        log.info("listening", extra={"fields": {"url": url_of(sock), "model": args.model}})
+        await serve(app, sock, stop, lambda: app.drain(args.drain_timeout_s, args.drain_grace_s))
+        discovery.cancel()
+        await asyncio.gather(discovery, return_exceptions=True)
+    return status
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Runs until SIGTERM. Exits with 0, 1 (discovery failed) or 2 (the settings are wrong)."""
+    args = _parser().parse_args(argv)
+    set_up()
+    try:
+        sock = bind(args.host, args.port)
+    except AddressError as error:
+        sys.stderr.write(f"wherry-router: {error}\n")
+        sys.exit(2)
+    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+        status = runner.run(_run(args, sock))
+    sys.exit(status)
+
+
+if __name__ == "__main__":
+    main()

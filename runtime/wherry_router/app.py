@@ -1,0 +1,111 @@
+"""The router's ASGI app: hot routes by hand, the rest through FastAPI, errors in OpenAI's shape everywhere."""
+
+import logging
+import time
+
+from prometheus_client import CollectorRegistry
+
+from wherry_protocol.http.asgi import (
+    BodyTimeout,
+    BodyTooLarge,
+    ClientGone,
+    Headers,
+    Message,
+    Receive,
+    Scope,
+    Send,
+    correlation_id,
+    respond,
+    respond_unread,
+)
+from wherry_protocol.http.auth import TokenGuard
+from wherry_protocol.http.server import drained
+from wherry_protocol.openai.errors import ApiError, method_not_allowed, too_large, unauthorized
+from wherry_router.backend import Backend
+from wherry_router.completions import Completions
+from wherry_router.metrics import RouterMetrics
+from wherry_router.settings import Limits
+from wherry_router.surface import HOT_ROUTES, make_surface
+
+log = logging.getLogger("wherry.router")
+
+_HOT = {path.encode(): (path.removeprefix("/v1/"), kind) for path, kind in HOT_ROUTES.items()}
+_OPEN = frozenset({b"/healthz", b"/readyz", b"/metrics"})
+
+
+class RouterApp:
+    """The OpenAI API over `backend`. `api_key`: what clients must send, None for nothing."""
+
+    def __init__(
+        self,
+        backend: Backend,
+        model: str,
+        limits: Limits,
+        metrics: RouterMetrics,
+        registry: CollectorRegistry,
+        api_key: str | None = None,
+    ) -> None:
+        self._backend = backend
+        self._limits = limits
+        self._metrics = metrics
+        self._guard = TokenGuard(api_key, _OPEN)
+        self._completions = Completions(backend, model, limits, metrics)
+        self._surface = make_surface(model, int(time.time()), self._unready, registry)
+        self._draining = False
+
+    def _unready(self) -> str | None:
+        return "the router is shutting down" if self._draining else self._backend.unready()
+
+    async def drain(self, timeout_s: float, grace_s: float) -> None:
+        """Says that it is not ready, goes on answering for `grace_s` (until no new client is sent here) and until the
+        running answers are done, `timeout_s` at most."""
+        self._draining = True
+        log.info("draining", extra={"fields": {"in_flight": self._completions.in_flight}})
+        if not await drained(lambda: self._completions.in_flight, timeout_s, grace_s):
+            log.warning("drain timed out", extra={"fields": {"cut": self._completions.in_flight}})
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """One request."""
+        correlation = correlation_id(scope)
+        value = correlation.encode()
+        headers: Headers = [(b"x-request-id", value), (b"x-correlation-id", value)]
+        if self._draining:
+            # The client's next request goes to another router.
+            headers.append((b"connection", b"close"))
+        began = time.perf_counter()
+        route, kind = _HOT.get(scope["raw_path"], ("other", None))
+        error: ApiError | None = None
+        try:
+            if not self._guard.allows(scope):
+                raise unauthorized()
+            if kind is None:
+                await self._surface(scope, receive, _with_headers(send, headers))
+                return
+            if scope["method"] != "POST":
+                raise method_not_allowed(scope["method"], scope["path"])
+            status = await self._completions(kind, scope, receive, send, correlation, headers)
+        except ClientGone:
+            status = 499
+        except BodyTooLarge:
+            status = 413
+            limit = self._limits.max_body_bytes
+            await respond_unread(receive, send, status, too_large(limit).body(), limit, headers)
+        except BodyTimeout:
+            error = ApiError(408, "timeout", "The body did not arrive in time.")
+        except ApiError as refused:
+            error = refused
+        if error is not None:
+            status = error.status
+            await respond(send, status, error.body(), headers=[*headers, *error.headers()])
+        self._metrics.answered(route, status)
+        fields = {"route": route, "status": status, "correlation_id": correlation}
+        log.info("request", extra={"fields": fields | {"seconds": round(time.perf_counter() - began, 4)}})
+
+
+def _with_headers(send: Send, headers: Headers) -> Send:
+    async def send_with(message: Message) -> None:
+        if message["type"] == "http.response.start":
+            message["headers"] = [*message.get("headers", ()), *headers]
+        await send(message)
+
+    return send_with

@@ -1,0 +1,187 @@
+"""The hot path: /v1/chat/completions and /v1/completions, from a client's bytes to a client's bytes."""
+
+import asyncio
+import logging
+import os
+import time
+from collections.abc import AsyncGenerator
+from contextlib import aclosing
+
+from wherry_protocol.http.asgi import CancelOnDisconnect, Headers, Receive, Scope, Send, read_body, respond
+from wherry_protocol.openai.answers import Choice, Usage, cancelled, failure, whole
+from wherry_protocol.openai.errors import ApiError, model_not_found
+from wherry_protocol.openai.requests import ChatCompletionRequest, CompletionRequest, Request, parse
+from wherry_protocol.openai.stream import DONE, Chunks
+from wherry_protocol.openai.translate import to_execute
+from wherry_protocol.worker import End, ErrorEvent, Event, Started, Token
+from wherry_router.backend import Backend
+from wherry_router.merge import merge
+from wherry_router.metrics import RouterMetrics
+from wherry_router.settings import Limits
+
+log = logging.getLogger("wherry.router")
+
+Kind = type[ChatCompletionRequest] | type[CompletionRequest]
+_STREAM: Headers = [
+    (b"content-type", b"text/event-stream; charset=utf-8"),
+    (b"cache-control", b"no-cache"),
+    (b"x-accel-buffering", b"no"),
+]
+
+
+class Answer:
+    """One request being answered: what every step needs to know of it."""
+
+    def __init__(self, request: Request, correlation: str, headers: Headers, began: float) -> None:
+        self.chat = isinstance(request, ChatCompletionRequest)
+        self.request = request
+        self.id = ("chatcmpl-" if self.chat else "cmpl-") + os.urandom(12).hex()
+        self.created = int(time.time())
+        self.correlation = correlation
+        self.headers = headers
+        self.began = began
+        self.usage = Usage()
+        self.n = request.n or 1
+
+    def count(self, index: int, end: End) -> None:
+        """Adds a choice to the usage; the choices of one prompt share it."""
+        self.usage.add(end, with_prompt=index % self.n == 0)
+
+
+class Completions:
+    """Answers both kinds of request from one backend."""
+
+    def __init__(self, backend: Backend, model: str, limits: Limits, metrics: RouterMetrics) -> None:
+        self._backend = backend
+        self._model = model
+        self._limits = limits
+        self._metrics = metrics
+        self.in_flight = 0
+        metrics.in_flight.set_function(lambda: self.in_flight)
+
+    async def __call__(
+        self, kind: Kind, scope: Scope, receive: Receive, send: Send, correlation: str, headers: Headers
+    ) -> int:
+        """Answers one request; returns the HTTP status, or 499 where the client left.
+
+        Raises:
+            ApiError: nothing was sent yet.
+            BodyTooLarge, BodyTimeout, ClientGone: from reading the body.
+        """
+        if self.in_flight >= self._limits.max_concurrent:
+            raise ApiError(429, "too_many_requests", "The router is answering all it may at a time.", retry_after_s=1)
+        self.in_flight += 1
+        try:
+            began = time.perf_counter()
+            body = await read_body(scope, receive, self._limits.max_body_bytes, self._limits.body_timeout_s)
+            request = (
+                parse(ChatCompletionRequest, body) if kind is ChatCompletionRequest else parse(CompletionRequest, body)
+            )
+            if request.model != self._model:
+                raise model_not_found(request.model, self._model)
+            answer = Answer(request, correlation, headers, began)
+            guard = CancelOnDisconnect(receive)
+            async with guard:
+                await (self._stream(answer, send) if request.stream else self._whole(answer, send))
+            if guard.gone:
+                self._metrics.disconnects.inc()
+                return 499
+            return 200
+        finally:
+            self.in_flight -= 1
+
+    def _generate(self, answer: Answer, *, replayable: bool) -> AsyncGenerator[tuple[int, Event], None]:
+        requests = to_execute(answer.request, answer.id)
+        return merge([self._backend.generate(r, answer.correlation, replayable=replayable) for r in requests])
+
+    async def _whole(self, answer: Answer, send: Send) -> None:
+        request = answer.request
+        logprobs = bool(request.logprobs) if answer.chat else request.logprobs is not None
+        prompts = 1 if isinstance(request, ChatCompletionRequest) else len(request.prompt)
+        choices = [Choice(index, chat=answer.chat, logprobs=logprobs) for index in range(prompts * answer.n)]
+        async with aclosing(self._generate(answer, replayable=True)) as events:
+            async for index, event in events:
+                if type(event) is Started:
+                    choices[index].restart()
+                choices[index].feed(event)
+                if type(event) is End:
+                    answer.count(index, event)
+        body = whole(answer.id, answer.created, self._model, choices, answer.usage, chat=answer.chat)
+        await respond(send, 200, body, headers=answer.headers)
+
+    async def _stream(self, answer: Answer, send: Send) -> None:
+        options = answer.request.stream_options
+        include_usage = options is not None and bool(options.include_usage)
+        chunks = Chunks(answer.id, answer.created, self._model, chat=answer.chat, include_usage=include_usage)
+        stream = _Stream(answer, chunks, send, self._metrics)
+        try:
+            async with aclosing(self._generate(answer, replayable=False)) as events:
+                async for index, event in events:
+                    await stream.feed(index, event)
+        except ApiError as error:
+            if not stream.open:
+                raise
+            await stream.write(chunks.error(error))
+        except asyncio.CancelledError:
+            # Either the client left, and nobody reads this, or the drain's time is over, and somebody does.
+            if stream.open:
+                await send(
+                    {"type": "http.response.body", "body": chunks.error(failure(cancelled())), "more_body": False}
+                )
+            raise
+        else:
+            await stream.write((chunks.usage(answer.usage) if include_usage else b"") + DONE)
+        await send({"type": "http.response.body", "body": b""})
+
+
+class _Stream:
+    """Writes events as they come. The response starts with the first token, so that until then an error has its status."""
+
+    def __init__(self, answer: Answer, chunks: Chunks, send: Send, metrics: RouterMetrics) -> None:
+        self._answer = answer
+        self._chunks = chunks
+        self._send = send
+        self._metrics = metrics
+        self._last = 0.0
+        self._begun: set[int] = set()
+        self.open = False
+
+    async def write(self, data: bytes) -> None:
+        """One piece to the client; waits while the client is slow."""
+        await self._send({"type": "http.response.body", "body": data, "more_body": True})
+
+    async def feed(self, index: int, event: Event) -> None:
+        """Passes an event on."""
+        kind = type(event)
+        if kind is Token:
+            self._time()
+            data = self._chunks.token(index, event)  # type: ignore[arg-type]
+        elif kind is End:
+            if event.finish_reason == "cancelled":  # type: ignore[union-attr]
+                raise failure(cancelled())
+            self._answer.count(index, event)  # type: ignore[arg-type]
+            data = self._chunks.end(index, event)  # type: ignore[arg-type]
+        elif kind is ErrorEvent:
+            raise failure(event)  # type: ignore[arg-type]
+        else:
+            return
+        if index not in self._begun:
+            data = await self._begin(index) + data
+        if data:
+            await self.write(data)
+
+    async def _begin(self, index: int) -> bytes:
+        self._begun.add(index)
+        if not self.open:
+            self.open = True
+            headers = [*_STREAM, *self._answer.headers]
+            await self._send({"type": "http.response.start", "status": 200, "headers": headers})
+        return self._chunks.first(index)
+
+    def _time(self) -> None:
+        now = time.perf_counter()
+        if self._last:
+            self._metrics.inter_token.observe(now - self._last)
+        else:
+            self._metrics.ttft.observe(now - self._answer.began)
+        self._last = now

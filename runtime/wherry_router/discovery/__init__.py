@@ -1,0 +1,1 @@
+"""Finding replicas: by watching pods, or from a list of endpoints."""

@@ -1,0 +1,158 @@
+"""One try of one request on one worker."""
+
+import asyncio
+import time
+from collections.abc import AsyncGenerator
+
+import aiohttp
+import msgspec
+
+from wherry_protocol.openai.errors import ApiError
+from wherry_protocol.sse import decode_frame, frames
+from wherry_protocol.worker import End, ErrorEvent, Event, LoadReport, Token
+from wherry_router.pool import Replica
+from wherry_router.settings import Limits
+from wherry_router.watchdog import Watchdog
+
+_decode_error = msgspec.json.Decoder(ErrorEvent).decode
+_decode_load = msgspec.json.Decoder(LoadReport).decode
+_JSON = "application/json"
+_MAX_REFUSAL = 64 * 1024
+
+
+class WorkerFault(Exception):
+    """The worker failed, not the request. `reason` is one of a few words, for metrics."""
+
+    def __init__(self, reason: str, detail: str, *, suspect: bool = True) -> None:
+        super().__init__(f"{reason}: {detail}")
+        self.reason = reason
+        self.suspect = suspect
+
+
+class QueueFull(WorkerFault):
+    """The worker is well and has no room. `refusal` is what the client gets when every replica says so."""
+
+    def __init__(self, refusal: ApiError) -> None:
+        super().__init__("queue_full", refusal.message, suspect=False)
+        self.refusal = refusal
+
+
+class Upstream:
+    """Speaks the worker API over pooled connections."""
+
+    def __init__(self, token: str | None, limits: Limits) -> None:
+        self._limits = limits
+        self._headers = {"content-type": _JSON} | ({"authorization": f"Bearer {token}"} if token else {})
+        timeout = aiohttp.ClientTimeout(total=None, connect=None, sock_connect=limits.connect_timeout_s)
+        self._session = aiohttp.ClientSession(
+            connector=aiohttp.TCPConnector(limit=0, keepalive_timeout=15),
+            timeout=timeout,
+            read_bufsize=2**16,
+            auto_decompress=False,
+            cookie_jar=aiohttp.DummyCookieJar(),
+            headers={"accept": "text/event-stream", "user-agent": "wherry-router"},
+            skip_auto_headers=("accept-encoding",),
+        )
+
+    async def close(self) -> None:
+        """Closes every connection."""
+        await self._session.close()
+
+    async def ask(self, url: str, path: str) -> bool:
+        """Whether a GET of `path` answers 200 in time."""
+        timeout = aiohttp.ClientTimeout(total=self._limits.probe_timeout_s)
+        try:
+            async with self._session.get(url + path, timeout=timeout) as response:
+                return response.status == 200
+        except (aiohttp.ClientError, OSError, TimeoutError):
+            return False
+
+    async def load(self, url: str) -> LoadReport | None:
+        """The worker's load; None: it does not tell."""
+        timeout = aiohttp.ClientTimeout(total=self._limits.probe_timeout_s)
+        try:
+            async with self._session.get(url + "/load", headers=self._headers, timeout=timeout) as response:
+                return _decode_load(await response.read()) if response.status == 200 else None
+        except (aiohttp.ClientError, OSError, TimeoutError, msgspec.DecodeError):
+            return None
+
+    async def execute(
+        self, replica: Replica, body: bytes, correlation_id: str, deadline: float
+    ) -> AsyncGenerator[Event, None]:
+        """The worker's events. `deadline` (loop time) is for the first token. Closing the generator cancels it.
+
+        Raises:
+            WorkerFault: the worker is gone, frozen, not ready, full, or does not speak the protocol.
+            ApiError: the worker refused the request itself, or the deadline passed.
+        """
+        url = replica.endpoint.url
+        headers = {**self._headers, "x-correlation-id": correlation_id}
+        limit = asyncio.timeout(None)
+        began = time.monotonic()
+
+        def abort() -> None:
+            limit.reschedule(0)
+
+        watchdog = Watchdog(self._limits.stall_s, deadline, lambda: self.ask(url, "/health"), abort)
+        try:
+            # A timeout must not span a yield, so this one ends with the response's headers.
+            async with limit:
+                response = await self._session.post(replica.execute_url, data=body, headers=headers)
+            watchdog.abort = response.close
+            async with response:
+                if response.status != 200:
+                    raise await _refusal(response)
+                async for event in _events(response, watchdog):
+                    yield event
+        except (aiohttp.ClientError, OSError, TimeoutError, msgspec.DecodeError) as error:
+            raise _fault(error, watchdog, time.monotonic() - began) from None
+        finally:
+            watchdog.stop()
+
+
+async def _events(response: aiohttp.ClientResponse, watchdog: Watchdog) -> AsyncGenerator[Event, None]:
+    ended = False
+    async for frame in frames(response.content.iter_any()):
+        watchdog.touch()
+        event = decode_frame(frame)
+        if event is None:
+            continue
+        kind = type(event)
+        if kind is Token:
+            watchdog.first_token()
+        elif kind is End or kind is ErrorEvent:
+            ended = True
+        # Reading goes on to the end of the body, which gives the connection back to the pool.
+        yield event
+    if not ended:
+        raise aiohttp.ClientPayloadError("the stream ended before the answer did")
+
+
+def _fault(error: Exception, watchdog: Watchdog, seconds: float) -> Exception:
+    if watchdog.expired:
+        return ApiError(504, "first_token_timeout", f"No token came within {seconds:.0f} s.", retry_after_s=5)
+    if watchdog.lost:
+        return WorkerFault("frozen", "no event, and no answer to /health")
+    if isinstance(error, aiohttp.ClientConnectorError | aiohttp.ConnectionTimeoutError):
+        return WorkerFault("unreachable", str(error))
+    if isinstance(error, msgspec.DecodeError):
+        return WorkerFault("protocol", str(error))
+    return WorkerFault("lost", str(error) or type(error).__name__)
+
+
+async def _refusal(response: aiohttp.ClientResponse) -> Exception:
+    """What to raise for an answer other than 200."""
+    status = response.status
+    try:
+        event = _decode_error(await response.content.read(_MAX_REFUSAL))
+    except msgspec.DecodeError:
+        event = ErrorEvent(code="worker_error", message=f"the worker answered {status}")
+    if status == 429:
+        after = response.headers.get("retry-after", "1")
+        return QueueFull(ApiError(429, event.code, event.message, retry_after_s=int(after) if after.isdigit() else 1))
+    if status == 401:
+        # The router's own token is wrong: nothing that the client could mend.
+        return WorkerFault("unauthorized", "the worker refused the router's token", suspect=False)
+    if status >= 500:
+        return WorkerFault("not_ready" if status == 503 else "worker_error", event.message, suspect=status == 503)
+    return ApiError(status, event.code, event.message, param=event.param)

@@ -1,0 +1,39 @@
+"""`wherry-runtime`: one engine behind the worker API."""
+
+import asyncio
+import sys
+
+import uvloop
+
+from wherry_protocol.engine_config import EngineConfig, from_args
+from wherry_protocol.http.logs import set_up
+from wherry_protocol.http.server import AddressError, bind
+from wherry_runtime.server.lifecycle import tell_why
+from wherry_runtime.server.run import SettingsError, run, worker_token
+from wherry_runtime.server.surface import Engine
+
+
+def _engine(config: EngineConfig) -> Engine:
+    # Imported late: a mistake in the settings is told before torch is loaded.
+    from wherry_runtime.engine.async_engine import AsyncEngine
+
+    return AsyncEngine(config)
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Runs until SIGTERM. Exits with 0, 1 (the model cannot be loaded) or 2 (the settings are wrong)."""
+    config = from_args(sys.argv[1:] if argv is None else argv)
+    set_up()
+    try:
+        token = worker_token(config.host)
+        sock = bind(config.host, config.port)
+    except (SettingsError, AddressError) as error:
+        tell_why(f"{error}")
+        sys.exit(2)
+    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+        status = runner.run(run(_engine(config), config, sock, token))
+    sys.exit(status)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,95 @@
+"""A worker's life: loading, ready, draining, gone; or loading, failed."""
+
+import asyncio
+import contextlib
+import logging
+import os
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Literal
+
+from wherry_protocol.http.server import drained
+from wherry_runtime.server.surface import Engine
+
+log = logging.getLogger("wherry.worker")
+
+State = Literal["loading", "ready", "draining", "failed"]
+ENV_TERMINATION_LOG = "WHERRY_TERMINATION_LOG"
+# The longest that one step may take. A loop that has not gone round for longer is hung, whatever HTTP still answers.
+MAX_HEARTBEAT_AGE_S = 60.0
+EXIT_MODEL = 1
+
+
+class Lifecycle:
+    """The state, and how many requests run."""
+
+    def __init__(self) -> None:
+        self.state: State = "loading"
+        self.reason = "Loading"
+        self.message = "the model is being loaded"
+        self.stop = asyncio.Event()
+        self.in_flight = 0
+        self._loaded = False
+
+    def _enter(self, state: State, reason: str, message: str) -> None:
+        self.state, self.reason, self.message = state, reason, message
+        log.info("state", extra={"fields": {"state": state, "reason": reason, "detail": message}})
+
+    @contextlib.contextmanager
+    def running(self) -> Iterator[None]:
+        """Counts a request for as long as it runs."""
+        self.in_flight += 1
+        try:
+            yield
+        finally:
+            self.in_flight -= 1
+
+    def ready(self) -> tuple[int, dict[str, str]]:
+        """Status and body of `/ready`."""
+        body = {"state": self.state, "reason": self.reason, "message": self.message}
+        return (200 if self.state == "ready" else 503), body
+
+    def health(self, engine: Engine) -> tuple[int, dict[str, object]]:
+        """Status and body of `/health`: while loading there is no step loop yet; later its heartbeat decides."""
+        if not self._loaded:
+            return 200, {"state": self.state}
+        age = engine.heartbeat_age()
+        return (200 if age < MAX_HEARTBEAT_AGE_S else 503), {"state": self.state, "heartbeat_age_s": age}
+
+    async def load(self, engine: Engine) -> bool:
+        """Loads the model. False: it cannot be loaded; the reason went to the termination log and to stderr."""
+        try:
+            await engine.start()
+        except Exception as error:
+            code = getattr(error, "code", None)
+            if code is None:
+                log.exception("loading failed")
+            reason = str(code or type(error).__name__)
+            message = str(getattr(error, "message", None) or error)
+            self._enter("failed", reason, message)
+            tell_why(f"{reason}: {message}")
+            return False
+        self._loaded = True
+        if self.state == "loading":
+            self._enter("ready", "Ready", "")
+        return True
+
+    async def drain(self, timeout_s: float) -> None:
+        """Takes no more requests and waits for the running ones, `timeout_s` at most."""
+        if self.state == "failed":
+            return
+        self._enter("draining", "Draining", "the worker is shutting down")
+        if not await drained(lambda: self.in_flight, timeout_s):
+            log.warning("drain timed out", extra={"fields": {"cut": self.in_flight, "drain_timeout_s": timeout_s}})
+
+
+def tell_why(message: str) -> None:
+    """Leaves the reason of an exit where Kubernetes looks for it (one line), and on stderr."""
+    line = " ".join(message.split())
+    sys.stderr.write(f"wherry-runtime: {line}\n")
+    path = Path(os.environ.get(ENV_TERMINATION_LOG, "/dev/termination-log"))
+    # Kubernetes makes the file; elsewhere /dev must not get a new one.
+    if ENV_TERMINATION_LOG in os.environ or path.exists():
+        with contextlib.suppress(OSError):
+            path.write_text(line[:4000])

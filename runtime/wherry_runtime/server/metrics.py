@@ -1,0 +1,97 @@
+"""The worker's Prometheus metrics: the meanings of vLLM's, which dashboards know, under the prefix `wherry_`.
+
+Gauges and token counters are read from the engine when Prometheus scrapes; only latencies are observed per request.
+"""
+
+from collections.abc import Callable, Iterator
+
+from prometheus_client import CollectorRegistry, Counter, Histogram
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client.registry import Collector
+
+from wherry_protocol.worker import LoadReport
+
+LABEL = "model_name"
+
+TTFT_BUCKETS = (0.005, 0.01, 0.02, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120)
+INTER_TOKEN_BUCKETS = (0.0025, 0.005, 0.01, 0.02, 0.03, 0.05, 0.075, 0.1, 0.2, 0.5, 1, 2.5)
+E2E_BUCKETS = (0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 20, 30, 60, 120, 300, 600)
+
+_FROM_LOAD: tuple[tuple[type[Metric], str, str, Callable[[LoadReport], float]], ...] = (
+    (GaugeMetricFamily, "num_requests_running", "Requests in the running batch.", lambda load: load.running),
+    (GaugeMetricFamily, "num_requests_waiting", "Requests in the queue.", lambda load: load.waiting),
+    (GaugeMetricFamily, "num_requests_max", "Requests that fit into the batch.", lambda load: load.max_running),
+    (
+        GaugeMetricFamily,
+        "kv_cache_usage_perc",
+        "Share of the KV cache in use, 0 to 1.",
+        lambda load: load.kv_tokens_used / max(load.kv_tokens_total, 1),
+    ),
+    (GaugeMetricFamily, "kv_cache_tokens", "Tokens that fit into the KV cache.", lambda load: load.kv_tokens_total),
+    (GaugeMetricFamily, "engine_ready", "1 when the model is loaded and requests are taken.", lambda load: load.ready),
+    (
+        GaugeMetricFamily,
+        "engine_heartbeat_age_seconds",
+        "Seconds since the step loop last went round.",
+        lambda load: load.heartbeat_age_s,
+    ),
+    (CounterMetricFamily, "prompt_tokens", "Prompt tokens processed.", lambda load: load.prompt_tokens_total),
+    (CounterMetricFamily, "generation_tokens", "Tokens generated.", lambda load: load.completion_tokens_total),
+    (
+        CounterMetricFamily,
+        "prefix_cache_hits",
+        "Prompt tokens found in the prefix cache.",
+        lambda load: load.prefix_hit_tokens_total,
+    ),
+    (CounterMetricFamily, "num_preemptions", "Requests put back into the queue.", lambda load: load.preemptions_total),
+    (CounterMetricFamily, "engine_steps", "Steps of the engine.", lambda load: load.steps_total),
+)
+
+
+class _LoadCollector(Collector):
+    def __init__(self, model: str, load: Callable[[], LoadReport | None]) -> None:
+        self._model = model
+        self._load = load
+
+    def describe(self) -> Iterator[Metric]:
+        for family, name, text, _ in _FROM_LOAD:
+            yield family("wherry_" + name, text, labels=[LABEL])  # type: ignore[call-arg]
+
+    def collect(self) -> Iterator[Metric]:
+        load = self._load()
+        if load is None:
+            return
+        for metric, (_, _, _, read) in zip(self.describe(), _FROM_LOAD, strict=True):
+            metric.add_metric([self._model], float(read(load)))  # type: ignore[attr-defined]
+            yield metric
+
+
+class WorkerMetrics:
+    """Every metric of a worker, in `registry`. `load` is called on each scrape; None while there is no engine."""
+
+    def __init__(self, registry: CollectorRegistry, model: str, load: Callable[[], LoadReport | None]) -> None:
+        registry.register(_LoadCollector(model, load))
+        label = [LABEL]
+
+        def histogram(name: str, text: str, buckets: tuple[float, ...]) -> Histogram:
+            return Histogram(name, text, label, registry=registry, buckets=buckets).labels(model)
+
+        self.ttft = histogram("wherry_time_to_first_token_seconds", "Arrival to the first token.", TTFT_BUCKETS)
+        self.inter_token = histogram(
+            "wherry_inter_token_latency_seconds", "Between two tokens of an answer.", INTER_TOKEN_BUCKETS
+        )
+        self.e2e = histogram("wherry_e2e_request_latency_seconds", "Arrival to the last token.", E2E_BUCKETS)
+        self.queue = histogram("wherry_request_queue_time_seconds", "Time in the queue.", E2E_BUCKETS)
+        self._success = Counter(
+            "wherry_request_success", "Answers that ended.", [*label, "finished_reason"], registry=registry
+        )
+        self._refused = Counter("wherry_request_refused", "Requests refused.", [*label, "code"], registry=registry)
+        self._model = model
+
+    def ended(self, reason: str) -> None:
+        """Counts an answer by why it ended."""
+        self._success.labels(self._model, reason).inc()
+
+    def refused(self, status: int) -> None:
+        """Counts a refusal by its HTTP status."""
+        self._refused.labels(self._model, str(status)).inc()

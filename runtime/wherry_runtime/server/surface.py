@@ -1,0 +1,56 @@
+"""What the worker's HTTP server asks of an engine. `wherry_runtime.engine.async_engine.AsyncEngine` has this shape."""
+
+from collections.abc import AsyncGenerator, AsyncIterator
+from typing import Protocol, cast, runtime_checkable
+
+from wherry_protocol.worker import ErrorEvent, Event, ExecuteRequest, LoadReport
+
+
+class Engine(Protocol):
+    """One engine: loads a model, then runs requests. Every method is called on the server's event loop."""
+
+    @property
+    def max_model_len(self) -> int:
+        """Tokens of prompt and answer together, at most."""
+
+    async def start(self) -> None:
+        """Loads the model. Raises an error that carries `code` and `message` when it cannot."""
+
+    def generate(self, request: ExecuteRequest) -> AsyncIterator[Event]:
+        """The events of one request; closing the iterator cancels it. Raises a `Refusal` before the first event."""
+
+    def cancel(self, request_id: str) -> bool:
+        """Ends a request. False: there is none with this id."""
+
+    def load(self) -> LoadReport:
+        """How busy it is now."""
+
+    def heartbeat_age(self) -> float:
+        """Seconds since the step loop last went round; it also goes round while idle."""
+
+    async def close(self) -> None:
+        """Ends every request and frees the model."""
+
+
+@runtime_checkable
+class Refusal(Protocol):
+    """An error of the engine about one request: it never ran."""
+
+    code: str
+    status: int
+    message: str
+    param: str | None
+    retryable: bool
+
+
+def refusal(error: Exception) -> tuple[int, ErrorEvent] | None:
+    """The HTTP status and body for an error that `generate` raised; None: it is a fault, not a refusal."""
+    if not isinstance(error, Refusal):
+        return None
+    event = ErrorEvent(code=error.code, message=error.message, retryable=error.retryable, param=error.param)
+    return error.status, event
+
+
+def events_of(engine: Engine, request: ExecuteRequest) -> AsyncGenerator[Event, None]:
+    """The engine's events as a generator, which can be closed."""
+    return cast("AsyncGenerator[Event, None]", engine.generate(request))
