@@ -1,8 +1,11 @@
 """`wherry-operator`: puts the parts together and runs them until SIGTERM."""
 
 import asyncio
+import contextlib
+import functools
 import json
 import logging
+import signal
 import sys
 from typing import Any
 
@@ -74,49 +77,49 @@ async def lead(election: Election, controller: Controller) -> None:
 
 
 async def run(settings: OperatorSettings) -> None:
-    """The operator's life."""
+    """The operator's life, until cancelled."""
     lease_api = await Api.connect(settings.kubeconfig)
     election = Election(lease_api, settings.leader_election_namespace, settings.leader_election_name, settings.identity)
     may_write = election.leading if settings.leader_election else lambda: True
     api = await Api.connect(settings.kubeconfig, may_write)
-    stop = asyncio.Event()
-    watching = False
-    server, port = await health.serve(settings.health_host, settings.health_port, lambda: watching)
+    watching = asyncio.Event()
+    server, port = await health.serve(settings.health_host, settings.health_port, watching.is_set)
     logger.info("serving %s, health on port %d", ", ".join(settings.namespaces) or "all namespaces", port)
-    tasks: list[asyncio.Task[None]] = []
     try:
         await wait_for_resource(api)
         controller = Controller(api, Reconciler(api, settings.planning()), settings.namespaces, settings.resync_s)
-        watch = asyncio.create_task(
-            handlers.watch(
-                controller.queue.add, lambda: Api.configuration(settings.kubeconfig), settings.namespaces, stop
-            )
-        )
-        watching = True
-        if settings.leader_election:
-            tasks = [watch, asyncio.create_task(lead(election, controller))]
-        else:
-            LEADER.set(1)
-            tasks = [watch, asyncio.create_task(controller.run())]
-        done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
-        for task in done:
-            await task
+        connect = functools.partial(Api.configuration, settings.kubeconfig)
+        watcher = handlers.Watcher(controller.queue.add, connect, settings.namespaces)
+        async with asyncio.TaskGroup() as group:
+            group.create_task(watcher.run())
+            watching.set()
+            if settings.leader_election:
+                group.create_task(lead(election, controller))
+            else:
+                LEADER.set(1)
+                group.create_task(controller.run())
     finally:
-        stop.set()
-        for task in tasks[1:]:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
         if settings.leader_election:
             await election.release()
         await server.cleanup()
         await asyncio.gather(api.close(), lease_api.close())
 
 
+async def run_until_told(settings: OperatorSettings) -> None:
+    """Runs, and ends on SIGTERM or SIGINT as after a day's work."""
+    task = asyncio.create_task(run(settings))
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, task.cancel)
+    with contextlib.suppress(asyncio.CancelledError):
+        await task
+
+
 def main() -> None:
     """Entry point."""
     settings = from_args(sys.argv[1:])
     configure_logging(settings)
-    asyncio.run(run(settings))
+    asyncio.run(run_until_told(settings))
 
 
 if __name__ == "__main__":

@@ -4,6 +4,8 @@ No progress is kept on objects: there is none to keep, because every look at an 
 """
 
 import asyncio
+import contextlib
+import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
@@ -80,15 +82,53 @@ def operator_settings() -> kopf.OperatorSettings:
     return settings
 
 
-async def watch(
-    enqueue: Callable[[Key], None], connect: Callable[[], Any], namespaces: Sequence[str], stop: asyncio.Event
-) -> None:
-    """Watches until `stop` is set or the process gets SIGTERM or SIGINT."""
-    await kopf.operator(
-        registry=registry(enqueue, connect),
-        settings=operator_settings(),
-        standalone=True,
-        clusterwide=not namespaces,
-        namespaces=list(namespaces),
-        stop_flag=stop,
-    )
+class Watcher:
+    """Runs kopf in a thread and an event loop of its own: kopf ends every task of its loop when it ends."""
+
+    def __init__(self, enqueue: Callable[[Key], None], connect: Callable[[], Any], namespaces: Sequence[str]) -> None:
+        self._loop = asyncio.get_running_loop()
+        self._enqueue = enqueue
+        self._connect = connect
+        self._namespaces = list(namespaces)
+        self._stop = threading.Event()
+        self._ended: asyncio.Future[None] = self._loop.create_future()
+        self._thread = threading.Thread(target=self._run, name="watches", daemon=True)
+
+    async def run(self) -> None:
+        """Watches until cancelled.
+
+        Raises:
+            RuntimeError: kopf gave up, which it should never do.
+        """
+        self._thread.start()
+        try:
+            await asyncio.shield(self._ended)
+        finally:
+            self._stop.set()
+
+    def _run(self) -> None:
+        failure: BaseException = RuntimeError("the watches ended")
+        try:
+            asyncio.run(self._watch())
+        except Exception as error:
+            failure = error
+        self._tell(self._fail, failure)
+
+    async def _watch(self) -> None:
+        await kopf.operator(
+            registry=registry(lambda key: self._tell(self._enqueue, key), self._connect),
+            settings=operator_settings(),
+            standalone=True,
+            clusterwide=not self._namespaces,
+            namespaces=self._namespaces,
+            stop_flag=self._stop,
+        )
+
+    def _fail(self, failure: BaseException) -> None:
+        if not self._ended.done() and not self._stop.is_set():
+            self._ended.set_exception(failure)
+
+    def _tell(self, function: Callable[[Any], None], argument: Any) -> None:
+        # The main loop is closed when the process is about to end.
+        with contextlib.suppress(RuntimeError):
+            self._loop.call_soon_threadsafe(function, argument)
