@@ -30,10 +30,12 @@ _DISABLED_CONTROLLERS = (
     "token-cleaner-controller",
 )
 
+_OPERATOR_PORT = 8081
+
 
 @dataclass(frozen=True)
 class Component:
-    """A supervised process. `ready_url` answers 200 once it serves; `after` names what must be ready before it starts."""
+    """A supervised process. `ready_url` answers once it serves; `after` names what must be ready before it starts."""
 
     name: str
     argv: list[str]
@@ -187,9 +189,13 @@ def node(home: Home, addresses: Addresses, number: int, options: Options) -> Com
     return Component(name, argv, env=env, after=["kube-apiserver"])
 
 
-def _operator(home: Home) -> Component:
+def _operator(home: Home, addresses: Addresses) -> Component:
+    """The operator; alone in its cluster, it needs no lease and so takes over at once when it is restarted."""
+    host = addresses.control_plane
     argv = [str(executables() / "wherry-operator"), f"--kubeconfig={home.root}/admin.kubeconfig", "--service-url=ip"]
-    return Component("wherry-operator", argv, after=["kube-apiserver"], stop_grace_s=10.0)
+    argv += ["--no-leader-election", f"--health-host={host}", f"--health-port={_OPERATOR_PORT}"]
+    url = f"http://{host}:{_OPERATOR_PORT}/readyz"
+    return Component("wherry-operator", argv, ready_url=url, after=["kube-apiserver"], stop_grace_s=10.0)
 
 
 def components(home: Home, addresses: Addresses, assets: Path, options: Options) -> list[Component]:
@@ -210,7 +216,7 @@ def components(home: Home, addresses: Addresses, assets: Path, options: Options)
     ]
     result += [node(home, addresses, number, options) for number in range(1, options.nodes + 1)]
     if options.operator:
-        result.append(_operator(home))
+        result.append(_operator(home, addresses))
     return result
 
 

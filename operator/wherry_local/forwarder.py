@@ -11,7 +11,7 @@ import itertools
 import logging
 import signal
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from urllib.parse import urlsplit
 
@@ -82,7 +82,7 @@ class Listener:
 
     backends: list[Address]
     server: asyncio.Server | None = None
-    turn: Iterator[int] = itertools.count()
+    turn: Iterator[int] = field(default_factory=itertools.count)
 
     def in_turn(self) -> list[Address]:
         """All backends, beginning with the one whose turn it is."""
@@ -157,7 +157,7 @@ class Forwarder:
                 if listener is not None:
                     listener.backends = backends
                     continue
-                listener = Listener(backends, turn=itertools.count())
+                listener = Listener(backends)
                 try:
                     listener.server = await asyncio.start_server(listener.handle, *address, backlog=1024)
                 except OSError as error:

@@ -13,6 +13,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 from wherry_local import addresses as ranges
 from wherry_local.addresses import Addresses
 from wherry_local.components import Component, Options, components, write_credentials
@@ -22,7 +24,8 @@ from wherry_local.kube import UNREACHABLE, ApiError, Kube, Object
 from wherry_local.paths import ENV_MARK, ENV_MARK_NODE, Home
 from wherry_local.processes import Identity, kill_marked, marked, signal_marked, wait_gone
 
-Progress = Callable[[str], contextlib.AbstractContextManager[None]]
+Report = Callable[[str], None]
+Progress = Callable[[str], contextlib.AbstractContextManager[Report]]
 
 _READY_TIMEOUT_S = 120.0
 _STOP_TIMEOUT_S = 45.0
@@ -30,9 +33,9 @@ _PODS_GRACE_S = 10.0
 
 
 @contextlib.contextmanager
-def quiet(_: str) -> Iterator[None]:
+def quiet(_: str) -> Iterator[Report]:
     """Progress that nobody sees."""
-    yield
+    yield lambda _: None
 
 
 class Cluster:
@@ -78,7 +81,6 @@ class Cluster:
         Raises LocalError, with the end of the log of the component that is at fault, when it does not get ready.
         """
         with locked(self.home.lock):
-            fresh = not self.home.settings.exists()
             addresses = self._addresses()
             old = {component.name: component for component in self.desired()}
             names = [f"node-{number}" for number in range(1, options.nodes + 1)]
@@ -106,8 +108,6 @@ class Cluster:
             if options.operator:
                 with progress("wherry-operator"):
                     self._wait_component("wherry-operator")
-            if fresh:
-                write_json(self.home.root / "options.json", {"nodes": options.nodes, "operator": options.operator})
 
     def _addresses(self) -> Addresses:
         saved = read_json(self.home.settings)
@@ -128,7 +128,8 @@ class Cluster:
 
     def _ensure_supervisor(self) -> None:
         if self.running():
-            return self._reload()
+            self._reload()
+            return
         log = self.home.log("supervisor")
         log.parent.mkdir(parents=True, exist_ok=True)
         with log.open("ab") as file:
@@ -166,8 +167,6 @@ class Cluster:
             time.sleep(0.05)
 
     async def _apply_crds(self, files: list[Path]) -> None:
-        import yaml
-
         async with self.kube() as kube:
             paths = []
             for file in files:

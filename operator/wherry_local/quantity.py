@@ -11,7 +11,7 @@ def parse_quantity(text: str | float) -> Decimal:
     value = str(text)
     try:
         if value[-2:] in _BINARY:
-            return Decimal(value[:-2]) * 1024 ** _BINARY[value[-2:]]
+            return Decimal(value[:-2]) * Decimal(1024) ** _BINARY[value[-2:]]
         if value[-1:] in _SUFFIXES:
             return Decimal(value[:-1]).scaleb(_SUFFIXES[value[-1:]])
         return Decimal(value)

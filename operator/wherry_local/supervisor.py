@@ -29,14 +29,14 @@ _BACKOFF_FIRST_S, _BACKOFF_MAX_S, _STABLE_S = 0.5, 10.0, 30.0
 
 
 async def answers(url: str, context: ssl.SSLContext) -> bool:
-    """True when `url` answers 200 (`https`) or takes a connection (`tcp`)."""
+    """True when `url` answers 200 (`http`, `https`) or takes a connection (`tcp`)."""
     parts = urlsplit(url)
     secure = context if parts.scheme == "https" else None
     try:
         async with asyncio.timeout(2):
             reader, writer = await asyncio.open_connection(parts.hostname, parts.port, ssl=secure)
             try:
-                if secure is None:
+                if parts.scheme == "tcp":
                     return True
                 writer.write(f"GET {parts.path} HTTP/1.1\r\nHost: {parts.netloc}\r\nConnection: close\r\n\r\n".encode())
                 return b" 200 " in await reader.readline()

@@ -5,6 +5,7 @@ import contextlib
 import logging
 import os
 import platform
+import shutil
 import signal
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +18,7 @@ from wherry_local.node import memory
 from wherry_local.node.container import Container
 from wherry_local.node.events import Events
 from wherry_local.node.pod import PodWorker
+from wherry_local.node.process import Run
 from wherry_local.node.server import NodeServer
 from wherry_local.node.status import timestamp, with_transition_times
 from wherry_local.paths import ENV_MARK_CONTAINER, Home
@@ -94,12 +96,9 @@ class Node:
             asyncio.get_running_loop().add_signal_handler(number, stop.set)
         server = NodeServer(self)
         self._port = await server.start(self.address, _PORT, self.options.home.pki)
-        tasks = [
-            asyncio.create_task(coroutine)
-            for coroutine in (self._heartbeat(), self._report_status(), self._watch_pods(), self._watch_memory())
-        ]
-        tasks.append(asyncio.create_task(self.events.run()))
-        stopped = asyncio.create_task(stop.wait())
+        work = (self._heartbeat(), self._report_status(), self._watch_pods(), self._watch_memory(), self.events.run())
+        tasks: list[asyncio.Task[Any]] = [asyncio.create_task(coroutine) for coroutine in work]
+        stopped: asyncio.Task[Any] = asyncio.create_task(stop.wait())
         done, _ = await asyncio.wait({stopped, *tasks}, return_when=asyncio.FIRST_COMPLETED)
         for task in tasks:
             task.cancel()
@@ -208,14 +207,11 @@ class Node:
         return finished and not here and "deletionTimestamp" not in pod["metadata"]
 
     def _discard(self, path: Path) -> None:
-        from wherry_local.node.process import Run
-        from wherry_local.node.volumes import remove
-
         for directory in (path / "containers").glob("*"):
             run = Run.latest(directory)
             if run is not None:
                 kill_marked(ENV_MARK_CONTAINER, run.marker)
-        remove(path)
+        shutil.rmtree(path, ignore_errors=True)
 
     async def _watch_memory(self) -> None:
         """End containers that use more memory than their limit."""

@@ -196,7 +196,7 @@ class Container:
                 if success:
                     passed.set()
                 else:
-                    await self._restart(run, "startup", spec)
+                    await self._restart(run, "startup")
 
             probe = asyncio.create_task(Probe("startup", spec, target).run(startup, self._unhealthy("Startup")))
             try:
@@ -215,7 +215,7 @@ class Container:
 
         async def alive(success: bool, output: str) -> None:
             if not success:
-                await self._restart(run, "liveness", self.spec["livenessProbe"])
+                await self._restart(run, "liveness")
 
         async with asyncio.TaskGroup() as group:
             for kind, react in (("readiness", ready), ("liveness", alive)):
@@ -226,7 +226,8 @@ class Container:
     def _unhealthy(self, kind: str) -> Any:
         return lambda output: self._event("Unhealthy", f"{kind} probe failed: {output}", warning=True)
 
-    async def _restart(self, run: Run, kind: str, spec: dict[str, Any]) -> None:
+    async def _restart(self, run: Run, kind: str) -> None:
+        spec = self.spec[f"{kind}Probe"]
         self._event("Killing", f"Container {self.name} failed {kind} probe, will be restarted")
         grace = spec.get("terminationGracePeriodSeconds") or self.pod.spec.get("terminationGracePeriodSeconds", 30)
         await asyncio.shield(asyncio.create_task(run.stop(float(grace))))

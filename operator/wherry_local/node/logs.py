@@ -1,9 +1,10 @@
 """Reading container logs in the CRI format, as the kubelet serves them."""
 
 import asyncio
+import contextlib
 import datetime
 import os
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -61,13 +62,6 @@ def _backwards(path: Path, lines: int) -> int:
     return 0
 
 
-def _entries(path: Path, options: LogOptions) -> Iterator[Path]:
-    older = path.with_name(path.name + ".1")
-    if options.tail < 0 and older.exists():
-        yield older
-    yield path
-
-
 def last_lines(path: Path, count: int) -> str:
     """The text of the last `count` lines of a log; empty when there is none."""
     if not path.exists() or count < 1:
@@ -78,10 +72,15 @@ def last_lines(path: Path, count: int) -> str:
     return text.decode(errors="replace")
 
 
-async def read(path: Path, options: LogOptions, running: Callable[[], bool]) -> AsyncIterator[bytes]:
-    """Pieces of the log; with `follow`, until `running` is false and everything was read."""
+async def read(
+    path: Path, options: LogOptions, running: Callable[[], bool], *, plain: bool = False
+) -> AsyncIterator[bytes]:
+    """Pieces of the log; with `follow`, until `running` is false and everything was read.
+
+    `plain` reads a file of plain lines, without the CRI format's heads.
+    """
     left = options.limit_bytes or None
-    async for piece in _pieces(path, options, running):
+    async for piece in _pieces(path, options, running, _plain if plain else render):
         if left is not None:
             piece = piece[:left]
             left -= len(piece)
@@ -91,32 +90,55 @@ async def read(path: Path, options: LogOptions, running: Callable[[], bool]) -> 
             return
 
 
-async def _pieces(path: Path, options: LogOptions, running: Callable[[], bool]) -> AsyncIterator[bytes]:
-    while not path.exists():
+def _plain(line: bytes, _: LogOptions) -> bytes:
+    return line + b"\n"
+
+
+class _Tail:
+    """A log file read as it grows; when it was full and a new one was begun, it goes on with that."""
+
+    def __init__(self, path: Path, tail: int) -> None:
+        self.path = path
+        self.file = path.open("rb")
+        if tail >= 0:
+            self.file.seek(_backwards(path, tail) if tail else self.file.seek(0, os.SEEK_END))
+        self.rest = b""
+
+    def lines(self) -> list[bytes]:
+        """Whole lines written since the last call."""
+        *lines, self.rest = (self.rest + self.file.read(1 << 20)).split(b"\n")
+        return lines
+
+    def renewed(self) -> bool:
+        """True when a new file had been begun; it is open now."""
+        if not self.path.exists() or self.path.stat().st_ino == os.fstat(self.file.fileno()).st_ino:
+            return False
+        self.file.close()
+        self.file = self.path.open("rb")
+        return True
+
+
+def _older(path: Path, options: LogOptions) -> bytes:
+    older = path.with_name(path.name + ".1")
+    return older.read_bytes() if options.tail < 0 and older.exists() else b""
+
+
+async def _pieces(
+    path: Path, options: LogOptions, running: Callable[[], bool], line_of: Callable[[bytes, LogOptions], bytes]
+) -> AsyncIterator[bytes]:
+    exists = path.exists  # a look at a local file: too quick to be worth a thread
+    while not exists():
         if not options.follow or not running():
             return
         await asyncio.sleep(_POLL_S)
-    for file_path in _entries(path, options):
-        if file_path != path:
-            yield b"".join(render(line, options) for line in file_path.read_bytes().splitlines())
-    file = path.open("rb")
-    try:
-        if options.tail >= 0:
-            file.seek(_backwards(path, options.tail) if options.tail else file.seek(0, os.SEEK_END))
-        rest = b""
+    yield b"".join(line_of(line, options) for line in _older(path, options).splitlines())
+    tail = _Tail(path, options.tail)
+    with contextlib.closing(tail.file):
         while True:
             alive = running()  # before reading, so that what a process wrote at its end is still seen
-            data = rest + file.read(1 << 20)
-            *lines, rest = data.split(b"\n")
-            if lines:
-                yield b"".join(render(line, options) for line in lines)
-                continue
-            if not options.follow or not alive:
-                return
-            if path.stat().st_ino != os.fstat(file.fileno()).st_ino:  # it was full, and a new one was begun
-                file.close()
-                file = path.open("rb")
-                continue
-            await asyncio.sleep(_POLL_S)
-    finally:
-        file.close()
+            if lines := tail.lines():
+                yield b"".join(line_of(line, options) for line in lines)
+            elif not tail.renewed():
+                if not options.follow or not alive:
+                    return
+                await asyncio.sleep(_POLL_S)

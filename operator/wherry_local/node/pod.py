@@ -238,13 +238,15 @@ class PodWorker:
             try:
                 await self._write_status()
                 body = {"gracePeriodSeconds": 0, "preconditions": {"uid": self.uid}}
-                return await self.node.kube.delete(self.path, body)
+                await self.node.kube.delete(self.path, body)
             except ApiError as error:
                 if error.status in (404, 409):  # gone already, or another pod of that name
-                    return None
+                    return
                 log.warning("deleting %s/%s: %s", self.namespace, self.name, error)
             except UNREACHABLE as error:
                 log.warning("deleting %s/%s: %s", self.namespace, self.name, error)
+            else:
+                return
             await asyncio.sleep(_RETRY_S)
 
     async def _publish_changes(self) -> None:

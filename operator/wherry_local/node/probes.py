@@ -80,6 +80,11 @@ async def _exec(action: Object, target: Target) -> tuple[bool, str]:
     return process.returncode == 0, output[:_OUTPUT].decode(errors="replace")
 
 
+async def _sleep(action: Object) -> tuple[bool, str]:
+    await asyncio.sleep(action.get("seconds", 0))
+    return True, ""
+
+
 async def act(handler: Object, target: Target, timeout_s: float) -> tuple[bool, str]:
     """Run a handler once: (succeeded, what it said). Never raises for what the container did."""
     try:
@@ -91,13 +96,12 @@ async def act(handler: Object, target: Target, timeout_s: float) -> tuple[bool, 
             if action := handler.get("exec"):
                 return await _exec(action, target)
             if action := handler.get("sleep"):
-                await asyncio.sleep(action.get("seconds", 0))
-                return True, ""
-        return False, "local mode knows the handlers httpGet, tcpSocket, exec and sleep"
+                return await _sleep(action)
     except TimeoutError:
         return False, f"probe timed out after {timeout_s:g}s"
     except (OSError, ValueError, aiohttp.ClientError) as error:
         return False, str(error) or type(error).__name__
+    return False, "local mode knows the handlers httpGet, tcpSocket, exec and sleep"
 
 
 class Probe:

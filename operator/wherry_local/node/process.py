@@ -13,7 +13,6 @@ from wherry_local.paths import ENV_MARK_CONTAINER
 from wherry_local.processes import Identity, kill_marked
 
 _SHIM = Path(__file__).with_name("shim.py")
-_START_TIMEOUT_S = 30.0
 _background: set[asyncio.Task[Any]] = set()
 
 
@@ -70,7 +69,7 @@ class Run:
                 str(_SHIM),
                 str(spec_file),
                 stdin=asyncio.subprocess.DEVNULL,
-                stdout=asyncio.subprocess.DEVNULL,
+                stdout=asyncio.subprocess.PIPE,
                 stderr=errors,
                 env={key: value for key, value in env.items() if key.startswith("WHERRY_LOCAL_")},
                 start_new_session=True,
@@ -78,12 +77,12 @@ class Run:
         reaper = asyncio.create_task(shim.wait())
         _background.add(reaper)
         reaper.add_done_callback(_background.discard)
-        async with asyncio.timeout(_START_TIMEOUT_S):
-            while not (state := self.state()) and not reaper.done():
-                await asyncio.sleep(0.01)
+        if shim.stdout is not None:
+            await shim.stdout.read()  # the shim closes it when it has started the process, or could not
+        state = self.state()
         spec_file.unlink(missing_ok=True)  # it holds the values of secrets
         if not state:
-            return f"the shim ended with status {reaper.result()}; see {self.directory / 'shim.log'}"
+            return f"the shim ended with status {await reaper}; see {self.directory / 'shim.log'}"
         return str(state.get("start_error", ""))
 
     def _shim(self) -> Identity | None:

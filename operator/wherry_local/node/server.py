@@ -2,10 +2,12 @@
 
 import datetime
 import ssl
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from aiohttp import web
+from aiohttp.typedefs import Handler
 
 from wherry_local.node.logs import LogOptions, parse_time, read
 from wherry_local.node.process import Run
@@ -21,7 +23,7 @@ _REFUSED = (
 
 
 @web.middleware
-async def _authenticate(request: web.Request, handler: "web._middlewares.Handler") -> web.StreamResponse:
+async def _authenticate(request: web.Request, handler: Handler) -> web.StreamResponse:
     """Only the API server may ask. The handshake has checked the certificate; here it is asked whose it is."""
     certificate = request.transport.get_extra_info("peercert") if request.transport else None
     names = {value for part in (certificate or {}).get("subject", ()) for key, value in part if key == "commonName"}
@@ -30,7 +32,7 @@ async def _authenticate(request: web.Request, handler: "web._middlewares.Handler
     return await handler(request)
 
 
-def _options(query: "web._web_request.MultiMapping[str]") -> LogOptions:
+def _options(query: Mapping[str, str]) -> LogOptions:
     since = None
     if "sinceSeconds" in query:
         since = datetime.datetime.now(datetime.UTC) - datetime.timedelta(seconds=int(query["sinceSeconds"]))

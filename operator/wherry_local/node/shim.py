@@ -13,6 +13,7 @@ import selectors
 import signal
 import sys
 import time
+from typing import Any
 
 _LINE = 16 * 1024  # longest piece of a line in one log entry, as container runtimes have it
 _LOG_LIMIT = 16 * 1024 * 1024
@@ -72,8 +73,9 @@ def _start_ticks(pid: int) -> str:
         return file.read().rpartition(")")[2].split()[19]
 
 
-def _exec(spec: dict[str, object], out: int, err: int, failure: int) -> None:
+def _exec(spec: dict[str, Any], out: int, err: int, failure: int) -> None:
     """In the child: become the container's process, or write why not into `failure`."""
+    argv: list[str] = spec["argv"]
     try:
         os.setsid()
         os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
@@ -82,14 +84,13 @@ def _exec(spec: dict[str, object], out: int, err: int, failure: int) -> None:
         for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGCHLD, signal.SIGPIPE, signal.SIGINT):
             signal.signal(number, signal.SIG_DFL)
         signal.pthread_sigmask(signal.SIG_SETMASK, [])
-        os.chdir(str(spec["cwd"]))
-        argv, env = [str(item) for item in spec["argv"]], dict(spec["env"])  # type: ignore[call-overload]
-        os.execvpe(argv[0], argv, env)
+        os.chdir(spec["cwd"])
+        os.execvpe(argv[0], argv, spec["env"])  # noqa: S606 - no shell is the point
     except FileNotFoundError as error:
         missing = "no such directory" if error.filename == spec["cwd"] else "executable file not found in $PATH"
-        os.write(failure, f'exec: "{error.filename or spec["argv"][0]}": {missing}'.encode())  # type: ignore[index]
+        os.write(failure, f'exec: "{error.filename or argv[0]}": {missing}'.encode())
     except OSError as error:
-        os.write(failure, f'exec: "{spec["argv"][0]}": {error.strerror}'.encode())  # type: ignore[index]
+        os.write(failure, f'exec: "{argv[0]}": {error.strerror}'.encode())
     finally:
         os._exit(127)
 
@@ -169,6 +170,7 @@ def main() -> None:
     state: dict[str, object] = {"pid": pid, "started": f"{boot}/{_start_ticks(pid)}", "started_at": _now()}
     state["shim"] = {"pid": os.getpid(), "started": f"{boot}/{_start_ticks(os.getpid())}"}
     _write_state(spec["state"], state)
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # tells the node that the process has started
     log = Log(spec["log"])
     _copy_output({out_read: "stdout", err_read: "stderr"}, log, wake_read, pid)
     log.close()

@@ -1,7 +1,6 @@
 """Volumes of a pod as directories under the pod's own."""
 
 import base64
-import shutil
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -29,7 +28,7 @@ class Volumes:
     def __init__(self, kube: Kube, pod: Object, directory: Path, facts: Mapping[str, Any]) -> None:
         self.kube = kube
         self.pod = pod
-        self.namespace = pod["metadata"]["namespace"]
+        self.namespace: str = pod["metadata"]["namespace"]
         self.directory = directory
         self.facts = facts
         self.real: dict[str, Path] = {}
@@ -40,7 +39,7 @@ class Volumes:
             self.real[volume["name"]] = await self._prepare(volume)
 
     async def _prepare(self, volume: Object) -> Path:
-        own = self.directory / volume["name"]
+        own = self.directory / str(volume["name"])
         if host := volume.get("hostPath"):
             return _host_path(volume["name"], host)
         if claim := volume.get("persistentVolumeClaim"):
@@ -109,8 +108,8 @@ class Volumes:
     async def _token(self, source: Object, current: Path) -> bytes:
         """A token bound to this pod; the one in `current` while less than half of its time has passed."""
         lifetime = source.get("expirationSeconds", 3600)
-        if current.exists() and time.time() - current.stat().st_mtime < lifetime / 2:
-            return current.read_bytes()
+        if (fresh := _younger(current, lifetime / 2)) is not None:
+            return fresh
         account = self.pod["spec"].get("serviceAccountName") or "default"
         metadata = self.pod["metadata"]
         bound = {"kind": "Pod", "apiVersion": "v1", "name": metadata["name"], "uid": metadata["uid"]}
@@ -150,7 +149,7 @@ class Volumes:
 
 
 def _host_path(name: str, source: Object) -> Path:
-    path, kind = Path(source["path"]), source.get("type") or ""
+    path, kind = Path(source["path"]), str(source.get("type") or "")
     if kind in ("DirectoryOrCreate", "FileOrCreate"):
         (path if kind == "DirectoryOrCreate" else path.parent).mkdir(parents=True, exist_ok=True)
         if kind == "FileOrCreate":
@@ -162,6 +161,9 @@ def _host_path(name: str, source: Object) -> Path:
     return path
 
 
-def remove(directory: Path) -> None:
-    """Delete a pod's directory; what it links to or mounts from elsewhere is not touched."""
-    shutil.rmtree(directory, ignore_errors=True)
+def _younger(path: Path, age_s: float) -> bytes | None:
+    """The content of `path` if it was written less than `age_s` seconds ago."""
+    try:
+        return path.read_bytes() if time.time() - path.stat().st_mtime < age_s else None
+    except FileNotFoundError:
+        return None
