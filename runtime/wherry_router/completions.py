@@ -135,7 +135,7 @@ class Completions:
 
 
 class _Stream:
-    """Writes events as they come. The response starts with the first token, so that until then an error has its status."""
+    """Writes events as they come. The response starts with the first token, so until then an error has its status."""
 
     def __init__(self, answer: Answer, chunks: Chunks, send: Send, metrics: RouterMetrics) -> None:
         self._answer = answer

@@ -125,10 +125,15 @@ async def serve(app: App, sock: socket.socket, stop: asyncio.Event, drain: Calla
 
 
 def stop_on_signals(stop: asyncio.Event) -> None:
-    """SIGTERM and SIGINT set `stop`."""
+    """SIGTERM and SIGINT set `stop`; a second SIGINT interrupts at once."""
     loop = asyncio.get_running_loop()
-    for number in (signal.SIGTERM, signal.SIGINT):
-        loop.add_signal_handler(number, stop.set)
+
+    def interrupt() -> None:
+        stop.set()
+        loop.remove_signal_handler(signal.SIGINT)
+
+    loop.add_signal_handler(signal.SIGTERM, stop.set)
+    loop.add_signal_handler(signal.SIGINT, interrupt)
 
 
 async def drained(in_flight: Callable[[], int], timeout_s: float, grace_s: float = 0.0) -> bool:

@@ -5,11 +5,14 @@ Gauges and token counters are read from the engine when Prometheus scrapes; only
 
 from collections.abc import Callable, Iterator
 
-from prometheus_client import CollectorRegistry, Counter, Histogram
+from prometheus_client import CollectorRegistry, Counter, Histogram, disable_created_metrics
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
 from wherry_protocol.worker import LoadReport
+
+# Creation times double the number of series and no dashboard reads them.
+disable_created_metrics()  # type: ignore[no-untyped-call]
 
 LABEL = "model_name"
 
@@ -48,7 +51,9 @@ _FROM_LOAD: tuple[tuple[type[Metric], str, str, Callable[[LoadReport], float]], 
 )
 
 
-class _LoadCollector(Collector):
+class LoadCollector(Collector):
+    """Gauges and token counters, read from the engine on each scrape."""
+
     def __init__(self, model: str, load: Callable[[], LoadReport | None]) -> None:
         self._model = model
         self._load = load
@@ -70,7 +75,7 @@ class WorkerMetrics:
     """Every metric of a worker, in `registry`. `load` is called on each scrape; None while there is no engine."""
 
     def __init__(self, registry: CollectorRegistry, model: str, load: Callable[[], LoadReport | None]) -> None:
-        registry.register(_LoadCollector(model, load))
+        registry.register(LoadCollector(model, load))
         label = [LABEL]
 
         def histogram(name: str, text: str, buckets: tuple[float, ...]) -> Histogram:
