@@ -9,8 +9,24 @@ BOXES = [
     (20, 300, 120, 70, "Person", ["kubectl, wherry"], "#f5f5f5"),
     (210, 20, 690, 400, "", [], "#fbfbfe"),
     (240, 140, 190, 90, "Router", ["OpenAI API on one address", "balancing, retry, draining"], "#e3f2fd"),
-    (560, 60, 300, 80, "Group a: runtime pod", ["worker API, step loop, scheduler", "paged KV cache, model"], "#e8f5e9"),
-    (560, 165, 300, 80, "Group b: runtime pod", ["worker API, step loop, scheduler", "paged KV cache, model"], "#e8f5e9"),
+    (
+        560,
+        60,
+        300,
+        80,
+        "Group a: runtime pod",
+        ["worker API, step loop, scheduler", "paged KV cache, model"],
+        "#e8f5e9",
+    ),
+    (
+        560,
+        165,
+        300,
+        80,
+        "Group b: runtime pod",
+        ["worker API, step loop, scheduler", "paged KV cache, model"],
+        "#e8f5e9",
+    ),
     (240, 300, 190, 90, "API server", ["LLMDeployment, Pods,", "Service, Secret, Events"], "#ede7f6"),
     (560, 300, 300, 90, "Operator", ["snapshot → plan → act → status", "leader by Lease"], "#fff3e0"),
 ]
@@ -29,7 +45,9 @@ ARROWS = [
 
 def box(x: int, y: int, w: int, h: int, title: str, lines: list[str], fill: str) -> str:
     parts = [f"<rect x='{x}' y='{y}' width='{w}' height='{h}' rx='8' fill='{fill}' stroke='#607d8b'/>"]
-    parts.append(f"<text x='{x + w / 2}' y='{y + 28}' text-anchor='middle' font-weight='600' font-size='15'>{title}</text>")
+    parts.append(
+        f"<text x='{x + w / 2}' y='{y + 28}' text-anchor='middle' font-weight='600' font-size='15'>{title}</text>"
+    )
     for i, line in enumerate(lines):
         parts.append(f"<text x='{x + w / 2}' y='{y + 50 + 18 * i}' text-anchor='middle' font-size='12'>{line}</text>")
     return "\n".join(parts)
