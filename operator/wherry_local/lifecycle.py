@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import datetime
 import os
 import shutil
 import signal
@@ -21,6 +22,7 @@ from wherry_local.components import Component, Options, components, write_creden
 from wherry_local.errors import LocalError
 from wherry_local.files import locked, read_json, write_json
 from wherry_local.kube import UNREACHABLE, ApiError, Kube, Object
+from wherry_local.node.logs import parse_time
 from wherry_local.paths import ENV_MARK, ENV_MARK_NODE, Home
 from wherry_local.processes import Identity, kill_marked, marked, signal_marked, wait_gone
 
@@ -82,6 +84,8 @@ class Cluster:
         """
         with locked(self.home.lock):
             addresses = self._addresses()
+            began = datetime.datetime.now(datetime.UTC)
+            since = None if self.running() else began  # nodes of a stopped cluster still look Ready in its data
             old = {component.name: component for component in self.desired()}
             names = [f"node-{number}" for number in range(1, options.nodes + 1)]
             with progress("keys, certificates and kubeconfig"):
@@ -101,7 +105,7 @@ class Cluster:
             self._write_desired(wanted)
             self._reload()
             with progress(f"{len(names)} nodes Ready"):
-                asyncio.run(self._wait_nodes(names, removed))
+                asyncio.run(self._wait_nodes(names, removed, since))
             for name in removed:
                 kill_marked(ENV_MARK_NODE, str(self.home.node(name)))
                 shutil.rmtree(self.home.node(name), ignore_errors=True)
@@ -177,14 +181,14 @@ class Cluster:
             for path in paths:
                 await _until(lambda path=path: _established(kube, path), f"{path} to be Established")  # type: ignore[misc]
 
-    async def _wait_nodes(self, names: list[str], removed: list[str]) -> None:
+    async def _wait_nodes(self, names: list[str], removed: list[str], since: datetime.datetime | None) -> None:
         async with self.kube() as kube:
             for name in removed:
                 await kube.delete(f"/api/v1/nodes/{name}")
             stopped = {component.name for component in self.desired() if not component.run}
             for name in names:
                 if name not in stopped:
-                    await _until(lambda name=name: _node_ready(kube, name), f"{name} to be Ready")  # type: ignore[misc]
+                    await _until(lambda name=name: _node_ready(kube, name, since), f"{name} to be Ready")  # type: ignore[misc]
 
     # Down
 
@@ -211,17 +215,17 @@ class Cluster:
         stopped = [replace(item, run=False) if item.name in self.node_names() else item for item in self.desired()]
         self._write_desired(stopped)
         nodes = self._identities(self.node_names())
-        for name in self.node_names():
-            signal_marked(ENV_MARK_NODE, str(self.home.node(name)), signal.SIGCONT)
+        markers = [str(self.home.node(name)) for name in self.node_names()]
         for identity in nodes:
             identity.send(signal.SIGKILL)  # nothing is lost: a node keeps all it knows in files
         wait_gone(nodes, 5)
-        for name in self.node_names():
-            marker = str(self.home.node(name))
+        for marker in markers:
             signal_marked(ENV_MARK_NODE, marker, signal.SIGTERM)
-            deadline = time.monotonic() + _PODS_GRACE_S
-            while marked(ENV_MARK_NODE, marker) and time.monotonic() < deadline:
-                time.sleep(0.05)
+            signal_marked(ENV_MARK_NODE, marker, signal.SIGCONT)  # a frozen process sees SIGTERM only then
+        deadline = time.monotonic() + _PODS_GRACE_S
+        while any(marked(ENV_MARK_NODE, marker) for marker in markers) and time.monotonic() < deadline:
+            time.sleep(0.1)
+        for marker in markers:
             kill_marked(ENV_MARK_NODE, marker)
 
     def _identities(self, names: list[str]) -> list[Identity]:
@@ -289,6 +293,10 @@ async def _established(kube: Kube, path: str) -> bool:
     return _condition(await kube.find(path), "Established")
 
 
-async def _node_ready(kube: Kube, name: str) -> bool:
+async def _node_ready(kube: Kube, name: str, since: datetime.datetime | None) -> bool:
+    if since is not None:
+        lease = await kube.get(f"/apis/coordination.k8s.io/v1/namespaces/kube-node-lease/leases/{name}")
+        if parse_time(lease["spec"]["renewTime"]) < since.replace(microsecond=0):
+            return False
     node = await kube.find(f"/api/v1/nodes/{name}")
     return _condition(node, "Ready") and not (node or {}).get("spec", {}).get("taints")

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 log = logging.getLogger("wherry.local.pod")
 _RETRY_S = 1.0
 _REFRESH_S = 30.0
+_TMP = "/tmp"  # noqa: S108 - a path in a container
 _SYSTEM_PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 
 
@@ -170,7 +171,9 @@ class PodWorker:
             return None if data is None else {key: value.decode(errors="replace") for key, value in data.items()}
 
     def _paths(self, container: Container) -> Paths:
-        return Paths(self.volumes.mounts(container.spec))
+        """All mounts but /tmp: programs take that from TMPDIR, and this machine's own paths may well be under /tmp."""
+        mounts = self.volumes.mounts(container.spec)
+        return Paths({path: real for path, real in mounts.items() if path != _TMP})
 
     def _base_env(self, container: Container) -> dict[str, str]:
         own = container.directory
@@ -180,17 +183,17 @@ class PodWorker:
             "PATH": f"{executables()}:{_SYSTEM_PATH}",
             "HOME": str(own / "home"),
             "HOSTNAME": self.name,
-            "TMPDIR": self.volumes.mounts(container.spec).get("/tmp", str(own / "tmp")),  # noqa: S108 - a mount path
+            "TMPDIR": self.volumes.mounts(container.spec).get(_TMP, str(own / "tmp")),
             "LANG": "C.UTF-8",
             "KUBERNETES_SERVICE_HOST": self.node.api_service,
             "KUBERNETES_SERVICE_PORT": "443",
         } | self.node.container_env
 
     async def _env(self, container: Container) -> dict[str, str]:
-        facts = self.facts | {"base": self._base_env(container)}
-        env = await resolve(self.pod, container.spec, self._lookup, facts)
-        paths = self._paths(container)
-        env = {key: paths.replace(value) for key, value in env.items()}
+        base = self._base_env(container)
+        env = await resolve(self.pod, container.spec, self._lookup, self.facts | {"base": base})
+        paths = self._paths(container)  # for what the pod says; what local mode adds names real paths already
+        env = {key: value if base.get(key) == value else paths.replace(value) for key, value in env.items()}
         token = self.volumes.token_file(container.spec)
         if token is not None and "KUBECONFIG" not in env:
             config = container.directory / "kubeconfig"

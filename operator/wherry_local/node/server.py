@@ -20,6 +20,7 @@ _REFUSED = (
     "not possible in local mode: containers here are plain processes of this machine, with no container to enter. "
     "Read their output with `kubectl logs`; their files are in the state directory that `wherry local status` prints"
 )
+_NO_FORWARD = "not needed in local mode: pod and Service addresses are loopback addresses; connect to them directly"
 
 
 @web.middleware
@@ -80,7 +81,7 @@ class NodeServer:
 
     async def _refuse(self, request: web.Request) -> web.Response:
         action = request.path.split("/")[1]
-        return web.Response(status=501, text=f"{action} is {_REFUSED}\n")
+        return web.Response(status=501, text=f"{action} is {_NO_FORWARD if action == 'portForward' else _REFUSED}\n")
 
     async def _logs(self, request: web.Request) -> web.StreamResponse:
         match = request.match_info
