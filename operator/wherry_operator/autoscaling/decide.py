@@ -95,7 +95,7 @@ def _recommend(scaling: Scaling, current: int, known: Sequence[Signal]) -> tuple
 
 
 def _toward(current: int, exact: float) -> int:
-    if current and abs(exact / current - 1) <= TOLERANCE:
+    if current and abs(exact / current - 1) <= TOLERANCE + 1e-9:
         return current
     return math.ceil(exact - 1e-9)
 

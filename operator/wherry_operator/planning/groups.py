@@ -89,9 +89,7 @@ def plan_groups(
     alive = [pod for pod in pods if not pod.deleting]
     planner.sort_out_failed([pod for pod in alive if pod.lost])
     planner.move([pod for pod in alive if not pod.lost])
-    return GroupPlan(
-        tuple(planner.creations), tuple(planner.deletions), tuple(planner.pending), planner.retry_after or None
-    )
+    return GroupPlan(tuple(planner.creations), tuple(planner.deletions), tuple(planner.pending), planner.retry_after())
 
 
 class _Planner:
@@ -108,10 +106,11 @@ class _Planner:
         self.creations: list[Creation] = []
         self.deletions: list[Deletion] = []
         self.pending: list[PendingAction] = []
-        self.retry_after = 0.0
         self.held: list[PodView] = []  # failed, and their replacement has to wait
         self.failures: list[int] = []  # of those whose replacement is due
         self.causes: list[str] = []
+        self.rolling = False
+        self.wanted = f"{replicas} {'replica is' if replicas == 1 else 'replicas are'} wanted"
 
     def sort_out_failed(self, failed: list[PodView]) -> None:
         for pod in sorted(failed, key=lambda p: p.created):
@@ -120,18 +119,24 @@ class _Planner:
                 self.deletions.append(Deletion(pod, f"it ended ({what}) and is of an old revision"))
                 continue
             count = failures_of(pod)
-            left = backoff(count) - (self.now - (pod.finished or self.now)).total_seconds()
-            if left > 0:
+            if self._left(pod) > 0:
                 self.held.append(pod)
-                self.retry_after = min(self.retry_after or left, left)
             else:
                 self.failures.append(count)
                 self.causes.append(f"replaces {pod.name}, which ended: {what}")
                 self.deletions.append(Deletion(pod, f"it ended: {what}"))
 
+    def _left(self, pod: PodView) -> float:
+        """Seconds until the failed pod's replacement is due."""
+        return backoff(failures_of(pod)) - (self.now - (pod.finished or self.now)).total_seconds()
+
+    def retry_after(self) -> float | None:
+        return min(map(self._left, self.held), default=None)
+
     def move(self, live: list[PodView]) -> None:
         current = [pod for pod in live if pod.revision == self.revision]
         old = [pod for pod in live if pod.revision != self.revision]
+        self.rolling = bool(old)
         current = self._drop_excess(current)
         old = self._drop_useless(old, current)
         old = self._take_down(old, current)
@@ -140,14 +145,13 @@ class _Planner:
 
     def _drop_excess(self, current: list[PodView]) -> list[PodView]:
         excess = len(current) + len(self.held) - self.replicas
-        reason = f"{self.replicas} replicas are wanted"
         while excess > 0 and self.held:
-            self.deletions.append(Deletion(self.held.pop(), reason))
+            self.deletions.append(Deletion(self.held.pop(), self.wanted))
             excess -= 1
         if excess <= 0:
             return current
         ranked = sorted(current, key=_least_useful)
-        self.deletions += [Deletion(pod, reason) for pod in ranked[:excess]]
+        self.deletions += [Deletion(pod, self.wanted) for pod in ranked[:excess]]
         return ranked[excess:]
 
     def _drop_useless(self, old: list[PodView], current: list[PodView]) -> list[PodView]:
@@ -174,10 +178,10 @@ class _Planner:
         for index in range(count):
             if index < len(self.failures):
                 self.creations.append(Creation(self.causes[index], self.failures[index]))
-            elif old:
+            elif self.rolling:
                 self.creations.append(Creation(f"rollout to revision {self.revision}"))
             else:
-                self.creations.append(Creation(f"{self.replicas} replicas are wanted"))
+                self.creations.append(Creation(self.wanted))
         if (waiting := self.replicas - have - count) > 0:
             reason = f"rollout to revision {self.revision}: waits until older pods are gone"
             self.pending.append(PendingAction(action="CreatePod", target=f"{waiting} more", reason=reason))
