@@ -25,8 +25,9 @@ from wherry_router.pool import Pool
 
 log = logging.getLogger("wherry.router.discovery")
 
-# The server ends a watch after this; the client gives up a little later, should the connection be dead.
-_WATCH_S = 240
+# The server ends a watch after this; the client gives up a little later, should the connection be dead. Short, since
+# nothing else tells a dead connection from a quiet one.
+_WATCH_S = 60
 _SILENCE_S = _WATCH_S + 15
 _LIST_TIMEOUT_S = 15
 _BACKOFF_S = (0.2, 5.0)
@@ -111,7 +112,7 @@ class PodWatch:
                 allow_watch_bookmarks=True,
                 watch=True,
                 timeout_seconds=_WATCH_S,
-                _request_timeout=aiohttp.ClientTimeout(total=None, sock_read=_SILENCE_S),
+                _request_timeout=_SILENCE_S,
             )
         with contextlib.closing(response):
             if response.status != 200:
