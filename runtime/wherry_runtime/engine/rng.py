@@ -15,15 +15,25 @@ import numpy as np
 import torch
 
 MASK = (1 << 64) - 1
+BELOW_ONE = 1 - 2.0**-24  # the largest float32 under 1
 
 
-def uniforms(seed: int, position: int, count: int) -> torch.Tensor:
-    """[count] float32 in (0, 1), multiples of 2⁻²⁴ plus 2⁻²⁵, for the token drawn at `position`."""
+def words(seed: int, position: int, count: int) -> "np.ndarray[tuple[int], np.dtype[np.uint32]]":
+    """[count] uint32: Philox's output for the token drawn at `position`, low halves first."""
     key = np.array([seed & MASK, position & MASK], dtype=np.uint64)
-    words = np.random.Philox(key=key).random_raw((count + 1) // 2).astype("<u8", copy=False).view("<u4")[:count]
-    return torch.from_numpy((words >> np.uint32(8)).astype(np.float32)).add_(0.5).mul_(2.0**-24)
+    return np.random.Philox(key=key).random_raw((count + 1) // 2).astype("<u8", copy=False).view("<u4")[:count]
+
+
+def gumbel(noise: "np.ndarray[tuple[int], np.dtype[np.uint32]]") -> torch.Tensor:
+    """Uniform words → float32 samples of the standard Gumbel distribution, all finite: −log(−log(1 − v)).
+
+    v is fine near 0, where the winners of a large vocabulary are: 2⁻³² apart, not float32's 2⁻²⁴ near 1, which would
+    make ties among likely tokens.
+    """
+    v = torch.from_numpy(noise.astype(np.float32)).add_(0.5).mul_(2.0**-32).clamp_(max=BELOW_ONE)
+    return v.neg_().log1p_().neg_().log_().neg_()
 
 
 def gumbel_noise(seed: int, position: int, count: int) -> torch.Tensor:
-    """[count] float32 samples of the standard Gumbel distribution: −log(−log u)."""
-    return uniforms(seed, position, count).log_().neg_().log_().neg_()
+    """[count] float32: the noise of each token id at `position`."""
+    return gumbel(words(seed, position, count))
