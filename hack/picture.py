@@ -3,6 +3,7 @@
 from pathlib import Path
 
 FONT = "font-family='system-ui, sans-serif'"
+RUNTIME = ["worker API, step loop, scheduler", "paged KV cache, model"]
 # x, y, width, height, title, lines below it, fill
 BOXES = [
     (20, 150, 120, 70, "Client", ["openai, curl, chat"], "#f5f5f5"),
@@ -43,32 +44,34 @@ ARROWS = [
 ]
 
 
+def text(x: float, y: float, size: int, words: str, more: str = "") -> str:
+    return f"<text x='{x}' y='{y}' font-size='{size}' {more}>{words}</text>"
+
+
 def box(x: int, y: int, w: int, h: int, title: str, lines: list[str], fill: str) -> str:
+    middle = x + w / 2
     parts = [f"<rect x='{x}' y='{y}' width='{w}' height='{h}' rx='8' fill='{fill}' stroke='#607d8b'/>"]
-    parts.append(
-        f"<text x='{x + w / 2}' y='{y + 28}' text-anchor='middle' font-weight='600' font-size='15'>{title}</text>"
-    )
-    for i, line in enumerate(lines):
-        parts.append(f"<text x='{x + w / 2}' y='{y + 50 + 18 * i}' text-anchor='middle' font-size='12'>{line}</text>")
+    parts.append(text(middle, y + 28, 15, title, "text-anchor='middle' font-weight='600'"))
+    parts += [text(middle, y + 50 + 18 * i, 12, line, "text-anchor='middle'") for i, line in enumerate(lines)]
     return "\n".join(parts)
 
 
 def arrow(x1: int, y1: int, x2: int, y2: int, label: str, lx: int, ly: int) -> str:
     return (
         f"<line x1='{x1}' y1='{y1}' x2='{x2}' y2='{y2}' stroke='#455a64' stroke-width='1.5' marker-end='url(#a)'/>"
-        f"<text x='{lx}' y='{ly}' font-size='12' fill='#455a64'>{label}</text>"
+        + text(lx, ly, 12, label, "fill='#455a64'")
     )
 
 
 def picture() -> str:
     head = (
         f"<svg xmlns='http://www.w3.org/2000/svg' viewBox='0 0 920 440' {FONT} role='img' "
-        "aria-label='Clients reach the router, which streams from groups of runtime pods; people apply an LLMDeployment, "
-        "which the operator turns into those pods'>\n<rect width='920' height='440' fill='white'/>"
+        "aria-label='Clients reach the router, which streams from groups of runtime pods; people apply an "
+        "LLMDeployment, which the operator turns into those pods'>\n<rect width='920' height='440' fill='white'/>"
         "<defs><marker id='a' viewBox='0 0 10 10' refX='9' refY='5' markerWidth='7' markerHeight='7' orient='auto'>"
         "<path d='M0 0 10 5 0 10z' fill='#455a64'/></marker></defs>"
     )
-    cluster = "<text x='226' y='44' font-size='13' fill='#607d8b'>Kubernetes, or local mode</text>"
+    cluster = text(226, 44, 13, "Kubernetes, or local mode", "fill='#607d8b'")
     return "\n".join([head, *[box(*b) for b in BOXES], cluster, *[arrow(*a) for a in ARROWS], "</svg>\n"])
 
 

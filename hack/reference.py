@@ -1,4 +1,4 @@
-"""Writes docs/reference/cli.md and docs/reference/metrics.md from the code: `python -m hack.reference` (by `make generate`)."""
+"""Writes docs/reference/cli.md and docs/reference/metrics.md from the code: `python -m hack.reference`."""
 
 from collections.abc import Iterator
 from pathlib import Path
