@@ -5,7 +5,7 @@ import subprocess
 import sys
 
 # Each is a module that writes its files when it is run.
-GENERATORS = ["wherry_operator.api.generate", "hack.reference"]
+GENERATORS = ["wherry_operator.api.generate", "hack.generate_values", "hack.reference"]
 GOLDEN = ["tests/contracts"]
 
 

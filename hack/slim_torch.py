@@ -20,7 +20,7 @@ import tempfile
 KEPT = ("libcudart.so", "libcupti.so")
 # Torch's own that only a GPU can use; the second one is loaded on demand by CUDA's linear algebra.
 TORCH_STUBS = ("libtorch_nvshmem.so",)
-TORCH_UNUSED = ("lib/libtorch_cuda_linalg.so", "include", "bin", "share", "test")
+TORCH_UNUSED = ("lib/libtorch_cuda_linalg.so", "include", "share", "test")
 
 
 def output(*command: str | pathlib.Path) -> str:
