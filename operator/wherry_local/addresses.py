@@ -8,6 +8,7 @@ away with the process that holds it, so no stale lock can be left behind.
 import hashlib
 import ipaddress
 import socket
+import time
 from collections.abc import Collection
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -74,23 +75,35 @@ def _lock_name(slot: int) -> str:
     return f"\0wherry-local-slot-{slot}"
 
 
-def hold(slot: int) -> socket.socket:
-    """Hold `slot` until the returned socket is closed. Raises LocalError when another cluster has it."""
+def hold(slot: int, wait_s: float = 3.0) -> socket.socket:
+    """Hold `slot` until the returned socket is closed. Raises LocalError when another cluster has it.
+
+    `wait_s` is for a holder that was killed and whose files the kernel is still closing.
+    """
     holder = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-    try:
-        holder.bind(_lock_name(slot))
-    except OSError as error:
-        holder.close()
-        raise LocalError(
-            f"another local cluster runs on this one's addresses (127.{_FIRST + slot * _STRIDE}.0.0/14): "
-            "end it with `wherry local down`, or give this one new addresses with `wherry local down --purge`"
-        ) from error
-    return holder
+    deadline = time.monotonic() + wait_s
+    while True:
+        try:
+            holder.bind(_lock_name(slot))
+        except OSError as error:
+            if time.monotonic() < deadline:
+                time.sleep(0.05)
+                continue
+            holder.close()
+            raise _taken(slot) from error
+        return holder
+
+
+def _taken(slot: int) -> LocalError:
+    return LocalError(
+        f"another local cluster runs on this one's addresses (127.{_FIRST + slot * _STRIDE}.0.0/14): "
+        "end it with `wherry local down`, or give this one new addresses with `wherry local down --purge`"
+    )
 
 
 def _free(slot: int) -> bool:
     try:
-        hold(slot).close()
+        hold(slot, wait_s=0).close()
     except LocalError:
         return False
     return True

@@ -78,8 +78,7 @@ class PodWorker:
         self.pod = self.volumes.pod = pod
         if pod["metadata"].get("deletionTimestamp"):
             self._ending.set()
-        if self.spec.get("readinessGates"):
-            self.publish()
+        self.publish()  # others write here too: the node controller when this node was away, gates' owners
 
     def gone(self) -> None:
         """The object was deleted at once, without waiting for this node."""

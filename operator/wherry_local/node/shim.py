@@ -87,8 +87,10 @@ def _exec(spec: dict[str, Any], out: int, err: int, failure: int) -> None:
         os.chdir(spec["cwd"])
         os.execvpe(argv[0], argv, spec["env"])  # noqa: S606 - no shell is the point
     except FileNotFoundError as error:
-        missing = "no such directory" if error.filename == spec["cwd"] else "executable file not found in $PATH"
-        os.write(failure, f'exec: "{error.filename or argv[0]}": {missing}'.encode())
+        if error.filename == spec["cwd"]:
+            os.write(failure, f"the working directory {spec['cwd']!r} does not exist".encode())
+        else:
+            os.write(failure, f'exec: "{argv[0]}": executable file not found in $PATH'.encode())
     except OSError as error:
         os.write(failure, f'exec: "{argv[0]}": {error.strerror}'.encode())
     finally:
