@@ -15,7 +15,7 @@ import numpy as np
 import torch
 
 MASK = (1 << 64) - 1
-BELOW_ONE = 1 - 2.0**-24  # the largest float32 under 1
+BELOW_ONE = np.float32(1 - 2.0**-24)  # the largest float32 under 1
 
 
 def words(seed: int, position: int, count: int) -> "np.ndarray[tuple[int], np.dtype[np.uint32]]":
@@ -30,8 +30,13 @@ def gumbel(noise: "np.ndarray[tuple[int], np.dtype[np.uint32]]") -> torch.Tensor
     v is fine near 0, where the winners of a large vocabulary are: 2⁻³² apart, not float32's 2⁻²⁴ near 1, which would
     make ties among likely tokens.
     """
-    v = torch.from_numpy(noise.astype(np.float32)).add_(0.5).mul_(2.0**-32).clamp_(max=BELOW_ONE)
-    return v.neg_().log1p_().neg_().log_().neg_()
+    v = noise.astype(np.float32)
+    v += np.float32(0.5)
+    v *= np.float32(2.0**-32)
+    np.minimum(v, BELOW_ONE, out=v)
+    np.log1p(np.negative(v, out=v), out=v)
+    np.log(np.negative(v, out=v), out=v)
+    return torch.from_numpy(np.negative(v, out=v))
 
 
 def gumbel_noise(seed: int, position: int, count: int) -> torch.Tensor:

@@ -45,7 +45,7 @@ class ModelConfig(msgspec.Struct, frozen=True, kw_only=True):
     output_bias: bool = False
     mlp_bias: bool = False
     qk_norm: bool = False
-    windows: tuple[int | None, ...] = ()  # per layer: how many tokens back it attends, itself included; None: all
+    windows: tuple[Positive | None, ...] = ()  # per layer: how many tokens back it attends, itself included; None: all
     eos_token_ids: tuple[int, ...] = ()
     bos_token_id: int | None = None
 
@@ -90,7 +90,10 @@ def architecture_of(raw: dict[str, Any], known: list[str], path: Path) -> str:
 
 def rope_config(raw: dict[str, Any], path: Path) -> RopeConfig:
     """The rotary settings, as transformers 5 (`rope_parameters`) or 4 (`rope_theta`, `rope_scaling`) spells them."""
-    scaling = dict(raw.get("rope_parameters") or raw.get("rope_scaling") or {})
+    scaling = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
+    if not isinstance(scaling, dict):
+        raise ModelError("bad_config", f"{path}: rope: an object is expected, found {type(scaling).__name__}")
+    scaling = dict(scaling)
     kind = scaling.get("rope_type") or scaling.get("type") or "default"
     if kind not in ("default", "linear", "llama3"):
         raise ModelError(
@@ -137,6 +140,12 @@ def common_fields(raw: dict[str, Any], path: Path) -> dict[str, Any]:
     }
 
 
+def count(raw: dict[str, Any], name: str, default: int = 0) -> int:
+    """A field that counts something. Anything but a sane number is `default`; `build_config` refuses what matters."""
+    value = raw.get(name, default)
+    return value if isinstance(value, int) and 0 <= value <= 10_000 else default
+
+
 def token_ids(value: object) -> tuple[int, ...]:
     """`eos_token_id` may be missing, one id or a list."""
     return tuple(v for v in (value if isinstance(value, list) else [value]) if isinstance(v, int))
@@ -154,6 +163,8 @@ def build_config(fields: dict[str, Any], path: Path) -> ModelConfig:
         raise ModelError("bad_config", f"{path}: {e}") from e
     if config.num_heads % config.num_kv_heads:
         raise ModelError("bad_config", f"{path}: {config.num_heads} heads do not divide by {config.num_kv_heads}")
+    if len(config.windows) not in (0, config.num_layers):
+        raise ModelError("bad_config", f"{path}: layer_types has {len(config.windows)} of {config.num_layers} layers")
     if config.head_dim % 2:
         raise ModelError("bad_config", f"{path}: head_dim {config.head_dim} must be even")
     return config

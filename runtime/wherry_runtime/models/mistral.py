@@ -2,10 +2,12 @@
 
 from typing import Any
 
+from wherry_runtime.loading.config import count
+
 ARCHITECTURE = "MistralForCausalLM"
 FAMILY = "mistral"
 
 
 def fields(raw: dict[str, Any]) -> dict[str, Any]:
     """What differs from the plain decoder, from `config.json`."""
-    return {"windows": (raw.get("sliding_window"),) * int(raw.get("num_hidden_layers") or 0)}
+    return {"windows": (raw.get("sliding_window"),) * count(raw, "num_hidden_layers")}
