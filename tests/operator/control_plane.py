@@ -74,7 +74,8 @@ class ControlPlane:
                 serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
             )
         )
-        tokens = "\n".join(f'{user}-token,{user},{user},"system:masters"' for user in USERS)
+        # Only the administrator may do everything; the operators get their rights as in a cluster.
+        tokens = "\n".join(f"{u}-token,{u},{u}" + (",system:masters" if u == "admin" else "") for u in USERS)
         (self.folder / "tokens.csv").write_text(tokens + "\n")
         (self.folder / "audit.yaml").write_text(yaml.safe_dump(AUDIT_POLICY))
         for user in USERS:

@@ -90,10 +90,3 @@ RESOURCES = rules(
         "resources.requests must not be above resources.limits",
     )
 )
-
-POD_TEMPLATE = rules(
-    rule(
-        "!has(self.spec) || !has(self.spec.containers) || self.spec.containers.all(c, has(c.name))",
-        "each of podTemplate.spec.containers needs a name; the engine's container is 'runtime'",
-    )
-)

@@ -184,7 +184,9 @@ class LLMDeploymentSpec(CamelModel):
         "`kubectl scale` writes this field.",
     )
     scaling: Scaling | None = Field(
-        None, description="Lets the number of replicas follow the load. Not together with replicas."
+        None,
+        description="Lets the number of replicas follow the load. Not together with replicas.",
+        json_schema_extra=rules.SCALING,
     )
     batching: Batching = Field(
         default_factory=Batching, description="How each engine batches requests.", json_schema_extra=EMPTY

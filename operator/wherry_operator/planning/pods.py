@@ -89,7 +89,7 @@ class PodView:
             failures=int(failures) if failures.isdigit() else 0,
             # The kubelet sets Ready=False before the container starts, so a later change means that it was True once.
             was_ready=bool(changed and container.started and changed > container.started),
-            finished=_finished(status, conditions),
+            finished=max(created, _finished(status, conditions) or created),
             container=container,
         )
 
