@@ -3,7 +3,6 @@
 from collections.abc import Iterator
 
 import pytest
-
 from tests.local.harness import TestCluster, local_cluster
 
 

@@ -6,9 +6,9 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
+from tests.local.harness import TestCluster, eventually, local_cluster, pod, python, server
 from typer.testing import CliRunner
 
-from tests.local.harness import TestCluster, eventually, local_cluster, pod, python, server
 from wherry_cli.local import app
 from wherry_local.errors import LocalError
 from wherry_local.paths import ENV_HOME, ENV_MARK_NODE
@@ -61,7 +61,7 @@ def test_a_new_supervisor_adopts_what_runs(cluster: TestCluster) -> None:
 
 
 def test_a_restarted_node_adopts_its_pods(cluster: TestCluster) -> None:
-    code = "import sys, time, os\nprint(os.getpid(), flush=True)\nwhile not os.path.exists(sys.argv[1]): time.sleep(0.05)\nexit(7)"
+    code = "import sys, time, os\nwhile not os.path.exists(sys.argv[1]): time.sleep(0.05)\nexit(7)"
     flag = cluster.home.root / "flag-adopt"
     cluster.apply(server("kept"), pod("ends", *python(code), str(flag), restartPolicy="Never"))
     kept = cluster.wait_ready("kept")

@@ -4,9 +4,9 @@ import base64
 import json
 import subprocess
 import urllib.request
+from pathlib import Path
 
 import pytest
-
 from tests.local.harness import TestCluster, eventually, pod, python, server
 
 
@@ -67,9 +67,9 @@ def test_logs(cluster: TestCluster) -> None:
     assert "not found" in cluster.kubectl("logs", "talk", "--previous", check=False)
 
 
-def test_environment_volumes_and_paths(cluster: TestCluster, tmp_path: object) -> None:
-    (tmp_path / "host").mkdir()  # type: ignore[operator]
-    host = tmp_path / "host"  # type: ignore[operator]
+def test_environment_volumes_and_paths(cluster: TestCluster, tmp_path: Path) -> None:
+    (tmp_path / "host").mkdir()
+    host = tmp_path / "host"
     (host / "weights").write_text("from the host")
     code = (
         "import json, os, sys\n"
@@ -187,7 +187,12 @@ def test_a_missing_executable_is_a_start_error(cluster: TestCluster) -> None:
 
 
 def test_crash_loop_shows_reason_message_and_previous_log(cluster: TestCluster) -> None:
-    code = "import os\nprint('about to fail')\nopen(os.environ['WHERRY_TERMINATION_LOG'], 'w').write('out of luck')\nexit(3)"
+    code = (
+        "import os\n"
+        "print('about to fail')\n"
+        "open(os.environ['WHERRY_TERMINATION_LOG'], 'w').write('out of luck')\n"
+        "exit(3)"
+    )
     cluster.apply(pod("crash", *python(code)))
 
     def looping() -> dict[str, object]:
@@ -228,9 +233,9 @@ def test_a_failing_init_container_holds_the_pod(cluster: TestCluster) -> None:
     assert {c["type"]: c["status"] for c in status["conditions"]}["Initialized"] == "False"
 
 
-def test_probes(cluster: TestCluster, tmp_path: object) -> None:
-    sick = tmp_path / "sick"  # type: ignore[operator]
-    started = tmp_path / "started"  # type: ignore[operator]
+def test_probes(cluster: TestCluster, tmp_path: Path) -> None:
+    sick = tmp_path / "sick"
+    started = tmp_path / "started"
     container = {
         "env": [{"name": "SICK", "value": str(sick)}],
         "startupProbe": {"exec": {"command": ["test", "-e", str(started)]}, "periodSeconds": 1, "failureThreshold": 60},
@@ -252,8 +257,8 @@ def test_probes(cluster: TestCluster, tmp_path: object) -> None:
     assert cluster.container("probed")["restartCount"] == 0
 
 
-def test_a_failed_liveness_probe_restarts_the_container(cluster: TestCluster, tmp_path: object) -> None:
-    sick = tmp_path / "sick"  # type: ignore[operator]
+def test_a_failed_liveness_probe_restarts_the_container(cluster: TestCluster, tmp_path: Path) -> None:
+    sick = tmp_path / "sick"
     probe = {"httpGet": {"path": "/", "port": "http"}, "periodSeconds": 1, "failureThreshold": 2}
     container = {"env": [{"name": "SICK", "value": str(sick)}], "livenessProbe": probe}
     cluster.apply(server("alive", container=container))
@@ -281,7 +286,12 @@ def test_readiness_gates(cluster: TestCluster) -> None:
 
 
 def test_deletion_is_graceful_and_then_forced(cluster: TestCluster) -> None:
-    polite = "import signal, sys, time\nsignal.signal(signal.SIGTERM, lambda *_: (print('bye'), sys.exit(0)))\nprint('up')\ntime.sleep(99)"
+    polite = (
+        "import signal, sys, time\n"
+        "signal.signal(signal.SIGTERM, lambda *_: (print('bye'), sys.exit(0)))\n"
+        "print('up')\n"
+        "time.sleep(99)"
+    )
     stubborn = "import signal, time\nsignal.signal(signal.SIGTERM, signal.SIG_IGN)\nprint('up')\ntime.sleep(99)"
     cluster.apply(
         pod("polite", *python(polite), terminationGracePeriodSeconds=60),
@@ -320,11 +330,12 @@ def test_exec_is_refused_clearly(cluster: TestCluster) -> None:
 
 
 def test_secrets_of_volumes_and_environment_lie_nowhere_else(cluster: TestCluster) -> None:
+    data = {"k": base64.b64encode(b"w9-secret-value").decode()}
+    env = [{"name": "K", "valueFrom": {"secretKeyRef": {"name": "deep", "key": "k"}}}]
     cluster.apply(
-        {"apiVersion": "v1", "kind": "Secret", "metadata": {"name": "deep"},
-         "data": {"k": base64.b64encode(b"w9-secret-value").decode()}},
-        server("holds", container={"env": [{"name": "K", "valueFrom": {"secretKeyRef": {"name": "deep", "key": "k"}}}]}),
-    )  # fmt: skip
+        {"apiVersion": "v1", "kind": "Secret", "metadata": {"name": "deep"}, "data": data},
+        server("holds", container={"env": env}),
+    )
     cluster.wait_ready("holds")
     found = subprocess.run(
         ["grep", "-rl", "--exclude-dir=etcd", "w9-secret-value", str(cluster.home.root)],

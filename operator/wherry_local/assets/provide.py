@@ -92,6 +92,8 @@ class _Fetcher:
                     if error.unreachable or attempt == 2:
                         report(f"failed: {error}")
                         return error
+                else:
+                    break
         return None
 
     def _build(self, asset: Asset, cause: DownloadError) -> None:
