@@ -13,9 +13,10 @@ from wherry_runtime.tokenization.tokenizer import Tokenizer
 class Answer:
     """One answer in the making. Runs on the event loop, off the step loop's hot path."""
 
-    def __init__(self, live: Live, tokenizer: Tokenizer, detokenizer: Detokenizer) -> None:
+    def __init__(self, request_id: str, live: Live, tokenizer: Tokenizer, detokenizer: Detokenizer) -> None:
         self.ended = False
         self.needs_cancel = True  # until the engine itself has ended the request
+        self._request_id = request_id
         self._live = live
         self._tokenizer = tokenizer
         self._detokenizer = detokenizer
@@ -48,7 +49,7 @@ class Answer:
     def _start(self, item: Progress) -> Started:
         self._cached_tokens = item.cached_tokens
         return Started(
-            id=self._live.id, prompt_tokens=self._num_prompt, cached_tokens=item.cached_tokens, seed=self._live.seed
+            id=self._request_id, prompt_tokens=self._num_prompt, cached_tokens=item.cached_tokens, seed=self._live.seed
         )
 
     def _add(self, token: Token, item: Progress) -> None:

@@ -36,6 +36,7 @@ class _Inbox:
     def __init__(self) -> None:
         self._items: deque[Progress] = deque()
         self._ready = asyncio.Event()
+        self.cancelled = False  # maybe before the engine has the request
 
     def put(self, progress: Progress) -> None:
         self._items.append(progress)
@@ -62,7 +63,9 @@ class AsyncEngine:
         self._loaded: Loaded | None = None
         self._core: EngineCore | None = None
         self._loop: asyncio.AbstractEventLoop | None = None
-        self._inboxes: dict[str, _Inbox] = {}
+        self._inboxes: dict[str, _Inbox] = {}  # by key
+        self._keys: dict[str, str] = {}  # request id → its key in the engine
+        self._num_requests = 0
 
     async def start(self) -> None:
         """Loads the model, off the event loop, and starts the step loop.
@@ -93,22 +96,35 @@ class AsyncEngine:
         Raises:
             RequestError: before the first event, if the request cannot start.
         """
-        answer = await self._admit(request)
-        inbox = self._inboxes[request.id]
+        check_identity(request, self._ready_model())
+        if request.id in self._keys:
+            raise RequestError("duplicate_id", f"a request with id {request.id!r} is live already", param="id")
+        # The engine knows a request by a key that is never used again. An id may be, while the engine still lets go of
+        # the request that had it before.
+        self._num_requests += 1
+        key = self._keys[request.id] = f"{request.id}#{self._num_requests}"
+        inbox = self._inboxes[key] = _Inbox()
+        answer: Answer | None = None
         try:
+            answer = await self._admit(request, key)
+            if inbox.cancelled:
+                self.cancel(request.id)
             while not answer.ended:
                 for event in answer.take(await inbox.take()):
                     yield event
         finally:
-            del self._inboxes[request.id]
-            if answer.needs_cancel and self._core is not None:
-                self._core.cancel(request.id)
+            del self._inboxes[key]
+            del self._keys[request.id]
+            if answer is not None and answer.needs_cancel and self._core is not None:
+                self._core.cancel(key)
 
     def cancel(self, request_id: str) -> bool:
         """Ends a request: its iterator gets an End with `cancelled`. False if no such request is live."""
-        if self._core is None or request_id not in self._inboxes:
+        key = self._keys.get(request_id)
+        if self._core is None or key is None:
             return False
-        self._core.cancel(request_id)
+        self._inboxes[key].cancelled = True
+        self._core.cancel(key)
         return True
 
     def load(self) -> LoadReport:
@@ -180,38 +196,28 @@ class AsyncEngine:
             raise EngineClosedError("the engine is not running")
         return self._core
 
-    async def _admit(self, request: ExecuteRequest) -> Answer:
-        """Validates and queues a request."""
+    def _ready_model(self) -> str:
+        self._ready()
+        return self._config.model_name
+
+    async def _admit(self, request: ExecuteRequest, key: str) -> Answer:
+        """Validates the rest and queues the request."""
         loaded = self._ready()
         vocab_size = loaded.model_config.vocab_size
-        check_identity(request, self._config.model_name)
-        if request.id in self._inboxes:
-            raise RequestError("duplicate_id", f"a request with id {request.id!r} is live already", param="id")
         check_prompt(request.prompt)
         check_sampling(request.sampling, vocab_size)
-        # Reserved before the first await, so that of two requests with the same id only one gets on.
-        inbox = self._inboxes[request.id] = _Inbox()
+        tokens = await self._tokenize(request, loaded)
+        check_tokens(tokens, vocab_size, loaded.max_model_len)
+        live = self._live(request, key, tokens, loaded)
         try:
-            tokens = await self._tokenize(request, loaded)
-            check_tokens(tokens, vocab_size, loaded.max_model_len)
-            live = self._live(request, tokens, loaded)
             self._running().add(live)
         except QueueFullError as e:
-            self._forget(request.id, inbox)
             raise RequestError("queue_full", f"{e}; try again later", status=429, retryable=True) from None
         except EngineClosedError as e:
-            self._forget(request.id, inbox)
             raise RequestError("shutting_down", str(e), status=503, retryable=True) from None
-        except BaseException:
-            self._forget(request.id, inbox)
-            raise
         is_chat = request.prompt.messages is not None
         detokenizer = Detokenizer(loaded.tokenizer, request.sampling.stop, strip_leading_space=is_chat)
-        return Answer(live, loaded.tokenizer, detokenizer)
-
-    def _forget(self, request_id: str, inbox: _Inbox) -> None:
-        if self._inboxes.get(request_id) is inbox:
-            del self._inboxes[request_id]
+        return Answer(request.id, live, loaded.tokenizer, detokenizer)
 
     async def _tokenize(self, request: ExecuteRequest, loaded: Loaded) -> list[int]:
         prompt = request.prompt
@@ -235,7 +241,7 @@ class AsyncEngine:
         # The template writes special tokens itself, as text.
         return await loaded.encode(text, special_tokens=False)
 
-    def _live(self, request: ExecuteRequest, tokens: list[int], loaded: Loaded) -> Live:
+    def _live(self, request: ExecuteRequest, key: str, tokens: list[int], loaded: Loaded) -> Live:
         params = request.sampling
         room = loaded.max_model_len - len(tokens)
         max_new = room if params.max_tokens is None else min(params.max_tokens, room)
@@ -253,7 +259,7 @@ class AsyncEngine:
         if not params.ignore_eos:
             stop_ids.update(t for t in loaded.model_config.eos_token_ids if t < loaded.model_config.vocab_size)
         return Live(
-            request=Request(id=request.id, tokens=tokens, max_new_tokens=max_new, priority=request.priority),
+            request=Request(id=key, tokens=tokens, max_new_tokens=max_new, priority=request.priority),
             params=params,
             seed=secrets.randbits(SEED_BITS) if params.seed is None else params.seed,
             stop_ids=frozenset(stop_ids),
