@@ -107,6 +107,8 @@ def test_default_deny(one: Process) -> None:
 class Streaming(threading.Thread):
     """A long answer in another thread."""
 
+    TOKENS = 150
+
     def __init__(self, process: Process, request_id: str) -> None:
         super().__init__()
         self._process = process
@@ -114,7 +116,7 @@ class Streaming(threading.Thread):
         self.response: httpx.Response | None = None
 
     def run(self) -> None:
-        sampling = {"max_tokens": 300, "ignore_eos": True}
+        sampling = {"max_tokens": self.TOKENS, "ignore_eos": True}
         self.response = execute(self._process, id=self._id, sampling=sampling)
 
     def events(self) -> list[Event]:
@@ -159,22 +161,18 @@ def test_a_client_that_leaves_is_cancelled(one: Process) -> None:
     eventually(lambda: load(one)["running"] == 0, 5)
 
 
-@pytest.mark.parametrize("how", ["SIGTERM", "/shutdown"])
-def test_drain(how: str) -> None:
+def test_drain() -> None:
     with worker() as process:
         streaming = Streaming(process, "last")
         streaming.start()
         eventually(lambda: load(process)["running"] == 1)
-        if how == "SIGTERM":
-            process.signal(15)
-        else:
-            assert httpx.post(process.url + how).status_code == 202
+        process.signal(15)
         state = eventually(lambda: (r := httpx.get(process.url + "/ready")).status_code == 503 and r.json())
         assert state["state"] == "draining"
         late = execute(process, id="late")
         assert (late.status_code, late.json()["retryable"]) == (503, True)
         streaming.join(30)
-        assert streaming.events()[-1].completion_tokens == 300
+        assert streaming.events()[-1].completion_tokens == Streaming.TOKENS
         assert process.wait() == 0
 
 
@@ -226,3 +224,9 @@ def test_a_taken_port_is_told(one: Process) -> None:
     assert process.wait(60) == 2
     assert "choose another with --port" in process.log()
     process.stop()
+
+
+def test_shutdown_by_request(one: Process) -> None:
+    """Ends the shared worker, so it comes last."""
+    assert httpx.post(one.url + "/shutdown", headers=TOKEN).status_code == 202
+    assert one.wait() == 0
