@@ -60,6 +60,9 @@ def plan(
 app = plan
 
 
+app = plan
+
+
 async def _previews(
     wanted: list[dict[str, Any]], namespace: str, kubeconfig: str | None, settings: Settings | None
 ) -> list[Preview]:

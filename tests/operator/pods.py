@@ -25,7 +25,7 @@ def pending(name: str, revision: str = "new", **more: Any) -> PodView:
 
 
 def loading(name: str, revision: str = "new", **more: Any) -> PodView:
-    return pod(name, revision, ready=False, container=ContainerState("runtime", started=at(50)), **more)
+    return pod(name, revision, **{"ready": False, "container": ContainerState("runtime", started=at(50))} | more)
 
 
 def failed(name: str, revision: str = "new", *, ago: float = 0, **more: Any) -> PodView:
