@@ -47,12 +47,24 @@ def make_namespace(cluster: Cluster, name: str) -> None:
     cluster.kubectl("label", "namespace", name, RESTRICTED, "pod-security.kubernetes.io/warn=restricted")
 
 
+def clear(cluster: Cluster) -> None:
+    """Removes what a run that was cut off left behind, with no operator to take its finalizers off."""
+    cluster.run("helm", "uninstall", "wherry", "-n", SYSTEM, "--ignore-not-found", "--wait")
+    if "llmdeployments.inference.wherry.dev" not in cluster.kubectl("get", "crds", "-o", "name"):
+        return
+    for left in json.loads(cluster.kubectl("get", "llmd", "-A", "-o", "json"))["items"]:
+        where = left["metadata"]["namespace"]
+        cluster.patch(where, left["metadata"]["name"], {"metadata": {"finalizers": None}})
+        cluster.kubectl("-n", where, "delete", "llmd", left["metadata"]["name"], "--ignore-not-found")
+
+
 Install = Callable[..., None]
 
 
 @pytest.fixture(scope="module")
 def install(cluster: Cluster) -> Iterator[Install]:
     """Installs the chart with more settings; uninstalled after the module, and nothing of it may stay then."""
+    clear(cluster)
     make_namespace(cluster, SYSTEM)
 
     def helm_install(*settings: str) -> None:
@@ -81,13 +93,12 @@ def install(cluster: Cluster) -> Iterator[Install]:
 
 
 @pytest.fixture(scope="module")
-def namespace(cluster: Cluster, request: pytest.FixtureRequest) -> Iterator[str]:
-    """A namespace of the module's own."""
+def namespace(cluster: Cluster, install: Install, request: pytest.FixtureRequest) -> Iterator[str]:
+    """A namespace of the module's own. It goes before the operator does, which has to take its finalizers off."""
     name = request.module.__name__.rpartition(".")[2].replace("_", "-")
     make_namespace(cluster, name)
     yield name
     try:
-        # While the operator still runs, so that it can take its finalizers off.
         cluster.kubectl("-n", name, "delete", "llmd", "--all", "--timeout=120s")
     except CommandError:
         print(cluster.diagnosis(name))

@@ -101,18 +101,30 @@ class Cluster:
         eventually(f"{name} with {replicas} ready replicas", settled, timeout)
 
     @contextmanager
+    def service(self, namespace: str, name: str) -> Iterator[str]:
+        """A URL that leads to the Service's port `http`, through the API server to whichever pod is behind it now."""
+        with self._background("proxy", "--port=0", "--address=127.0.0.1") as line:
+            yield f"http://{line.split()[-1]}/api/v1/namespaces/{namespace}/services/{name}:http/proxy"
+
+    @contextmanager
     def forward(self, namespace: str, target: str, port: int) -> Iterator[str]:
-        """A port-forward; gives `http://127.0.0.1:PORT`."""
-        command = ["kubectl", "-n", namespace, "port-forward", "--address=127.0.0.1", target, f":{port}"]
+        """A port-forward, which leads to one pod; gives `http://127.0.0.1:PORT`."""
+        with self._background("-n", namespace, "port-forward", "--address=127.0.0.1", target, f":{port}") as line:
+            yield f"http://{line.split()[2]}"
+
+    @contextmanager
+    def _background(self, *arguments: str) -> Iterator[str]:
+        """Runs kubectl until the block ends; gives the first line that it prints, which says where it listens."""
+        command = ["kubectl", *arguments]
         with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=self.environment()) as process:
             try:
                 assert process.stdout is not None
                 line = process.stdout.readline()
-                if "->" not in line:
-                    raise CommandError(f"{' '.join(command)}: no connection: {line!r}")
+                if "127.0.0.1" not in line:
+                    raise CommandError(f"{' '.join(command)}: does not listen: {line!r}")
                 # Read on, or the pipe fills up and kubectl stops.
                 threading.Thread(target=process.stdout.read, daemon=True).start()
-                yield "http://" + line.split()[2]
+                yield line
             finally:
                 process.terminate()
 

@@ -23,7 +23,7 @@ def chat(cluster: Cluster, install: Install, namespace: str) -> str:
 @pytest.fixture
 def url(cluster: Cluster, namespace: str, chat: str) -> Iterator[str]:
     """The router's Service, from here."""
-    with cluster.forward(namespace, f"service/{chat}", 8000) as address:
+    with cluster.service(namespace, chat) as address:
         yield address
 
 
@@ -63,6 +63,11 @@ def test_openai_client(url: str) -> None:
     text = "".join(chunk.choices[0].delta.content or "" for chunk in chunks if chunk.choices)
     assert text
     assert text == whole.choices[0].message.content
+
+
+def test_port_forward(cluster: Cluster, namespace: str, chat: str) -> None:
+    with cluster.forward(namespace, f"service/{chat}", 8000) as address, client(address) as openai_client:
+        assert [model.id for model in openai_client.models.list()] == ["tiny"]
 
 
 def test_from_a_pod_through_dns_and_the_service(cluster: Cluster, namespace: str, chat: str) -> None:

@@ -35,7 +35,7 @@ def test_it_runs_a_model_there_and_only_there(cluster: Cluster, installed: str, 
     try:
         cluster.apply(installed, example(replicas=1))
         cluster.wait_ready(installed, "chat", 1)
-        with cluster.forward(installed, "service/chat", 8000) as url, client(url) as openai_client:
+        with cluster.service(installed, "chat") as url, client(url) as openai_client:
             answer = openai_client.chat.completions.create(model="tiny", messages=QUESTION, max_tokens=8)
         assert answer.choices[0].message.content
         assert not cluster.status("default", "chat")

@@ -31,7 +31,7 @@ class Node:
     archive: tarfile.TarFile = field(init=False)
 
     def __post_init__(self) -> None:
-        self.archive = tarfile.open(fileobj=self.process.stdin, mode="w|", bufsize=CHUNK)
+        self.archive = tarfile.open(fileobj=self.process.stdin, mode="w|", bufsize=CHUNK)  # noqa: SIM115
 
     def add(self, path: str, data: bytes) -> None:
         self.archive.addfile(header(path, len(data)), io.BytesIO(data))
@@ -46,7 +46,9 @@ def header(path: str, size: int) -> tarfile.TarInfo:
 
 def start(engine: str, name: str) -> Node:
     present = subprocess.run([engine, "exec", name, *CTR, "content", "ls", "-q"], capture_output=True, check=True)
-    process = subprocess.Popen([engine, "exec", "-i", name, *IMPORT], stdin=subprocess.PIPE, stdout=subprocess.DEVNULL)
+    command = [engine, "exec", "-i", name, *IMPORT]
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE}
+    process: subprocess.Popen[bytes] = subprocess.Popen(command, **pipes)  # type: ignore[call-overload]
     return Node(name, process, set(present.stdout.decode().split()))
 
 
@@ -116,7 +118,7 @@ def main() -> int:
                 continue
             if member.name == "manifest.json":
                 images = json.load(content)
-            elif member.name != "repositories":
+            elif "/" not in member.name and member.name != "repositories":  # what is older than manifest.json
                 digest = digest_of(member.name)
                 if digest not in sizes:
                     sizes[digest] = member.size
@@ -126,7 +128,10 @@ def main() -> int:
     for node in nodes:
         node.archive.close()
         node.process.stdin.close()  # type: ignore[union-attr]
-        failed += node.process.wait() != 0
+        errors = node.process.stderr.read().decode()  # type: ignore[union-attr]
+        if node.process.wait():
+            failed += 1
+            print(f"e2e: the import into {node.name} failed: {errors}", file=sys.stderr)
         print(f"e2e: {node.sent >> 20} MB to {node.name}", file=sys.stderr)
     return min(failed, 1)
 
