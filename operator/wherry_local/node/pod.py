@@ -91,7 +91,7 @@ class PodWorker:
 
     async def _run(self) -> None:
         publisher = asyncio.create_task(self._publish_changes())
-        living = asyncio.create_task(self._live())
+        living = asyncio.create_task(self._live_unless_ending())
         try:
             ending = asyncio.create_task(self._ending.wait())
             await asyncio.wait({ending, living}, return_when=asyncio.FIRST_COMPLETED)
@@ -104,7 +104,11 @@ class PodWorker:
                 task.cancel()
             await asyncio.gather(living, publisher, return_exceptions=True)
         await self._report_end()
-        await asyncio.to_thread(shutil.rmtree, self.directory, True)
+
+    async def _live_unless_ending(self) -> None:
+        await asyncio.sleep(0)  # `update` follows the constructor; a pod found already ending starts nothing
+        if not self._ending.is_set():
+            await self._live()
 
     async def _live(self) -> None:
         """Volumes, then init containers one after another, then all containers together."""
@@ -239,17 +243,19 @@ class PodWorker:
         while not self.removed:
             try:
                 await self._write_status()
+                await asyncio.to_thread(shutil.rmtree, self.directory, True)
                 body = {"gracePeriodSeconds": 0, "preconditions": {"uid": self.uid}}
                 await self.node.kube.delete(self.path, body)
             except ApiError as error:
                 if error.status in (404, 409):  # gone already, or another pod of that name
-                    return
+                    break
                 log.warning("deleting %s/%s: %s", self.namespace, self.name, error)
             except UNREACHABLE as error:
                 log.warning("deleting %s/%s: %s", self.namespace, self.name, error)
             else:
                 return
             await asyncio.sleep(_RETRY_S)
+        await asyncio.to_thread(shutil.rmtree, self.directory, True)
 
     async def _publish_changes(self) -> None:
         while True:
