@@ -15,9 +15,9 @@ def installed(cluster: Cluster, install: Install, namespace: str) -> str:
     return namespace
 
 
-def may(cluster: Cluster, namespace: str, verb: str, what: str) -> bool:
+def may(cluster: Cluster, namespace: str, verb: str, *what: str) -> bool:
     try:
-        return cluster.kubectl("-n", namespace, "auth", "can-i", verb, what, OPERATOR).strip() == "yes"
+        return cluster.kubectl("-n", namespace, "auth", "can-i", verb, *what, OPERATOR).strip() == "yes"
     except CommandError:
         return False
 
@@ -27,7 +27,7 @@ def test_its_rights_end_at_the_namespace(cluster: Cluster, installed: str) -> No
     assert not may(cluster, installed, "list", "secrets")
     assert not may(cluster, "kube-system", "get", "secrets")
     assert not may(cluster, "default", "list", "pods")
-    assert not may(cluster, installed, "create", "pods/exec")
+    assert not may(cluster, installed, "create", "pods", "--subresource=exec")
 
 
 def test_it_runs_a_model_there_and_only_there(cluster: Cluster, installed: str, namespace: str) -> None:
