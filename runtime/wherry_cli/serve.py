@@ -21,6 +21,8 @@ from wherry_protocol.http.server import AddressError, bind, serve, stop_on_signa
 from wherry_router.app import RouterApp
 from wherry_router.metrics import RouterMetrics
 from wherry_router.settings import Limits
+from wherry_runtime.loading.errors import ModelError
+from wherry_runtime.loading.locate import locate
 from wherry_runtime.server.metrics import LoadCollector
 from wherry_runtime.server.surface import Engine
 
@@ -34,12 +36,16 @@ class Failure(Exception):
 
 
 def model_uri(model: str) -> str:
-    """A directory or a URI as a URI.
+    """A directory or a URI as a URI that leads to a directory. Looked at before torch is loaded, which takes seconds.
 
     Raises:
         Failure: the directory is not there.
     """
     if "://" in model:
+        try:
+            locate(model)
+        except ModelError as error:
+            raise Failure(error.message) from None
         return model
     path = Path(model).expanduser().resolve()
     if not path.is_dir():
@@ -51,10 +57,8 @@ async def _load(engine: Engine, name: str) -> None:
     with _console.status(f"Loading {name} …"):
         try:
             await engine.start()
-        except Exception as error:
-            if not hasattr(error, "code"):
-                raise
-            raise Failure(str(getattr(error, "message", error))) from None
+        except ModelError as error:
+            raise Failure(error.message) from None
 
 
 def _greet(url: str, name: str) -> None:
