@@ -160,6 +160,7 @@ REFUSED: dict[str, tuple[ExecuteRequest, int, str, str | None, str]] = {
     ),
     "unknown token": (execute(Prompt(token_ids=[VOCAB_SIZE])), 400, "invalid_token", "prompt", "0 to 319"),
     "negative token": (execute(Prompt(token_ids=[-1])), 400, "invalid_token", "prompt", "token id -1"),
+    "half a character": (execute(Prompt(text="a\ud800")), 400, "invalid_prompt", "prompt", "character 1 of the prompt"),
     "empty id": (execute(id=""), 400, "invalid_value", "id", "1 to 512 characters"),
     "absurd priority": (execute(priority=1 << 70), 400, "invalid_value", "priority", "at most"),
 }

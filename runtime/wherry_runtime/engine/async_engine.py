@@ -17,6 +17,7 @@ from wherry_runtime.engine.validation import (
     check_identity,
     check_prompt,
     check_sampling,
+    check_text,
     check_tokens,
 )
 from wherry_runtime.loading.errors import ModelError
@@ -224,6 +225,7 @@ class AsyncEngine:
         if prompt.token_ids is not None:
             return list(prompt.token_ids)
         if prompt.text is not None:
+            check_text(prompt.text)
             return await loaded.encode(prompt.text, special_tokens=True)
         if not prompt.messages:
             raise RequestError("empty_prompt", "messages is empty; it needs at least one message", param="messages")
@@ -238,6 +240,7 @@ class AsyncEngine:
         except TemplateError as e:
             status = 400 if e.refused else 500
             raise RequestError("chat_template_error", str(e), status=status, param="messages") from e
+        check_text(text)
         # The template writes special tokens itself, as text.
         return await loaded.encode(text, special_tokens=False)
 

@@ -95,6 +95,16 @@ def check_prompt(prompt: Prompt) -> None:
         )
 
 
+def check_text(text: str) -> None:
+    """Raises RequestError for text that is not Unicode: JSON can carry half of a surrogate pair, UTF-8 cannot."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as e:
+        raise RequestError(
+            "invalid_prompt", f"character {e.start} of the prompt is half of a surrogate pair", param="prompt"
+        ) from None
+
+
 def check_tokens(tokens: list[int], vocab_size: int, max_model_len: int) -> None:
     """Raises RequestError if a tokenized prompt is empty, too long or has ids that the model does not know."""
     if not tokens:
