@@ -18,7 +18,7 @@ import httpx
 import yaml
 from tests.operator.control_plane import ControlPlane
 
-DEADLINE_S = 30.0
+DEADLINE_S = 60.0
 PATHS = {
     "pods": "api/v1",
     "services": "api/v1",
