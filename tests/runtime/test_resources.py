@@ -1,0 +1,67 @@
+"""Threads and memory as cgroups of both versions allow them."""
+
+import os
+from pathlib import Path
+
+import pytest
+from tests.runtime.engines import TINY, engine_config
+
+from wherry_runtime.engine import resources
+from wherry_runtime.engine.resources import available_memory, cpu_threads
+from wherry_runtime.engine.setup import load
+
+GIB = 1 << 30
+
+
+def lay_out(root: Path, files: dict[str, str]) -> Path:
+    for name, content in files.items():
+        path = root / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(content)
+    return root
+
+
+@pytest.mark.parametrize(
+    ("files", "threads"),
+    [
+        ({}, 8),
+        ({"cpu.max": "max 100000"}, 8),
+        ({"cpu.max": "200000 100000"}, 2),
+        ({"cpu.max": "150000 100000"}, 2),
+        ({"cpu.max": "1000 100000"}, 1),
+        ({"cpu.max": "9900000 100000"}, 8),
+        ({"cpu/cpu.cfs_quota_us": "-1", "cpu/cpu.cfs_period_us": "100000"}, 8),
+        ({"cpu/cpu.cfs_quota_us": "300000", "cpu/cpu.cfs_period_us": "100000"}, 3),
+        ({"cpu.max": "garbage"}, 8),
+    ],
+)
+def test_threads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, files: dict[str, str], threads: int) -> None:
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(8)))
+    assert cpu_threads(lay_out(tmp_path, files)) == threads
+
+
+@pytest.mark.parametrize(
+    ("files", "available"),
+    [
+        ({}, 16 * GIB),
+        ({"memory.max": "max", "memory.current": f"{GIB}"}, 16 * GIB),
+        ({"memory.max": f"{4 * GIB}", "memory.current": f"{GIB}"}, 3 * GIB),
+        ({"memory.max": f"{64 * GIB}", "memory.current": f"{GIB}"}, 16 * GIB),
+        ({"memory.max": f"{GIB}", "memory.current": f"{2 * GIB}"}, 0),
+        ({"memory/memory.limit_in_bytes": f"{2 * GIB}", "memory/memory.usage_in_bytes": f"{GIB}"}, GIB),
+        ({"memory/memory.limit_in_bytes": "9223372036854771712", "memory/memory.usage_in_bytes": "5"}, 16 * GIB),
+    ],
+)
+def test_memory(tmp_path: Path, files: dict[str, str], available: int) -> None:
+    meminfo = tmp_path / "meminfo"
+    meminfo.write_text(f"MemTotal: 99 kB\nMemAvailable:   {16 * GIB // 1024} kB\n")
+    assert available_memory(lay_out(tmp_path / "cgroup", files), meminfo) == available
+
+
+def test_the_cache_takes_what_is_free_but_no_more_than_a_full_batch_uses(monkeypatch: pytest.MonkeyPatch) -> None:
+    def kv_tokens(memory: int) -> int:
+        monkeypatch.setattr(resources, "available_memory", lambda: memory)
+        return load(engine_config(TINY, dtype="bfloat16", block_size=16, max_running=4)).kv_tokens
+
+    assert kv_tokens(1 << 40) == 4 * 2048
+    assert kv_tokens(1 << 24) == (1 << 23) // 4096  # half of 16 MiB, 4 KiB a token
