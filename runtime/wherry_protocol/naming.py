@@ -1,4 +1,4 @@
-"""Names that the operator writes and the router, the runtime and people read: labels, ports, environment."""
+"""Names that the operator writes and the router, the runtime and people read: labels, ports, environment, buckets."""
 
 DOMAIN = "inference.wherry.dev"
 
@@ -26,5 +26,10 @@ ENV_POD_IP = "POD_IP"
 ENV_POD_NAME = "POD_NAME"
 ENV_POD_NAMESPACE = "POD_NAMESPACE"
 ENV_SAMPLE_MODELS = "WHERRY_SAMPLE_MODELS"
+ENV_MEMORY_LIMIT = "WHERRY_MEMORY_LIMIT"  # in bytes, where no cgroup says it
 
 HEADER_CORRELATION_ID = "X-Correlation-Id"
+
+# Histogram buckets in seconds, the same in router and runtime so that their latencies can be set side by side.
+TTFT_BUCKETS = (0.005, 0.01, 0.02, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120)
+INTER_TOKEN_BUCKETS = (0.0025, 0.005, 0.01, 0.02, 0.03, 0.05, 0.075, 0.1, 0.2, 0.5, 1, 2.5)

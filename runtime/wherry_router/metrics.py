@@ -2,11 +2,10 @@
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, disable_created_metrics
 
+from wherry_protocol.naming import INTER_TOKEN_BUCKETS, TTFT_BUCKETS
+
 # Creation times double the number of series and no dashboard reads them.
 disable_created_metrics()  # type: ignore[no-untyped-call]
-
-TTFT_BUCKETS = (0.005, 0.01, 0.02, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120)
-INTER_TOKEN_BUCKETS = (0.0025, 0.005, 0.01, 0.02, 0.03, 0.05, 0.075, 0.1, 0.2, 0.5, 1, 2.5)
 
 
 class RouterMetrics:

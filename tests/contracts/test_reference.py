@@ -3,7 +3,6 @@
 import difflib
 
 import pytest
-
 from hack.reference import outputs
 
 PAGES = outputs()

@@ -17,8 +17,8 @@ from wherry_local.node.environment import ConfigError, resolve
 from wherry_local.node.logs import LogOptions, last_lines, parse_time, read
 from wherry_local.node.mounts import Paths, expand
 from wherry_local.node.status import ContainerStatus, phase, waiting
-from wherry_local.quantity import parse_quantity
 from wherry_local.supervisor import _stop_order
+from wherry_protocol.quantity import parse_quantity
 
 MOUNTS = Paths({"/models/a": "/real/a", "/models": "/real/m", "/tmp": "/real/tmp"})
 

@@ -65,3 +65,13 @@ def test_the_cache_takes_what_is_free_but_no_more_than_a_full_batch_uses(monkeyp
 
     assert kv_tokens(1 << 40) == 4 * 2048
     assert kv_tokens(1 << 24) == (1 << 23) // 4096  # half of 16 MiB, 4 KiB a token
+
+
+def test_environment_limits_memory_where_there_is_no_cgroup(monkeypatch: pytest.MonkeyPatch) -> None:
+    free = available_memory()
+    monkeypatch.setenv("WHERRY_MEMORY_LIMIT", str(100 * GIB))
+    assert available_memory() > free - GIB
+    monkeypatch.setenv("WHERRY_MEMORY_LIMIT", str(4 * GIB))
+    assert available_memory() < 4 * GIB
+    monkeypatch.setenv("WHERRY_MEMORY_LIMIT", "1")
+    assert available_memory() == 0

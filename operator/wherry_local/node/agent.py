@@ -23,7 +23,6 @@ from wherry_local.node.server import NodeServer
 from wherry_local.node.status import timestamp, with_transition_times
 from wherry_local.paths import ENV_MARK_CONTAINER, Home
 from wherry_local.processes import kill_marked
-from wherry_local.quantity import parse_quantity
 
 log = logging.getLogger("wherry.local.node")
 
@@ -220,14 +219,9 @@ class Node:
             limited: dict[int, tuple[Container, int]] = {}
             for worker in self.pods.values():
                 for container in [*worker.init, *worker.main]:
-                    limit = ((container.spec.get("resources") or {}).get("limits") or {}).get("memory")
-                    if (
-                        limit
-                        and container.current is not None
-                        and container.current.session
-                        and container.current.running()
-                    ):
-                        limited[container.current.session] = (container, int(parse_quantity(limit)))
+                    limit, run = container.memory_limit, container.current
+                    if limit is not None and run is not None and run.session and run.running():
+                        limited[run.session] = (container, limit)
             if not limited:
                 continue
             used = await asyncio.to_thread(memory.usage, {session: str(session) for session in limited})

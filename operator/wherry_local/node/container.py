@@ -11,6 +11,7 @@ from wherry_local.node.logs import last_lines
 from wherry_local.node.probes import Probe, act
 from wherry_local.node.process import Exit, Run
 from wherry_local.node.status import ContainerStatus, timestamp, waiting, whole_seconds
+from wherry_protocol.quantity import parse_quantity
 
 if TYPE_CHECKING:
     from wherry_local.node.pod import PodWorker
@@ -66,6 +67,12 @@ class Container:
         if self.sidecar:
             return "Always"
         return "OnFailure" if self.init and policy == "Always" else policy
+
+    @property
+    def memory_limit(self) -> int | None:
+        """Bytes that this container may use, or None."""
+        limit = ((self.spec.get("resources") or {}).get("limits") or {}).get("memory")
+        return int(parse_quantity(limit)) if limit else None
 
     def _restore(self) -> None:
         """Take up the run that an earlier node process left."""

@@ -6,7 +6,7 @@ from decimal import ROUND_CEILING
 from typing import Any
 
 from wherry_local.node.mounts import expand
-from wherry_local.quantity import parse_quantity
+from wherry_protocol.quantity import parse_quantity
 
 Object = dict[str, Any]
 # (kind, name) → data, or None where there is no such object in the pod's namespace.

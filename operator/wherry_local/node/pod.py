@@ -16,6 +16,7 @@ from wherry_local.node.probes import Target
 from wherry_local.node.status import phase, pod_status, timestamp
 from wherry_local.node.volumes import Volumes, object_data
 from wherry_local.paths import executables
+from wherry_protocol.naming import ENV_MEMORY_LIMIT
 
 if TYPE_CHECKING:
     from wherry_local.node.agent import Node
@@ -182,15 +183,20 @@ class PodWorker:
         own = container.directory
         for folder in ("home", "tmp"):
             (own / folder).mkdir(parents=True, exist_ok=True)
-        return {
-            "PATH": f"{executables()}:{_SYSTEM_PATH}",
-            "HOME": str(own / "home"),
-            "HOSTNAME": self.name,
-            "TMPDIR": self.volumes.mounts(container.spec).get(_TMP, str(own / "tmp")),
-            "LANG": "C.UTF-8",
-            "KUBERNETES_SERVICE_HOST": self.node.api_service,
-            "KUBERNETES_SERVICE_PORT": "443",
-        } | self.node.container_env
+        limit = {} if container.memory_limit is None else {ENV_MEMORY_LIMIT: str(container.memory_limit)}
+        return (
+            {
+                "PATH": f"{executables()}:{_SYSTEM_PATH}",
+                "HOME": str(own / "home"),
+                "HOSTNAME": self.name,
+                "TMPDIR": self.volumes.mounts(container.spec).get(_TMP, str(own / "tmp")),
+                "LANG": "C.UTF-8",
+                "KUBERNETES_SERVICE_HOST": self.node.api_service,
+                "KUBERNETES_SERVICE_PORT": "443",
+            }
+            | limit
+            | self.node.container_env
+        )
 
     async def _env(self, container: Container) -> dict[str, str]:
         base = self._base_env(container)

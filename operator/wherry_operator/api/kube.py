@@ -1,7 +1,6 @@
 """The parts of Kubernetes' own types that an LLMDeployment embeds, and the units they are written in."""
 
 import re
-from decimal import Decimal
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
@@ -10,9 +9,6 @@ from pydantic.alias_generators import to_camel
 QUANTITY_PATTERN = r"^[0-9]+(\.[0-9]+)?(m|k|M|G|T|P|E|Ki|Mi|Gi|Ti|Pi|Ei)?$"
 DURATION_PATTERN = r"^(0|([0-9]+(ms|s|m|h))+)$"
 
-_SCALE = {"": Decimal(1), "m": Decimal("0.001")}
-_SCALE |= {unit: Decimal(1000) ** power for power, unit in enumerate("kMGTPE", start=1)}
-_SCALE |= {unit + "i": Decimal(1024) ** power for power, unit in enumerate("KMGTPE", start=1)}
 _SECONDS = {"ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0}
 
 
@@ -24,18 +20,6 @@ class CamelModel(BaseModel):
     def to_wire(self) -> dict[str, Any]:
         """The object as the API server stores it: camelCase keys, unset fields left out."""
         return self.model_dump(by_alias=True, exclude_none=True)
-
-
-def parse_quantity(text: str | int) -> Decimal:
-    """A Kubernetes quantity in base units: `1.5Gi` is 1610612736, `250m` is 0.25.
-
-    Raises:
-        ValueError: the text is not a quantity.
-    """
-    match = re.fullmatch(r"([0-9]+(?:\.[0-9]+)?)([a-zA-Z]*)", str(text))
-    if not match or match[2] not in _SCALE:
-        raise ValueError(f"{text!r} is not a quantity; write it like 500m, 2, 512Mi or 16Gi")
-    return Decimal(match[1]) * _SCALE[match[2]]
 
 
 def parse_duration(text: str) -> float:

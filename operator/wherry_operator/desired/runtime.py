@@ -3,7 +3,7 @@
 import copy
 from typing import Any
 
-from wherry_operator.api.kube import parse_duration, parse_quantity
+from wherry_operator.api.kube import parse_duration
 from wherry_operator.api.resource import InvalidSpecError, LLMDeployment
 from wherry_operator.api.v1alpha1 import LLMDeploymentSpec
 from wherry_operator.desired.common import (
@@ -22,6 +22,7 @@ from wherry_operator.desired.common import (
 from wherry_operator.desired.merge import MergeError, strategic_merge
 from wherry_protocol import naming
 from wherry_protocol.engine_config import EngineConfig, to_args
+from wherry_protocol.quantity import parse_quantity
 
 CONTAINER = "runtime"
 MODELS_DIR = "/models"

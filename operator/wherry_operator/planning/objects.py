@@ -2,11 +2,11 @@
 
 from typing import Any
 
-from wherry_operator.api.kube import parse_quantity
 from wherry_operator.api.resource import LLMDeployment
 from wherry_operator.desired.common import ANNOTATION_APPLIED
 from wherry_operator.desired.objects import Desired
 from wherry_operator.planning.types import Action, Observed, Problem
+from wherry_protocol.quantity import parse_quantity
 
 # Deleted in this order: first what serves, last what it needs.
 TEARDOWN_ORDER = ("Deployment", "Service", "RoleBinding", "Role", "ServiceAccount", "Secret")

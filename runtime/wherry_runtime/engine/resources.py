@@ -7,6 +7,8 @@ from pathlib import Path
 
 import torch
 
+from wherry_protocol.naming import ENV_MEMORY_LIMIT
+
 CGROUP = Path("/sys/fs/cgroup")
 KV_FRACTION = 0.5  # of the memory that is left once the model is loaded; the rest is for activations and the process
 GPU_FRACTION = 0.85
@@ -45,7 +47,8 @@ def _read_number(path: Path) -> int | None:
 
 
 def available_memory(cgroup: Path = CGROUP, meminfo: Path = Path("/proc/meminfo")) -> int:
-    """Bytes that this process can still take: the machine's available memory, within the cgroup's limit (v2 or v1)."""
+    """Bytes that this process can still take: the machine's available memory, within the cgroup's limit (v2 or v1) and
+    the one that the environment gives where pods have no cgroup."""
     lines = dict(line.split(":", 1) for line in meminfo.read_text().splitlines() if ":" in line)
     available = int(lines["MemAvailable"].split()[0]) * 1024
     files = (("memory.max", "memory.current"), ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes"))
@@ -53,7 +56,15 @@ def available_memory(cgroup: Path = CGROUP, meminfo: Path = Path("/proc/meminfo"
         limit, usage = _read_number(cgroup / limit_file), _read_number(cgroup / usage_file)
         if limit is not None and usage is not None and 0 < limit < 1 << 60:
             available = min(available, max(0, limit - usage))
+    if limit_text := os.environ.get(ENV_MEMORY_LIMIT):
+        available = min(available, max(0, int(limit_text) - _own_memory()))
     return available
+
+
+def _own_memory() -> int:
+    """Bytes of anonymous memory that this process holds."""
+    lines = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
+    return int(lines["RssAnon"].split()[0]) * 1024
 
 
 def cpu_threads(cgroup: Path = CGROUP) -> int:

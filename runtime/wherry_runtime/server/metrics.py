@@ -9,6 +9,7 @@ from prometheus_client import CollectorRegistry, Counter, Histogram, disable_cre
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
+from wherry_protocol.naming import INTER_TOKEN_BUCKETS, TTFT_BUCKETS
 from wherry_protocol.worker import LoadReport
 
 # Creation times double the number of series and no dashboard reads them.
@@ -16,8 +17,6 @@ disable_created_metrics()  # type: ignore[no-untyped-call]
 
 LABEL = "model_name"
 
-TTFT_BUCKETS = (0.005, 0.01, 0.02, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120)
-INTER_TOKEN_BUCKETS = (0.0025, 0.005, 0.01, 0.02, 0.03, 0.05, 0.075, 0.1, 0.2, 0.5, 1, 2.5)
 E2E_BUCKETS = (0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 20, 30, 60, 120, 300, 600)
 
 _FROM_LOAD: tuple[tuple[type[Metric], str, str, Callable[[LoadReport], float]], ...] = (
