@@ -147,10 +147,9 @@ class Cluster:
 
 
 def example(**spec: Any) -> dict[str, Any]:
-    """examples/llmdeployment.yaml, with a strict spread over nodes and `spec` over its own."""
+    """examples/llmdeployment.yaml, with a short drain and `spec` over its own."""
     manifest: dict[str, Any] = yaml.safe_load((ROOT / "examples" / "llmdeployment.yaml").read_text())
-    spread = {"maxSkew": 1, "topologyKey": "kubernetes.io/hostname", "whenUnsatisfiable": "ScheduleAnyway"}
-    manifest["spec"] |= {"topologySpreadConstraints": [spread], "rolloutStrategy": {"drainTimeout": "20s"}} | spec
+    manifest["spec"] |= {"rolloutStrategy": {"drainTimeout": "20s"}} | spec
     return manifest
 
 

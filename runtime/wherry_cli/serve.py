@@ -94,7 +94,7 @@ async def _serve(config: EngineConfig, sock: socket) -> None:
         await app.drain(config.drain_timeout_s, 0)
 
     try:
-        await serve(app, sock, stop, drain)
+        await serve(app, [sock], stop, drain)
     finally:
         await engine.close()
 

@@ -12,7 +12,7 @@ import uvloop
 from prometheus_client import CollectorRegistry
 
 from wherry_protocol.http.logs import set_up
-from wherry_protocol.http.server import AddressError, bind, serve, stop_on_signals, url_of
+from wherry_protocol.http.server import AddressError, bind, covers_loopback, serve, stop_on_signals, url_of
 from wherry_protocol.naming import ENV_WORKER_TOKEN, ROUTER_PORT
 from wherry_router.app import RouterApp
 from wherry_router.discovery.endpoints import EndpointPoll, parse_endpoints
@@ -27,7 +27,8 @@ log = logging.getLogger("wherry.router")
 ENV_API_KEY = "WHERRY_API_KEY"
 
 
-def _parser() -> argparse.ArgumentParser:
+def argument_parser() -> argparse.ArgumentParser:
+    """Every flag of the router."""
     parser = argparse.ArgumentParser(prog="wherry-router", allow_abbrev=False, description=__doc__)
     where = parser.add_mutually_exclusive_group(required=True)
     where.add_argument("--deployment", help="watch the pods of this LLMDeployment")
@@ -36,6 +37,11 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--kubeconfig", help="default: $KUBECONFIG, else in-cluster, else ~/.kube/config")
     parser.add_argument("--model", required=True, help="the model name that clients ask for")
     parser.add_argument("--host", default="127.0.0.1", help="address to listen on (default: %(default)s)")
+    parser.add_argument(
+        "--loopback",
+        action="store_true",
+        help="listen on 127.0.0.1 too, where `kubectl port-forward` connects; nothing more if --host is loopback",
+    )
     parser.add_argument("--port", type=int, default=ROUTER_PORT, help="0: a free one (default: %(default)s)")
     parser.add_argument(
         "--drain-timeout-s",
@@ -75,7 +81,7 @@ async def _discovery(
     await PodWatch(api, namespace, args.deployment, pool).run()
 
 
-async def _run(args: argparse.Namespace, sock: socket.socket) -> int:
+async def _run(args: argparse.Namespace, sockets: list[socket.socket]) -> int:
     limits = Limits(
         **{name: getattr(args, name) for name in Limits.__struct_fields__ if hasattr(args, name)},
     )
@@ -101,8 +107,8 @@ async def _run(args: argparse.Namespace, sock: socket.socket) -> int:
         app = RouterApp(backend, args.model, limits, metrics, registry, os.environ.get(ENV_API_KEY))
         discovery = asyncio.create_task(_discovery(args, upstream, backend.pool, stack))
         discovery.add_done_callback(discovery_ended)
-        log.info("listening", extra={"fields": {"url": url_of(sock), "model": args.model}})
-        await serve(app, sock, stop, lambda: app.drain(args.drain_timeout_s, args.drain_grace_s))
+        log.info("listening", extra={"fields": {"url": url_of(sockets[0]), "model": args.model}})
+        await serve(app, sockets, stop, lambda: app.drain(args.drain_timeout_s, args.drain_grace_s))
         discovery.cancel()
         await asyncio.gather(discovery, return_exceptions=True)
     return status
@@ -110,15 +116,17 @@ async def _run(args: argparse.Namespace, sock: socket.socket) -> int:
 
 def main(argv: list[str] | None = None) -> None:
     """Runs until SIGTERM. Exits with 0, 1 (discovery failed) or 2 (the settings are wrong)."""
-    args = _parser().parse_args(argv)
+    args = argument_parser().parse_args(argv)
     set_up()
     try:
-        sock = bind(args.host, args.port)
+        sockets = [bind(args.host, args.port)]
+        if args.loopback and not covers_loopback(sockets[0]):
+            sockets.append(bind("127.0.0.1", sockets[0].getsockname()[1]))
     except AddressError as error:
         sys.stderr.write(f"wherry-router: {error}\n")
         sys.exit(2)
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
-        status = runner.run(_run(args, sock))
+        status = runner.run(_run(args, sockets))
     sys.exit(status)
 
 

@@ -65,7 +65,7 @@ def test_the_router_understands_its_arguments(path: Path) -> None:
     module = importlib.import_module("wherry_router.__main__")
     owner = owner_of(path)
     assert owner.spec is not None
-    settings = module._parser().parse_args(router_args(owner, owner.spec))
+    settings = module.argument_parser().parse_args(router_args(owner, owner.spec))
     assert (settings.deployment, settings.namespace, settings.model) == (owner.name, "default", owner.spec.model.name)
 
 

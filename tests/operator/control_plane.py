@@ -130,18 +130,6 @@ class ControlPlane:
         )
         self.wait_ready()
 
-    def start_controller_manager(self) -> None:
-        """Garbage collection and namespaces only: what `delete leaves nothing` needs of a real cluster."""
-        self._spawn(
-            "kube-controller-manager",
-            f"--kubeconfig={self.kubeconfig()}",
-            "--controllers=garbage-collector-controller,deployment-controller,replicaset-controller,"
-            "namespace-controller",
-            "--leader-elect=false",
-            "--secure-port=0",
-            f"--cert-dir={self.folder / 'kcm-certs'}",
-        )
-
     def _spawn(self, name: str, *args: str) -> None:
         with (self.folder / f"{name}.log").open("ab") as log:
             self._processes[name] = subprocess.Popen([require_binary(name), *args], stdout=log, stderr=log)

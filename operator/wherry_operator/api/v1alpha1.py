@@ -221,7 +221,7 @@ class LLMDeploymentSpec(CamelModel):
     )
     topology_spread_constraints: list[TopologySpreadConstraint] | None = Field(
         None,
-        description="How evenly runtime pods spread over nodes or zones.",
+        description="How evenly runtime pods spread over nodes or zones. Defaults to over nodes, where possible.",
         max_length=16,
         json_schema_extra={
             "x-kubernetes-list-type": "map",

@@ -31,6 +31,7 @@ def router_args(owner: LLMDeployment, spec: LLMDeploymentSpec) -> list[str]:
         f"--deployment={owner.name}",
         f"--namespace={owner.namespace}",
         f"--host=$({naming.ENV_POD_IP})",
+        "--loopback",
         f"--port={naming.ROUTER_PORT}",
         f"--model={spec.model.name}",
         f"--drain-timeout-s={drain_seconds(spec)}",

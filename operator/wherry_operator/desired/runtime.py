@@ -28,6 +28,8 @@ CONTAINER = "runtime"
 MODELS_DIR = "/models"
 # Kubernetes' own default is 300 s: far too long to wait for a replacement of a replica that nobody can reach.
 NODE_LOST_SECONDS = 10
+# The scheduler spreads pods of Services and ReplicaSets by itself; runtime pods belong to neither.
+SPREAD = {"maxSkew": 1, "topologyKey": "kubernetes.io/hostname", "whenUnsatisfiable": "ScheduleAnyway"}
 
 
 def engine_config(spec: LLMDeploymentSpec) -> EngineConfig:
@@ -146,9 +148,9 @@ def _pod_spec(owner: LLMDeployment, spec: LLMDeploymentSpec, settings: RenderSet
         pod["nodeSelector"] = dict(spec.node_selector)
     if spec.affinity:
         pod["affinity"] = copy.deepcopy(spec.affinity)
-    if spec.topology_spread_constraints:
-        default = {"labelSelector": {"matchLabels": selector(owner, naming.COMPONENT_RUNTIME)}}
-        pod["topologySpreadConstraints"] = [default | c.to_wire() for c in spec.topology_spread_constraints]
+    given = [constraint.to_wire() for constraint in spec.topology_spread_constraints or []]
+    default = {"labelSelector": {"matchLabels": selector(owner, naming.COMPONENT_RUNTIME)}}
+    pod["topologySpreadConstraints"] = [default | constraint for constraint in given or [SPREAD]]
     return pod
 
 

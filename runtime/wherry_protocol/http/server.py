@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import ipaddress
 import signal
 import socket
 from collections.abc import Awaitable, Callable, Generator
@@ -96,8 +97,16 @@ def url_of(sock: socket.socket) -> str:
     return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
 
 
-async def serve(app: App, sock: socket.socket, stop: asyncio.Event, drain: Callable[[], Awaitable[None]]) -> None:
-    """Serves `app` on `sock` until `stop` is set, goes on serving while `drain` runs, then closes.
+def covers_loopback(sock: socket.socket) -> bool:
+    """Whether `sock` listens on a loopback address, or on all addresses."""
+    address = ipaddress.ip_address(sock.getsockname()[0])
+    return address.is_loopback or address.is_unspecified
+
+
+async def serve(
+    app: App, sockets: list[socket.socket], stop: asyncio.Event, drain: Callable[[], Awaitable[None]]
+) -> None:
+    """Serves `app` on `sockets` until `stop` is set, goes on serving while `drain` runs, then closes.
 
     What still runs after `drain` is cancelled, so its time limit is the limit of the whole.
     """
@@ -113,7 +122,7 @@ async def serve(app: App, sock: socket.socket, stop: asyncio.Event, drain: Calla
         **options,
     )
     server = _Server(config)
-    serving = asyncio.create_task(server.serve(sockets=[sock]))
+    serving = asyncio.create_task(server.serve(sockets=sockets))
     stopping = asyncio.create_task(stop.wait())
     try:
         await asyncio.wait({serving, stopping}, return_when=asyncio.FIRST_COMPLETED)
