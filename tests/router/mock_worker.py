@@ -169,7 +169,7 @@ async def _run(args: argparse.Namespace) -> None:
     async def drain() -> None:
         pass
 
-    await serve(MockWorker(args.name, args.model, args.token), sock, stop, drain)
+    await serve(MockWorker(args.name, args.model, args.token), [sock], stop, drain)
 
 
 def main() -> None:
