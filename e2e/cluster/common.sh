@@ -15,11 +15,8 @@ mkdir -p "$STATE"
 
 log() { echo "e2e: $*" >&2; }
 
-# quietly COMMAND…: its output goes to a log, and to the terminal when it fails.
-quietly() {
-  local out=$STATE/last.log
-  "$@" >"$out" 2>&1 || { local status=$?; cat "$out" >&2; log "failed (exit status $status): $*"; return $status; }
-}
+# quietly COMMAND…: shows its last line while it runs, and all of them when it fails.
+quietly() { PYTHONPATH=$ROOT "$ROOT/.venv/bin/python" -m hack.progress "${1##*/} ${2:-}" "$@"; }
 
 # step NAME COMMAND…: says what is being done, and how long it took.
 step() {

@@ -6,15 +6,15 @@ For trying Wherry and for tests. It is not a container runtime: see docs/local-m
 import asyncio
 import contextlib
 import sys
-import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Annotated, Any, Literal
 
 import typer
 from rich.console import Console
 from rich.table import Table
 
+from wherry_cli.progress import console, step
 from wherry_local.assets import catalog
 from wherry_local.assets.provide import provide
 from wherry_local.components import Options
@@ -25,47 +25,7 @@ from wherry_local.node.logs import LogOptions, read
 from wherry_local.paths import default_home, project_root
 
 app = typer.Typer(no_args_is_help=True, help=__doc__)
-# Progress goes to stderr, so that `$(wherry local assets)` and `eval "$(wherry local env)"` get answers alone.
-console = Console(stderr=True, highlight=False)
 out = Console(highlight=False, soft_wrap=True)
-_REMIND_S = 10.0
-
-
-@contextlib.contextmanager
-def _step(text: str) -> Iterator[Callable[[str], None]]:
-    """One line per step with the time it took; a spinner meanwhile, or a line every 10 s where there is no terminal."""
-    began, detail, ended = time.monotonic(), [""], threading.Event()
-
-    def describe() -> str:
-        return f"{text} {detail[0]} [dim]{time.monotonic() - began:.0f} s[/]"
-
-    def keep_telling(tell: Callable[[str], Any], every_s: float) -> None:
-        while not ended.wait(every_s):
-            tell(describe())
-
-    def report(news: str) -> None:
-        detail[0] = f"[dim]{news}[/]"
-
-    with contextlib.ExitStack() as stack:
-        if console.is_terminal:
-            status = stack.enter_context(console.status(describe()))
-            teller = threading.Thread(target=keep_telling, args=(status.update, 0.5), daemon=True)
-        else:
-            teller = threading.Thread(target=keep_telling, args=(console.print, _REMIND_S), daemon=True)
-        teller.start()
-        try:
-            yield report
-        except BaseException:
-            console.print(f"[red]✗[/] {text} [dim]{time.monotonic() - began:.1f} s[/]")
-            raise
-        finally:
-            ended.set()
-            teller.join()
-    took = time.monotonic() - began
-    failed = "failed" in detail[0]
-    mark = "[yellow]–[/]" if failed else "[green]✓[/]"
-    if took > 0.05 or failed:
-        console.print(f"{mark} {text} [dim]{took:.1f} s[/]" + (f" {detail[0]}" if failed else ""), soft_wrap=True)
 
 
 @contextlib.contextmanager
@@ -93,11 +53,11 @@ def up(
     """Start the cluster, or what of it does not run. Run again, it changes only what differs."""
     with _errors():
         began = time.monotonic()
-        assets = provide(catalog.LOCAL, _step)
+        assets = provide(catalog.LOCAL, step)
         cluster = _cluster()
         crds = sorted((project_root() / "crds").glob("*.yaml"))
         options = Options(nodes=nodes, operator=operator, cpu=cpu, memory=memory, backoff_scale=backoff_scale)
-        cluster.up(options, assets, crds, _step)
+        cluster.up(options, assets, crds, step)
         console.print(f"The local cluster is up [dim]({time.monotonic() - began:.1f} s)[/]. For kubectl:")
         out.print(f"export KUBECONFIG={cluster.home.kubeconfig}")
 
@@ -106,7 +66,7 @@ def up(
 def down(purge: Annotated[bool, typer.Option("--purge", help="delete the cluster's data too")] = False) -> None:
     """End every process of the cluster. Its objects are there again after the next `up`, unless purged."""
     with _errors():
-        _cluster().down(purge=purge, progress=_step)
+        _cluster().down(purge=purge, progress=step)
 
 
 @app.command()
@@ -117,7 +77,7 @@ def env() -> None:
         if not cluster.home.kubeconfig.exists():
             raise LocalError("there is no local cluster: start one with `wherry local up`")
         out.print(f"export KUBECONFIG={cluster.home.kubeconfig}")
-        out.print(f'export PATH="$PATH:{provide(["kubectl"], _step)}"', markup=False)
+        out.print(f'export PATH="$PATH:{provide(["kubectl"], step)}"', markup=False)
 
 
 @app.command()
@@ -128,7 +88,7 @@ def assets(
     """Get Kubernetes' binaries and print the directory they are in."""
     with _errors():
         wanted = names or (catalog.LOCAL if purpose == "local" else catalog.KIND_SET)
-        out.print(str(provide(wanted, _step)), markup=False)
+        out.print(str(provide(wanted, step)), markup=False)
 
 
 def _components_table(cluster: Cluster) -> Table:
