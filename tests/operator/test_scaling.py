@@ -24,10 +24,18 @@ class Workers:
         self.token = ""
         self.running = 0
         self.fail = False
-        self._loop = asyncio.new_event_loop()
-        self._thread = threading.Thread(target=self._loop.run_forever, daemon=True)
-        self._thread.start()
         self._runners: list[web.AppRunner] = []
+        self._up = threading.Event()
+        self._thread = threading.Thread(target=asyncio.run, args=(self._run(),))
+        self._thread.start()
+        self._up.wait(10)
+
+    async def _run(self) -> None:
+        self._loop, self._stop = asyncio.get_running_loop(), asyncio.Event()
+        self._up.set()
+        await self._stop.wait()
+        for runner in self._runners:
+            await runner.cleanup()
 
     def serve(self, address: str) -> None:
         asyncio.run_coroutine_threadsafe(self._serve(address), self._loop).result(10)
@@ -53,14 +61,8 @@ class Workers:
         return web.Response(body=msgspec.json.encode(report))
 
     def close(self) -> None:
-        async def end() -> None:
-            for runner in self._runners:
-                await runner.cleanup()
-
-        asyncio.run_coroutine_threadsafe(end(), self._loop).result(10)
-        self._loop.call_soon_threadsafe(self._loop.stop)
+        self._loop.call_soon_threadsafe(self._stop.set)
         self._thread.join(10)
-        self._loop.close()
 
 
 @pytest.fixture
@@ -70,7 +72,7 @@ def workers() -> Iterator[Workers]:
     workers.close()
 
 
-def test_replicas_follow_the_load(kube: Kube, operator: OperatorProcess, kubelet: Kubelet, workers: Workers) -> None:
+def test_replicas_follow_the_load(workers: Workers, kube: Kube, operator: OperatorProcess, kubelet: Kubelet) -> None:
     for number in range(1, 12):
         workers.serve(f"127.9.0.{number}")
     behavior = {"scaleDown": {"stabilizationWindow": "1s"}}
