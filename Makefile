@@ -26,7 +26,7 @@ check: setup ## Format, lint, types, import contracts
 
 unit: setup ## Every test that needs no container: tests/
 	@$(STEP) "control-plane binaries" $(BIN)/wherry local assets --for local
-	@$(STEP) "tests" $(BIN)/pytest tests
+	@$(STEP) "tests" $(BIN)/pytest tests --numprocesses 2 --dist loadfile --no-loadscope-reorder
 
 e2e: setup ## The tests on a three-node kind cluster: e2e/
 	@$(STEP) "kind cluster" e2e/cluster/up

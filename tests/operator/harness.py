@@ -102,18 +102,22 @@ class Kube:
         return [pod for pod in self.items("pods", chosen) if "deletionTimestamp" not in pod["metadata"]]
 
     def condition(self, kind: str, name: str = "chat") -> dict[str, Any]:
-        status = self.get("llmdeployments", name).get("status", {})
-        return next((dict(c) for c in status.get("conditions", []) if c["type"] == kind), {})
+        return condition_of(self.get("llmdeployments", name), kind)
 
     def wait_ready(self, name: str = "chat", timeout: float = DEADLINE_S) -> dict[str, Any]:
         def ready() -> dict[str, Any] | None:
             raw = self.get("llmdeployments", name)
             generation = raw["metadata"]["generation"]
-            condition = self.condition("Ready", name)
+            condition = condition_of(raw, "Ready")
             settled = condition.get("status") == "True" and condition["observedGeneration"] == generation
             return raw if settled else None
 
         return dict(eventually(ready, f"{name} is Ready", timeout))
+
+
+def condition_of(raw: dict[str, Any], kind: str) -> dict[str, Any]:
+    """One condition of an object; empty where it has none of that type."""
+    return next((dict(c) for c in raw.get("status", {}).get("conditions", []) if c["type"] == kind), {})
 
 
 def manifest(name: str = "chat", **spec: Any) -> dict[str, Any]:
