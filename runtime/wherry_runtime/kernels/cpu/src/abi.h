@@ -1,0 +1,53 @@
+// The shapes that the Python side (library.py) and every kernel share. Plain C layout; all integers are 64 bits wide
+// unless said otherwise, so that NumPy arrays can be handed over as they are.
+#pragma once
+#include <atomic>
+#include <cstdint>
+
+namespace wherry {
+
+// What differs between two replays of one program. T rows (tokens), S of which draw a token, of B sequences. The rows
+// of a sequence are consecutive and in the order of their positions.
+struct Step {
+  int64_t rows;                 // T
+  int64_t sampled;              // S
+  int64_t sequences;            // B
+  const int64_t* token_ids;     // [T]
+  const int64_t* positions;     // [T]
+  const int64_t* slots;         // [T] block * block_size + offset: where a row's key and value go
+  const int64_t* sampled_rows;  // [S]
+  const int64_t* first_rows;    // [B + 1] rows first_rows[i] … first_rows[i + 1] - 1 belong to sequence i
+  const int64_t* table_starts;  // [B] where each sequence's block table begins in block_tables
+  const int32_t* block_tables;  // concatenated; blocks of positions 0, block_size, 2 * block_size, …
+};
+
+struct Call;
+
+// One thread's view of a call.
+struct Context {
+  const Step& step;
+  int thread;
+  int threads;
+  std::atomic<int64_t>& counter;
+
+  // The next work item that nobody has taken: items are handed out one by one, so that a thread that is held up (other
+  // work on its core) does not hold up the rest. Call until it returns `items` or more.
+  int64_t take() { return counter.fetch_add(1, std::memory_order_relaxed); }
+};
+
+using Kernel = void (*)(const Call&, Context&);
+
+// One kernel with its operands. All threads run a call together; a barrier separates it from the next.
+struct Call {
+  Kernel kernel;
+  void* pointers[10];
+  int64_t numbers[14];
+  double scalars[4];
+};
+
+struct Entry {
+  const char* name;
+  Kernel kernel;
+};
+
+}  // namespace wherry

@@ -1,0 +1,23 @@
+// Every kernel's declaration: its operands are described where it is defined. One line per kernel, in this one list.
+#pragma once
+#include "abi.h"
+
+#define WHERRY_KERNELS(X) \
+  X(linear_f32)           \
+  X(linear_bf16)          \
+  X(linear_int8)          \
+  X(linear_int4)          \
+  X(to_bf16)              \
+  X(quantize_int8)        \
+  X(embed)                \
+  X(rms_norm)             \
+  X(silu_mul)             \
+  X(rope_and_cache)       \
+  X(attention)            \
+  X(argmax)
+
+namespace wherry::WHERRY_TARGET {
+#define WHERRY_DECLARE(name) void name(const Call& call, Context& context);
+WHERRY_KERNELS(WHERRY_DECLARE)
+#undef WHERRY_DECLARE
+}  // namespace wherry::WHERRY_TARGET

@@ -1,0 +1,84 @@
+#include "pool.h"
+
+#include <immintrin.h>
+#include <pthread.h>
+#include <sched.h>
+
+namespace wherry {
+
+// A thread that waits this long gives its core to whoever else may want it: a peer that was put off its own core.
+constexpr int SPINS_IN_STEP = 20000;
+// Steps follow one another closely; a sleeping thread takes tens of microseconds to come back.
+constexpr int SPINS_BETWEEN_STEPS = 4000;
+
+static void pin(int core) {
+  if (core < 0) return;
+  cpu_set_t set;
+  CPU_ZERO(&set);
+  CPU_SET(core, &set);
+  pthread_setaffinity_np(pthread_self(), sizeof(set), &set);  // a refusal costs speed only
+}
+
+Pool::Pool(int threads, const std::vector<int>& cores) : threads_(threads) {
+  for (int t = 1; t < threads; t++) {
+    int core = t < (int)cores.size() ? cores[t] : -1;
+    workers_.emplace_back([this, t, core] { loop(t, core); });
+  }
+}
+
+Pool::~Pool() {
+  {
+    std::lock_guard<std::mutex> lock(mutex_);
+    closing_ = true;
+    runs_.fetch_add(1, std::memory_order_release);
+  }
+  wake_.notify_all();
+  for (auto& worker : workers_) worker.join();
+}
+
+void Pool::loop(int thread, int core) {
+  pin(core);
+  uint64_t seen = 0;
+  for (;;) {
+    for (int i = 0; i < SPINS_BETWEEN_STEPS && runs_.load(std::memory_order_acquire) == seen; i++) _mm_pause();
+    if (runs_.load(std::memory_order_acquire) == seen) {
+      std::unique_lock<std::mutex> lock(mutex_);
+      wake_.wait(lock, [&] { return runs_.load(std::memory_order_acquire) != seen; });
+    }
+    seen++;
+    if (closing_) return;
+    (*work_)(thread);
+    barrier();
+  }
+}
+
+void Pool::run(const std::function<void(int)>& work) {
+  if (threads_ > 1) {
+    {
+      std::lock_guard<std::mutex> lock(mutex_);
+      work_ = &work;
+      runs_.fetch_add(1, std::memory_order_release);
+    }
+    wake_.notify_all();
+  }
+  work(0);
+  barrier();
+}
+
+void Pool::barrier() {
+  if (threads_ == 1) return;
+  uint32_t phase = phase_.load(std::memory_order_relaxed);
+  if (arrived_.fetch_add(1, std::memory_order_acq_rel) == threads_ - 1) {
+    arrived_.store(0, std::memory_order_relaxed);
+    phase_.store(phase + 1, std::memory_order_release);
+    return;
+  }
+  for (int i = 0; phase_.load(std::memory_order_acquire) == phase; i++) {
+    if (i < SPINS_IN_STEP)
+      _mm_pause();
+    else
+      sched_yield();
+  }
+}
+
+}  // namespace wherry

@@ -1,0 +1,68 @@
+// Programs: flat lists of kernel calls, recorded once and replayed for every step. The C interface of the library.
+#include <memory>
+#include <string>
+#include <vector>
+
+#include "abi.h"
+#include "pool.h"
+#include "target.h"
+
+namespace wherry {
+
+struct Program {
+  Pool* pool;
+  std::vector<Call> calls;
+  std::unique_ptr<std::atomic<int64_t>[]> counters;
+};
+
+static void replay(Program& program, const Step& step) {
+  size_t count = program.calls.size();
+  if (!program.counters) program.counters.reset(new std::atomic<int64_t>[count]);
+  for (size_t i = 0; i < count; i++) program.counters[i].store(0, std::memory_order_relaxed);
+  int threads = program.pool->threads();
+  program.pool->run([&](int thread) {
+    for (size_t i = 0; i < count; i++) {
+      if (i) program.pool->barrier();
+      Context context{step, thread, threads, program.counters[i]};
+      program.calls[i].kernel(program.calls[i], context);
+    }
+  });
+}
+
+}  // namespace wherry
+
+using namespace wherry;
+
+extern "C" {
+
+// The name of the instruction set in use: the best that the processor has, or the one that was asked for.
+const char* wherry_target() { return chosen_target().name; }
+
+void* wherry_pool_new(int64_t threads, const int64_t* cores, int64_t num_cores) {
+  return new Pool((int)threads, std::vector<int>(cores, cores + num_cores));
+}
+
+void wherry_pool_free(void* pool) { delete (Pool*)pool; }
+
+// The kernel of this name, or null.
+void* wherry_kernel(const char* name) {
+  for (const Entry* entry = chosen_target().entries; entry->name; entry++)
+    if (std::string(entry->name) == name) return (void*)entry->kernel;
+  return nullptr;
+}
+
+void* wherry_program_new(void* pool) { return new Program{(Pool*)pool, {}, nullptr}; }
+
+void wherry_program_free(void* program) { delete (Program*)program; }
+
+void wherry_program_add(void* program, const Call* call) {
+  auto* p = (Program*)program;
+  p->calls.push_back(*call);
+  p->counters.reset();
+}
+
+int64_t wherry_program_size(void* program) { return (int64_t)((Program*)program)->calls.size(); }
+
+void wherry_program_run(void* program, const Step* step) { replay(*(Program*)program, *step); }
+
+}  // extern "C"
