@@ -17,7 +17,7 @@ from tests.runtime.random_models import CASES
 
 from wherry_protocol.worker import ChatMessage, End, ExecuteRequest, Metrics, Prompt, SamplingParams, Started, Token
 from wherry_runtime.engine.async_engine import AsyncEngine, ModelError, RequestError
-from wherry_runtime.engine.runner import ModelRunner
+from wherry_runtime.engine.runner import ModelRunner, Prepared
 from wherry_runtime.engine.sampling import BadLogitsError, Sampled
 from wherry_runtime.scheduling.scheduler import Scheduler
 from wherry_runtime.tokenization.tokenizer import Tokenizer
@@ -277,13 +277,13 @@ def _hold_steps(engine: AsyncEngine) -> threading.Event:
     """The step loop waits in its next step until the event is set."""
     gate = threading.Event()
     runner = engine._core.runner
-    step = runner.step
+    run = runner.run
 
     def held(*args: Any) -> Any:
         gate.wait(20)
-        return step(*args)
+        return run(*args)
 
-    runner.step = held
+    runner.run = held
     return gate
 
 
@@ -360,15 +360,15 @@ class TestIsolation:
         self, model: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         """A step that raises (here: an embedding looked up out of range, as corrupted state would) is taken apart."""
-        real = ModelRunner.logits
+        real = ModelRunner.run
 
-        def odd(self: ModelRunner, sequences: list[Any]) -> Any:
-            for s in sequences:
+        def odd(self: ModelRunner, prepared: Prepared, live: Any) -> Any:
+            for s in prepared.sequences:
                 if s.request_id.startswith("r1#"):
-                    torch.nn.functional.embedding(torch.tensor([10**9]), self.model.embedding)
-            return real(self, sequences)
+                    torch.nn.functional.embedding(torch.tensor([10**9]), torch.zeros(3, 3))
+            return real(self, prepared, live)
 
-        monkeypatch.setattr(ModelRunner, "logits", odd)
+        monkeypatch.setattr(ModelRunner, "run", odd)
         async with running(model) as engine:
             answers = await ask_all(engine, [[1, 2], [3, 4], [5, 6]], max_tokens=8, temperature=0, ignore_eos=True)
             assert answers[1].error.code == "engine_error"
@@ -377,14 +377,14 @@ class TestIsolation:
             assert (await ask(engine, [3, 4], max_tokens=8, temperature=0)).end.completion_tokens == 8
 
     async def test_out_of_memory_is_told_and_survived(self, model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-        real = ModelRunner.logits
+        real = ModelRunner.run
 
-        def greedy(self: ModelRunner, sequences: list[Any]) -> Any:
-            if any(s.request_id.startswith("r0#") for s in sequences):
+        def greedy(self: ModelRunner, prepared: Prepared, live: Any) -> Any:
+            if any(s.request_id.startswith("r0#") for s in prepared.sequences):
                 torch.empty(1 << 55)
-            return real(self, sequences)
+            return real(self, prepared, live)
 
-        monkeypatch.setattr(ModelRunner, "logits", greedy)
+        monkeypatch.setattr(ModelRunner, "run", greedy)
         async with running(model) as engine:
             answers = await ask_all(engine, [[1, 2], [3, 4]], max_tokens=4, ignore_eos=True)
             assert (answers[0].error.code, answers[0].error.retryable) == ("out_of_memory", True)
@@ -396,16 +396,16 @@ class TestIsolation:
         """NaN in one request's keys and values: its own error, and the blocks are clean for the next one."""
         async with running(model, kv_blocks=24, prefix_cache=False, max_model_len=60) as engine:
             clean = await ask(engine, [1, 2, 3], max_tokens=20, temperature=0, ignore_eos=True)
-            real = ModelRunner.step
+            real = ModelRunner.run
 
-            def poison(self: ModelRunner, sequences: list[Any], live: Any) -> dict[str, Sampled | BadLogitsError]:
-                for s in sequences:
+            def poison(self: ModelRunner, prepared: Prepared, live: Any) -> dict[str, Sampled | BadLogitsError]:
+                for s in prepared.sequences:
                     if s.request_id.startswith("bad#") and s.start:
                         for layer in self.cache.layers:
                             layer[s.blocks] = math.nan
-                return real(self, sequences, live)
+                return real(self, prepared, live)
 
-            monkeypatch.setattr(ModelRunner, "step", poison)
+            monkeypatch.setattr(ModelRunner, "run", poison)
             bad = await ask(engine, [1, 2, 3], request_id="bad", max_tokens=20, ignore_eos=True)
             assert bad.error.code == "bad_logits"
             for _ in range(3):
