@@ -62,7 +62,7 @@ void Pool::run(const std::function<void(int)>& work) {
     wake_.notify_all();
   }
   work(0);
-  barrier();
+  barrier();  // nobody may look at `work` any more
 }
 
 void Pool::barrier() {

@@ -1,4 +1,5 @@
 // Programs: flat lists of kernel calls, recorded once and replayed for every step. The C interface of the library.
+#include <chrono>
 #include <memory>
 #include <string>
 #include <vector>
@@ -15,16 +16,20 @@ struct Program {
   std::unique_ptr<std::atomic<int64_t>[]> counters;
 };
 
-static void replay(Program& program, const Step& step) {
+// `seconds`: null, or where to write how long each call took, the barrier after it included.
+static void replay(Program& program, const Step& step, double* seconds) {
+  using Clock = std::chrono::steady_clock;
   size_t count = program.calls.size();
   if (!program.counters) program.counters.reset(new std::atomic<int64_t>[count]);
   for (size_t i = 0; i < count; i++) program.counters[i].store(0, std::memory_order_relaxed);
   int threads = program.pool->threads();
   program.pool->run([&](int thread) {
     for (size_t i = 0; i < count; i++) {
-      if (i) program.pool->barrier();
+      auto start = seconds ? Clock::now() : Clock::time_point();
       Context context{step, thread, threads, program.counters[i]};
       program.calls[i].kernel(program.calls[i], context);
+      program.pool->barrier();
+      if (seconds && thread == 0) seconds[i] = std::chrono::duration<double>(Clock::now() - start).count();
     }
   });
 }
@@ -33,36 +38,42 @@ static void replay(Program& program, const Step& step) {
 
 using namespace wherry;
 
+#define WHERRY_EXPORT __attribute__((visibility("default")))
+
 extern "C" {
 
 // The name of the instruction set in use: the best that the processor has, or the one that was asked for.
-const char* wherry_target() { return chosen_target().name; }
+WHERRY_EXPORT const char* wherry_target() { return chosen_target().name; }
 
-void* wherry_pool_new(int64_t threads, const int64_t* cores, int64_t num_cores) {
+WHERRY_EXPORT void* wherry_pool_new(int64_t threads, const int64_t* cores, int64_t num_cores) {
   return new Pool((int)threads, std::vector<int>(cores, cores + num_cores));
 }
 
-void wherry_pool_free(void* pool) { delete (Pool*)pool; }
+WHERRY_EXPORT void wherry_pool_free(void* pool) { delete (Pool*)pool; }
 
 // The kernel of this name, or null.
-void* wherry_kernel(const char* name) {
+WHERRY_EXPORT void* wherry_kernel(const char* name) {
   for (const Entry* entry = chosen_target().entries; entry->name; entry++)
     if (std::string(entry->name) == name) return (void*)entry->kernel;
   return nullptr;
 }
 
-void* wherry_program_new(void* pool) { return new Program{(Pool*)pool, {}, nullptr}; }
+WHERRY_EXPORT void* wherry_program_new(void* pool) { return new Program{(Pool*)pool, {}, nullptr}; }
 
-void wherry_program_free(void* program) { delete (Program*)program; }
+WHERRY_EXPORT void wherry_program_free(void* program) { delete (Program*)program; }
 
-void wherry_program_add(void* program, const Call* call) {
+WHERRY_EXPORT void wherry_program_add(void* program, const Call* call) {
   auto* p = (Program*)program;
   p->calls.push_back(*call);
   p->counters.reset();
 }
 
-int64_t wherry_program_size(void* program) { return (int64_t)((Program*)program)->calls.size(); }
+WHERRY_EXPORT int64_t wherry_program_size(void* program) { return (int64_t)((Program*)program)->calls.size(); }
 
-void wherry_program_run(void* program, const Step* step) { replay(*(Program*)program, *step); }
+WHERRY_EXPORT void wherry_program_run(void* program, const Step* step) { replay(*(Program*)program, *step, nullptr); }
+
+WHERRY_EXPORT void wherry_program_profile(void* program, const Step* step, double* seconds) {
+  replay(*(Program*)program, *step, seconds);
+}
 
 }  // extern "C"

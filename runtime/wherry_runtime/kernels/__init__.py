@@ -1,0 +1,1 @@
+"""Native kernels, and the pure PyTorch reference of each."""

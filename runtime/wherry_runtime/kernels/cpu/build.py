@@ -1,0 +1,117 @@
+"""Compiles the native library. The wheel's build hook, `make setup` and the sanitizer tests all come here.
+
+    python -m wherry_runtime.kernels.cpu.build [--sanitize address,undefined] [--output FILE]
+
+Nothing but a C++20 compiler is needed, no headers of PyTorch or Python. Objects are kept beside the library by a digest
+of everything that went into them, so an edit compiles only what it touches.
+"""
+
+import argparse
+import hashlib
+import os
+import platform
+import shutil
+import subprocess
+import sys
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+HERE = Path(__file__).resolve().parent
+SOURCES = HERE / "src"
+LIBRARY = HERE / "libwherry_cpu.so"
+
+# Compiled once, for any x86-64 processor of this century's second decade.
+COMMON = ("pool.cpp", "program.cpp", "target.cpp", "pack.cpp", "bandwidth.cpp")
+AVX2 = ("-mavx2", "-mfma", "-mf16c")
+AVX512 = (*AVX2, "-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mavx512vnni", "-mprefer-vector-width=512")
+TARGETS = {"avx2": AVX2, "avx512": AVX512, "avx512bf16": (*AVX512, "-mavx512bf16")}
+FLAGS = ("-std=c++20", "-O3", "-fPIC", "-fno-math-errno", "-fno-trapping-math", "-fvisibility=hidden", "-pthread", "-Wall", "-Wextra", "-Wno-psabi", "-Wno-ignored-attributes", "-Wno-maybe-uninitialized")  # fmt: skip
+
+
+class BuildError(Exception):
+    """The library cannot be compiled here."""
+
+
+def compiler() -> str:
+    """The C++ compiler: `$CXX`, or the first of the usual names.
+
+    Raises:
+        BuildError: there is none, or no x86-64 to compile for.
+    """
+    if platform.machine() not in ("x86_64", "AMD64"):
+        raise BuildError(f"the native kernels are written for x86-64, this is {platform.machine()}")
+    for name in (os.environ.get("CXX"), "g++", "c++", "clang++"):
+        if name and (path := shutil.which(name)):
+            return path
+    raise BuildError("no C++ compiler was found; on Debian: apt-get install g++")
+
+
+def _units() -> list[tuple[Path, tuple[str, ...]]]:
+    """Each source with the flags of what it is compiled for."""
+    units: list[tuple[Path, tuple[str, ...]]] = []
+    for source in sorted(SOURCES.glob("*.cpp")):
+        if source.name in COMMON:
+            units.append((source, ("-march=x86-64-v2",)))
+        else:
+            units += [(source, (*flags, f"-DWHERRY_TARGET={target}")) for target, flags in TARGETS.items()]
+    return units
+
+
+def build(output: Path = LIBRARY, extra: Sequence[str] = (), objects: Path | None = None) -> Path:
+    """Compiles what changed and links `output`.
+
+    Raises:
+        BuildError: with the compiler's own words.
+    """
+    command = compiler()
+    objects = objects or output.parent / ".objects"
+    objects.mkdir(parents=True, exist_ok=True)
+    headers = b"".join(p.read_bytes() for p in sorted(SOURCES.glob("*.h")))
+    version = subprocess.run([command, "--version"], capture_output=True, check=True).stdout
+
+    def compile_one(unit: tuple[Path, tuple[str, ...]]) -> Path:
+        source, flags = unit
+        arguments = [*FLAGS, *flags, *extra]
+        digest = hashlib.sha256(b"\0".join([version, headers, source.read_bytes(), *(a.encode() for a in arguments)]))
+        target = objects / f"{source.stem}-{digest.hexdigest()[:16]}.o"
+        if not target.exists():
+            partial = target.with_suffix(f".{os.getpid()}.tmp")
+            _run([command, *arguments, "-c", str(source), "-o", str(partial)])
+            partial.replace(target)
+        return target
+
+    with ThreadPoolExecutor(max_workers=os.cpu_count()) as pool:
+        parts = list(pool.map(compile_one, _units()))
+    partial = output.with_suffix(f".{os.getpid()}.tmp")
+    _run([command, "-shared", "-pthread", *extra, *map(str, parts), "-o", str(partial)])
+    partial.replace(output)
+    for stale in set(objects.glob("*.o")) - set(parts):
+        stale.unlink()
+    return output
+
+
+def _run(command: list[str]) -> None:
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise BuildError(f"{' '.join(command)}\n{done.stderr}")
+    if done.stderr:
+        print(done.stderr, file=sys.stderr)  # noqa: T201 - a compiler's warnings belong on the terminal
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="python -m wherry_runtime.kernels.cpu.build", description=__doc__)
+    parser.add_argument("--output", type=Path, default=LIBRARY)
+    parser.add_argument("--sanitize", default="", help="such as address,undefined: instrumented, for tests")
+    arguments = parser.parse_args()
+    extra = (f"-fsanitize={arguments.sanitize}", "-g", "-fno-omit-frame-pointer") if arguments.sanitize else ()
+    try:
+        build(arguments.output, extra, arguments.output.parent / f".objects{'-' + arguments.sanitize.replace(',', '-') if extra else ''}")  # fmt: skip
+    except BuildError as e:
+        print(f"the native kernels were not built, so the engine will run on PyTorch alone: {e}", file=sys.stderr)  # noqa: T201
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,218 @@
+"""The native library as Python sees it: pools of threads, calls, programs.
+
+`load()` gives the library or says why there is none; the engine then runs on PyTorch. Pointers are taken from tensors
+at recording time, so a `Program` keeps every tensor that its calls name.
+"""
+
+import ctypes
+import functools
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+LIBRARY = Path(__file__).resolve().parent / "libwherry_cpu.so"
+NUM_POINTERS, NUM_NUMBERS, NUM_SCALARS = 10, 14, 4
+
+Int64s = npt.NDArray[np.int64]
+Int32s = npt.NDArray[np.int32]
+
+
+class NativeUnavailableError(Exception):
+    """There are no native kernels for this machine; the message says why."""
+
+
+class CCall(ctypes.Structure):
+    """`Call` of abi.h."""
+
+    _fields_ = (
+        ("kernel", ctypes.c_void_p),
+        ("pointers", ctypes.c_void_p * NUM_POINTERS),
+        ("numbers", ctypes.c_int64 * NUM_NUMBERS),
+        ("scalars", ctypes.c_double * NUM_SCALARS),
+    )
+
+
+class CStep(ctypes.Structure):
+    """`Step` of abi.h."""
+
+    _fields_ = (
+        ("rows", ctypes.c_int64),
+        ("sampled", ctypes.c_int64),
+        ("sequences", ctypes.c_int64),
+        ("token_ids", ctypes.c_void_p),
+        ("positions", ctypes.c_void_p),
+        ("slots", ctypes.c_void_p),
+        ("sampled_rows", ctypes.c_void_p),
+        ("first_rows", ctypes.c_void_p),
+        ("table_starts", ctypes.c_void_p),
+        ("block_tables", ctypes.c_void_p),
+    )
+
+
+class Step:
+    """One replay's input; see abi.h. Arrays that a program does not read may be left empty."""
+
+    def __init__(
+        self,
+        rows: int,
+        *,
+        token_ids: Int64s | None = None,
+        positions: Int64s | None = None,
+        slots: Int64s | None = None,
+        sampled_rows: Int64s | None = None,
+        first_rows: Int64s | None = None,
+        table_starts: Int64s | None = None,
+        block_tables: Int32s | None = None,
+    ) -> None:
+        nothing = np.zeros(0, np.int64)
+        longs = [nothing if a is None else a for a in (token_ids, positions, slots, sampled_rows, first_rows)]
+        starts = nothing if table_starts is None else table_starts
+        tables = np.zeros(0, np.int32) if block_tables is None else block_tables
+        arrays = [*longs, starts, tables]
+        for array in arrays:
+            if array.dtype != (np.int32 if array is tables else np.int64) or not array.flags.c_contiguous:
+                raise TypeError("a step's arrays are contiguous int64, its block tables int32")
+        self._arrays = arrays
+        pointers = [array.ctypes.data for array in arrays]
+        self.c = CStep(rows, len(longs[3]), len(starts), *pointers)
+
+
+class _Functions:
+    """The C functions, with their types."""
+
+    def __init__(self, path: Path) -> None:
+        lib = ctypes.CDLL(str(path))
+        pointer, number = ctypes.c_void_p, ctypes.c_int64
+
+        def function(name: str, result: type | None, *arguments: type) -> "ctypes._NamedFuncPointer":
+            f = getattr(lib, name)
+            f.restype, f.argtypes = result, list(arguments)
+            return f  # type: ignore[no-any-return]
+
+        self.target = function("wherry_target", ctypes.c_char_p)
+        self.kernel = function("wherry_kernel", pointer, ctypes.c_char_p)
+        self.pool_new = function("wherry_pool_new", pointer, number, pointer, number)
+        self.pool_free = function("wherry_pool_free", None, pointer)
+        self.program_new = function("wherry_program_new", pointer, pointer)
+        self.program_free = function("wherry_program_free", None, pointer)
+        self.program_add = function("wherry_program_add", None, pointer, ctypes.POINTER(CCall))
+        self.program_run = function("wherry_program_run", None, pointer, ctypes.POINTER(CStep))
+        self.program_profile = function("wherry_program_profile", None, pointer, ctypes.POINTER(CStep), pointer)
+        self.read_bandwidth = function("wherry_read_bandwidth", ctypes.c_double, pointer, number)
+
+
+@functools.cache
+def load() -> _Functions:
+    """The library.
+
+    Raises:
+        NativeUnavailableError: it was not built, cannot be loaded, or knows no instruction set of this processor.
+    """
+    path = Path(os.environ.get("WHERRY_CPU_LIBRARY") or LIBRARY)
+    if not path.exists():
+        raise NativeUnavailableError(
+            f"{path} is not there; `python -m wherry_runtime.kernels.cpu.build` compiles it where there is a C++ compiler"
+        )
+    try:
+        functions = _Functions(path)
+    except (OSError, AttributeError) as e:
+        raise NativeUnavailableError(f"{path} cannot be loaded: {e}") from e
+    if functions.target() == b"none":
+        raise NativeUnavailableError("this processor lacks AVX2, or WHERRY_CPU_TARGET names a set that it has not")
+    return functions
+
+
+def available() -> bool:
+    """Whether there are native kernels for this machine."""
+    try:
+        load()
+    except NativeUnavailableError:
+        return False
+    return True
+
+
+def target() -> str:
+    """The instruction set in use, such as `avx512bf16`."""
+    return str(load().target().decode())
+
+
+class Pool:
+    """Threads that run programs together; the caller is the first of them.
+
+    Args:
+        threads: at least 1.
+        cores: where to pin each thread; none: wherever the kernel likes.
+    """
+
+    def __init__(self, threads: int, cores: Sequence[int] = ()) -> None:
+        self._lib = load()
+        array = np.array(cores, dtype=np.int64)
+        self.threads = threads
+        self.handle = self._lib.pool_new(threads, array.ctypes.data, len(array))
+
+    def __del__(self) -> None:
+        if handle := getattr(self, "handle", None):
+            self._lib.pool_free(handle)
+
+
+class Program:
+    """A flat list of kernel calls over fixed buffers, replayed for each step.
+
+    Not safe for two threads at once: the buffers are its own.
+    """
+
+    def __init__(self, pool: Pool) -> None:
+        self._lib = load()
+        self.pool = pool
+        self.names: list[str] = []
+        self._kept: list[torch.Tensor] = []
+        self.handle = self._lib.program_new(pool.handle)
+
+    def __del__(self) -> None:
+        if handle := getattr(self, "handle", None):
+            self._lib.program_free(handle)
+
+    def add(
+        self,
+        name: str,
+        tensors: Sequence[torch.Tensor | None] = (),
+        numbers: Sequence[int] = (),
+        scalars: Sequence[float] = (),
+    ) -> None:
+        """Appends a call of the kernel `name`; its operands are described in its source file.
+
+        Raises:
+            KeyError: no such kernel.
+        """
+        kernel = self._lib.kernel(name.encode())
+        if not kernel:
+            raise KeyError(f"no kernel is named {name!r}")
+        self._kept += [t for t in tensors if t is not None]
+        pointers = [0 if t is None else t.data_ptr() for t in tensors]
+        call = CCall(
+            kernel,
+            (ctypes.c_void_p * NUM_POINTERS)(*pointers),
+            (ctypes.c_int64 * NUM_NUMBERS)(*numbers),
+            (ctypes.c_double * NUM_SCALARS)(*scalars),
+        )
+        self.names.append(name)
+        self._lib.program_add(self.handle, ctypes.byref(call))
+
+    def run(self, step: Step) -> None:
+        """Replays all calls. Blocks, without the interpreter's lock."""
+        self._lib.program_run(self.handle, ctypes.byref(step.c))
+
+    def profile(self, step: Step) -> list[tuple[str, float]]:
+        """Replays all calls and tells each one's name and seconds, barrier included."""
+        seconds = np.zeros(len(self.names))
+        self._lib.program_profile(self.handle, ctypes.byref(step.c), seconds.ctypes.data)
+        return list(zip(self.names, seconds.tolist(), strict=True))
+
+
+def read_bandwidth(pool: Pool, num_bytes: int = 1 << 29) -> float:
+    """Bytes per second that `pool` reads from memory in huge pages, median of several passes: the limit of decode."""
+    return float(load().read_bandwidth(pool.handle, num_bytes))

@@ -1,0 +1,96 @@
+// What the matrix products share: panels, tiles of rows, and who computes which.
+//
+// y = x Wᵀ + b. W lies in panels of 64 outputs: for each step along K, the 64 outputs' words lie side by side, so that one
+// word of x, broadcast, meets four vectors of weights. A word is 32 bits of K: one float32, two bfloat16, four int8.
+// A sum runs along K in one chain per output, whatever the number of rows: a row's result never depends on its batch.
+//
+// Operands of all linear_* kernels:
+//   pointers  0 x: see the kernel; 1 weights [panels][Kp words][64] words; 2 y float32; 3 bias float32 [panels * 64] or null;
+//             4 weight scales, 5 x scales, 6 x sums: of the integer kernels
+//   numbers   0 panels; 1 Kp; 2 stride of x in elements; 3 stride of y in floats; 4 group: weights per scale along K;
+//             5 add: 1 adds to y, 0 overwrites it; 6 sampled: 1 if the rows are those that draw a token
+// Goto and van de Geijn, 2008 (https://doi.org/10.1145/1356052.1356053) for the blocking.
+#pragma once
+#include <algorithm>
+
+#include "abi.h"
+#include "simd.h"
+
+namespace wherry::WHERRY_TARGET {
+
+constexpr int PANEL = 64;
+constexpr int VECTORS = PANEL / LANES;
+constexpr int BLOCK = 64;            // words along K per block: 16 KiB of weights stay in L1 while all rows use them
+constexpr int CHUNK = 96;            // rows whose sums are kept at hand
+constexpr int PREFETCH_AHEAD = 2048;  // bytes
+
+#ifdef __AVX512F__
+constexpr int COLUMNS = VECTORS;  // vectors of a panel that a tile takes at once, for as many registers as there are
+#else
+constexpr int COLUMNS = 1;
+#endif
+
+struct Linear {
+  explicit Linear(const Call& call, const Step& step)
+      : rows(call.numbers[6] ? step.sampled : step.rows),
+        panels(call.numbers[0]),
+        depth(call.numbers[1]),
+        x_stride(call.numbers[2]),
+        y_stride(call.numbers[3]),
+        add(call.numbers[5]),
+        y((float*)call.pointers[2]),
+        bias((const float*)call.pointers[3]) {}
+
+  int64_t rows, panels, depth, x_stride, y_stride;
+  bool add;
+  float* y;
+  const float* bias;
+
+  // Sums [rows][64] of a panel → y, with bias.
+  void finish(const float* sums, int64_t panel, int64_t first_row, int64_t num_rows) const {
+    f32x16 b[VECTORS] = {};
+    if (bias)
+      for (int v = 0; v < VECTORS; v++) b[v] = load<f32x16>(bias + panel * PANEL + v * LANES);
+    for (int64_t r = 0; r < num_rows; r++) {
+      float* to = y + (first_row + r) * y_stride + panel * PANEL;
+      for (int v = 0; v < VECTORS; v++) {
+        f32x16 value = load<f32x16>(sums + r * PANEL + v * LANES) + b[v];
+        if (add) value = load<f32x16>(to + v * LANES) + value;
+        store(to + v * LANES, value);
+      }
+    }
+  }
+
+  // Calls compute(panel, first row, number of rows, sums) for each panel and chunk of rows, shared among the threads.
+  template <class Compute>
+  void for_each_item(Context& context, Compute compute) const {
+    alignas(64) float sums[CHUNK * PANEL];
+    int64_t chunks = (rows + CHUNK - 1) / CHUNK;
+    for (int64_t item; (item = context.take()) < panels * chunks;) {
+      int64_t panel = item / chunks, chunk = item % chunks;
+      int64_t first = rows * chunk / chunks, count = rows * (chunk + 1) / chunks - first;
+      std::memset(sums, 0, sizeof(float) * PANEL * count);
+      compute(panel, first, count, sums);
+      finish(sums, panel, first, count);
+    }
+  }
+};
+
+// Calls tile.template operator()<n>(first row) for tiles of n ≤ MOST rows each, as even as they can be.
+template <int MOST, class Tile>
+inline void for_each_tile(int64_t rows, Tile tile) {
+  int64_t tiles = (rows + MOST - 1) / MOST;
+  for (int64_t i = 0; i < tiles; i++) {
+    int64_t first = rows * i / tiles;
+    switch (rows * (i + 1) / tiles - first) {
+      case 1: tile.template operator()<1>(first); break;
+      case 2: tile.template operator()<2>(first); break;
+      case 3: tile.template operator()<3>(first); break;
+      case 4: if constexpr (MOST >= 4) tile.template operator()<4>(first); break;
+      case 5: if constexpr (MOST >= 5) tile.template operator()<5>(first); break;
+      case 6: if constexpr (MOST >= 6) tile.template operator()<6>(first); break;
+    }
+  }
+}
+
+}  // namespace wherry::WHERRY_TARGET

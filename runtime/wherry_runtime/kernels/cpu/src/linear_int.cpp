@@ -1,0 +1,146 @@
+// Matrix products with int8 and int4 weights and int8 activations, a scale for each group along K; operands in linear.h.
+//
+//   pointers  0 x int8 [rows][stride]; 4 weight scales float16 [panels][Kp / group][64]; 5 x scales float32 and
+//             6 x sums int32, both [rows][Kp / group]
+// A weight is stored unsigned, as q + zero. The dot product instruction wants one unsigned operand, and
+// Σ q x = Σ (q + zero) x − zero Σ x, where Σ x comes with x. All of it is exact in 32 bits.
+#include "kernels.h"
+#include "linear.h"
+
+namespace wherry::WHERRY_TARGET {
+
+constexpr int MOST_ROWS = 3;  // 3 × 4 integer and 3 × 4 float sums, 4 weights and a word of x: 29 of 32 registers
+constexpr int PER_WORD = 4;
+
+// A word of int8 weights: [64][4] bytes.
+struct Int8 {
+  static constexpr int BYTES = 256;  // a step of one word, 64 outputs
+  static constexpr int ZERO = 128;
+  static u8x64 at(const uint8_t* weights, int64_t k, int vector) { return load<u8x64>(weights + k * BYTES + vector * 64); }
+};
+
+// Two nibbles a byte, [32][4] bytes: outputs 0 … 31 in the low ones, 32 … 63 in the high ones.
+struct Int4 {
+  static constexpr int BYTES = 128;
+  static constexpr int ZERO = 8;
+  static u8x64 at(const uint8_t* weights, int64_t k, int vector) {
+    u8x64 pair = load<u8x64>(weights + k * BYTES + (vector % 2) * 64);
+    return vector < 2 ? pair & 15 : pair >> 4;
+  }
+};
+
+// Int4 that `unpack` has spread over a byte each.
+struct Unpacked {
+  static constexpr int BYTES = 256;
+  static constexpr int ZERO = Int4::ZERO;
+  static u8x64 at(const uint8_t* weights, int64_t k, int vector) { return Int8::at(weights, k, vector); }
+};
+
+struct Operands {
+  const int8_t* x;
+  int64_t x_stride, group, groups;  // groups: along the whole of K
+  const float* x_scales;
+  const int32_t* x_sums;
+};
+
+// sums [ROWS][64] += the products of `count` groups from `group` on, for COLUMNS vectors of the panel from `vector` on.
+template <class Type, int ROWS>
+static void tile(const Operands& in, int64_t row, int64_t group, int64_t count, const uint8_t* weights,
+                 const uint16_t* scales, int vector, float* sums) {
+  f32x16 total[ROWS][COLUMNS];
+  const int32_t* x[ROWS];
+#pragma GCC unroll 4
+  for (int r = 0; r < ROWS; r++) {
+    x[r] = (const int32_t*)(in.x + (row + r) * in.x_stride + group * in.group);
+#pragma GCC unroll 4
+    for (int v = 0; v < COLUMNS; v++) total[r][v] = load<f32x16>(sums + r * PANEL + (vector + v) * LANES);
+  }
+  int64_t words = in.group / PER_WORD;
+  for (int64_t g = 0; g < count; g++) {
+    i32x16 dot[ROWS][COLUMNS];
+#pragma GCC unroll 4
+    for (int r = 0; r < ROWS; r++) {
+      i32x16 start = splat(-Type::ZERO * in.x_sums[(row + r) * in.groups + group + g]);
+#pragma GCC unroll 4
+      for (int v = 0; v < COLUMNS; v++) dot[r][v] = start;
+    }
+    for (int64_t k = g * words; k < (g + 1) * words; k++) {
+      u8x64 w[COLUMNS];
+#pragma GCC unroll 4
+      for (int v = 0; v < COLUMNS; v++) w[v] = Type::at(weights, k, vector + v);
+#pragma GCC unroll 4
+      for (int line = 0; line < Type::BYTES * COLUMNS / VECTORS; line += 64)
+        prefetch(weights + k * Type::BYTES + line + PREFETCH_AHEAD);
+#pragma GCC unroll 4
+      for (int r = 0; r < ROWS; r++) {
+        i32x16 word = splat(x[r][k]);
+#pragma GCC unroll 4
+        for (int v = 0; v < COLUMNS; v++) dot[r][v] = dot_u8s8(dot[r][v], w[v], word);
+      }
+    }
+#pragma GCC unroll 4
+    for (int v = 0; v < COLUMNS; v++) {
+      f32x16 scale = f16_to_float(load<u16x16>(scales + g * PANEL + (vector + v) * LANES));
+#pragma GCC unroll 4
+      for (int r = 0; r < ROWS; r++) {
+        f32x16 both = scale * in.x_scales[(row + r) * in.groups + group + g];
+        total[r][v] = total[r][v] + to_float(dot[r][v]) * both;
+      }
+    }
+  }
+#pragma GCC unroll 4
+  for (int r = 0; r < ROWS; r++)
+#pragma GCC unroll 4
+    for (int v = 0; v < COLUMNS; v++) store(sums + r * PANEL + (vector + v) * LANES, total[r][v]);
+}
+
+template <class Type>
+static void block(const Operands& in, int64_t first, int64_t rows, int64_t group, int64_t count, const uint8_t* weights,
+                  const uint16_t* scales, float* sums) {
+  for_each_tile<MOST_ROWS>(rows, [&]<int ROWS>(int64_t row) {
+    for (int v = 0; v < VECTORS; v += COLUMNS)
+      tile<Type, ROWS>(in, first + row, group, count, weights, scales, v, sums + row * PANEL);
+  });
+}
+
+static void unpack(const uint8_t* weights, int64_t words, uint8_t* to) {
+  for (int64_t k = 0; k < words; k++) {
+    for (int half = 0; half < 2; half++) {
+      prefetch(weights + k * Int4::BYTES + half * 64 + PREFETCH_AHEAD);
+      u8x64 pair = load<u8x64>(weights + k * Int4::BYTES + half * 64);
+      store(to + k * Unpacked::BYTES + half * 64, pair & 15);
+      store(to + k * Unpacked::BYTES + (half + 2) * 64, pair >> 4);
+    }
+  }
+}
+
+template <class Type>
+static void linear(const Call& call, Context& context) {
+  Linear op(call, context.step);
+  int64_t group = call.numbers[4], groups = op.depth / group;
+  Operands in{(const int8_t*)call.pointers[0], op.x_stride,
+              group,                           groups,
+              (const float*)call.pointers[5],  (const int32_t*)call.pointers[6]};
+  auto* weights = (const uint8_t*)call.pointers[1];
+  auto* scales = (const uint16_t*)call.pointers[4];
+  int64_t per_block = std::max<int64_t>(1, BLOCK * PER_WORD / group);
+  alignas(64) uint8_t unpacked[BLOCK * Unpacked::BYTES];
+  op.for_each_item(context, [&](int64_t panel, int64_t first, int64_t rows, float* sums) {
+    for (int64_t g = 0; g < groups; g += per_block) {
+      int64_t count = std::min(per_block, groups - g), words = group / PER_WORD;
+      const uint8_t* w = weights + (panel * op.depth / PER_WORD + g * words) * Type::BYTES;
+      const uint16_t* s = scales + (panel * groups + g) * PANEL;
+      if (Type::BYTES == Int4::BYTES && rows > MOST_ROWS) {  // unpack once for all rows
+        unpack(w, count * words, unpacked);
+        block<Unpacked>(in, first, rows, g, count, unpacked, s, sums);
+      } else {
+        block<Type>(in, first, rows, g, count, w, s, sums);
+      }
+    }
+  });
+}
+
+void linear_int8(const Call& call, Context& context) { linear<Int8>(call, context); }
+void linear_int4(const Call& call, Context& context) { linear<Int4>(call, context); }
+
+}  // namespace wherry::WHERRY_TARGET
