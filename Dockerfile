@@ -65,10 +65,17 @@ RUN --mount=type=secret,id=ca --mount=type=cache,target=/var/cache/uv \
  && /opt/wherry/bin/python -W error -c 'import torch; x = torch.ones(1, 2, 8, 8); \
       [torch.nn.functional.scaled_dot_product_attention(y, y, y) @ y for y in (x, x.bfloat16())]; print("torch", torch.__version__)'
 
+# The native kernels: compiled again only when they change.
+FROM build AS kernels
+RUN apt-get update -qq && apt-get install -y -qq --no-install-recommends g++ >/dev/null && rm -rf /var/lib/apt/lists/*
+COPY runtime/wherry_runtime/kernels/cpu /kernels
+RUN python3 /kernels/build.py --output /kernels/libwherry_cpu.so
+
 # Our own code: a prefix that is laid over /opt/wherry.
 FROM build AS code
 COPY . /src
-RUN cd /src && python3 -m hatchling build -t wheel -d /wheels >/dev/null \
+COPY --from=kernels /kernels/libwherry_cpu.so /kernels.so
+RUN cd /src && WHERRY_PREBUILT_KERNELS=/kernels.so python3 -m hatchling build -t wheel -d /wheels >/dev/null \
  && uv pip install --quiet --python /opt/wherry --no-deps --no-cache --compile-bytecode --prefix /code /wheels/*.whl
 
 # What every image has around it.

@@ -6,7 +6,7 @@ BIN := .venv/bin
 STEP := hack/step
 
 .DEFAULT_GOAL := help
-.PHONY: help setup up down check test unit e2e generate bench docs
+.PHONY: help setup kernels up down check test unit e2e generate bench docs
 
 ##@ Using Wherry
 up: setup ## Start everything on this machine and have one chat answered
@@ -16,7 +16,10 @@ down: ## Stop what `make up` started
 	@$(BIN)/wherry local down
 
 ##@ Working on Wherry
-setup: .venv/.ready ## Install what the other verbs need, into .venv
+setup: .venv/.ready kernels ## Install what the other verbs need, into .venv
+
+kernels: .venv/.ready ## Compile the native kernels again, as far as they changed
+	@$(STEP) "native kernels" $(BIN)/python -m wherry_runtime.kernels.cpu.build || true
 
 check: setup ## Format, lint, types, import contracts
 	@$(STEP) "format" $(BIN)/ruff format --check --quiet .

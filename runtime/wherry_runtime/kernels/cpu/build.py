@@ -83,9 +83,13 @@ def build(output: Path = LIBRARY, extra: Sequence[str] = (), objects: Path | Non
 
     with ThreadPoolExecutor(max_workers=os.cpu_count()) as pool:
         parts = list(pool.map(compile_one, _units()))
-    partial = output.with_suffix(f".{os.getpid()}.tmp")
-    _run([command, "-shared", "-pthread", *extra, *map(str, parts), "-o", str(partial)])
-    partial.replace(output)
+    linked = objects / "linked"  # says of which parts the library is made
+    names = "\n".join(part.name for part in parts)
+    if not output.exists() or not linked.exists() or linked.read_text() != names:
+        partial = output.with_suffix(f".{os.getpid()}.tmp")
+        _run([command, "-shared", "-pthread", *extra, *map(str, parts), "-o", str(partial)])
+        partial.replace(output)
+        linked.write_text(names)
     for stale in set(objects.glob("*.o")) - set(parts):
         stale.unlink()
     return output
@@ -106,7 +110,7 @@ def main() -> int:
     arguments = parser.parse_args()
     extra = (f"-fsanitize={arguments.sanitize}", "-g", "-fno-omit-frame-pointer") if arguments.sanitize else ()
     try:
-        build(arguments.output, extra, arguments.output.parent / f".objects{'-' + arguments.sanitize.replace(',', '-') if extra else ''}")  # fmt: skip
+        build(arguments.output, extra)
     except BuildError as e:
         print(f"the native kernels were not built, so the engine will run on PyTorch alone: {e}", file=sys.stderr)  # noqa: T201
         return 1
