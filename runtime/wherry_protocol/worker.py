@@ -150,3 +150,4 @@ class LoadReport(msgspec.Struct, kw_only=True):
     preemptions_total: int
     steps_total: int
     heartbeat_age_s: float
+    prefix_queried_tokens_total: int = 0  # prompt tokens looked up in the prefix cache

@@ -94,9 +94,9 @@ async def running(directory: Path, **settings: Any) -> AsyncIterator[AsyncEngine
 
 
 async def settled(engine: AsyncEngine, deadline_s: float = 20.0) -> None:
-    """Waits until no request is live."""
+    """Waits until no request is live, and the last step with one is done."""
     async with asyncio.timeout(deadline_s):
-        while engine.load().running or engine.load().waiting:  # noqa: ASYNC110 - the engine offers no event for it
+        while (load := engine.load()).running or load.waiting or load.kv_tokens_used:  # noqa: ASYNC110 - the engine offers no event for it
             await asyncio.sleep(0.002)
 
 

@@ -24,7 +24,7 @@ def request(name: str, prompt: int, new: int = 4, priority: int = 0, first_token
 
 def compute(s: Scheduler, plan: StepPlan, token: int = 7) -> list[str]:
     """Pretends to run the plan; returns the requests that finished."""
-    s.commit(plan, {step.request_id: token for step in plan.sequences if step.samples})
+    s.commit(plan, {step.request_id: [token] for step in plan.sequences if step.samples})
     done = []
     for step in plan.sequences:
         r = s.get(step.request_id)

@@ -144,6 +144,7 @@ class AsyncEngine:
             kv_tokens_total=blocks.num_blocks * blocks.block_size if blocks else 0,
             prompt_tokens_total=core.prompt_tokens if core else 0,
             completion_tokens_total=core.completion_tokens if core else 0,
+            prefix_queried_tokens_total=core.prefix_queried_tokens if core else 0,
             prefix_hit_tokens_total=core.prefix_hit_tokens if core else 0,
             preemptions_total=core.preemptions if core else 0,
             steps_total=core.steps if core else 0,

@@ -1,18 +1,26 @@
-"""The step loop: one thread that schedules, runs and reports, and never waits for anyone while there is work.
+"""The step loop: one thread that schedules and reports, one step ahead of another thread that computes.
+
+While step N computes, this thread plans step N+1 (its tokens UNKNOWN where N draws them), prepares its arrays and hands
+it over; the device's thread starts it the moment N is done. Booking N, telling its clients, prefix hashing and planning
+N+2 all happen while N+1 computes. A request that ends in N, which only a stop token does unforeseen, has a row in N+1
+whose result is dropped.
 
 Requests come in through an inbox; what happens to them goes out through `report`, once a step, on the loop's own
-thread. A step that raises is retried one sequence at a time, so that only the requests that cannot be computed fail.
+thread. A step that runs out of memory is planned again, smaller. One that raises anything else is retried one sequence
+at a time, so that only the requests that cannot be computed fail.
 """
 
 import logging
 import threading
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 
 from wherry_protocol.worker import ErrorEvent
+from wherry_runtime.engine.device import DeviceThread, Job, Runner
+from wherry_runtime.engine.failures import event_of, is_out_of_memory, release_memory
 from wherry_runtime.engine.live import Live, Progress
-from wherry_runtime.engine.runner import ModelRunner
 from wherry_runtime.engine.sampling import BadLogitsError, Sampled
 from wherry_runtime.scheduling.blocks import BlockManager
 from wherry_runtime.scheduling.plan import SequenceStep, StepPlan
@@ -21,12 +29,23 @@ from wherry_runtime.scheduling.scheduler import QueueFullError, Scheduler
 log = logging.getLogger(__name__)
 
 IDLE_BEAT_S = 0.25  # how often an idle loop comes round to show that it is alive
+DEPTH = 2  # steps with the device: the one that computes and the one that follows
+LEAD = 0.25  # share of a step's expected duration before its end at which the next one is planned
+MIN_LEAD_S = 0.004
 
-Outcome = Sampled | BadLogitsError | Exception | None
+Outcome = Sampled | BadLogitsError | Exception
 
 
 class EngineClosedError(Exception):
     """The engine is shutting down or was never started."""
+
+
+@dataclass(slots=True, frozen=True)
+class Flight:
+    """A plan that the device has."""
+
+    plan: StepPlan
+    job: Job
 
 
 class EngineCore:
@@ -34,7 +53,7 @@ class EngineCore:
 
     def __init__(
         self,
-        runner: ModelRunner,
+        runner: Runner,
         new_scheduler: Callable[[], Scheduler],
         report: Callable[[list[Progress]], None],
         clock: Callable[[], float] = time.monotonic,
@@ -45,8 +64,7 @@ class EngineCore:
         self.steps = 0
         self.prompt_tokens = 0
         self.completion_tokens = 0
-        self._past_preemptions = 0  # of schedulers before this one
-        self._past_prefix_hits = 0
+        self._past = (0, 0, 0)  # what schedulers before this one counted
         self._new_scheduler = new_scheduler
         self._report = report
         self._clock = clock
@@ -55,9 +73,12 @@ class EngineCore:
         self._cancelled: set[str] = set()
         self._closing = False
         self._live: dict[str, Live] = {}
+        self._flights: deque[Flight] = deque()  # oldest first
+        self._device = DeviceThread(runner, clock)
         self._thread = threading.Thread(target=self._loop, name="wherry-step-loop", daemon=True)
 
     def start(self) -> None:
+        self._device.start()
         self._thread.start()
 
     def add(self, live: Live) -> None:
@@ -100,46 +121,75 @@ class EngineCore:
 
     @property
     def preemptions(self) -> int:
-        return self._past_preemptions + self.scheduler.preemptions
+        return self._past[0] + self.scheduler.preemptions
+
+    @property
+    def prefix_queried_tokens(self) -> int:
+        return self._past[1] + self.scheduler.prefix_queried_tokens
 
     @property
     def prefix_hit_tokens(self) -> int:
-        return self._past_prefix_hits + self.scheduler.prefix_hit_tokens
+        return self._past[2] + self.scheduler.prefix_hit_tokens
 
     def _loop(self) -> None:
         while True:
             self.heartbeat = self._clock()
-            with self._wake:
-                if not (self._closing or self._added or self._cancelled or self._live):
-                    self._wake.wait(IDLE_BEAT_S)
-                added, self._added = self._added, deque()
-                cancelled, self._cancelled = self._cancelled, set()
-                # Counted as live before the lock is gone, so that the queue's bound holds.
-                self._live.update((live.id, live) for live in added)
-                closing = self._closing
+            added, cancelled, closing = self._receive()
             try:
                 if closing:
-                    self._fail_all(ErrorEvent(code="shutting_down", message="the engine shuts down", retryable=True))
-                    return
-                progress = self._take_in(added, cancelled)
-                if self._live:
-                    self._step(progress)
-                if progress:
-                    self._report(progress)
+                    break
+                self._round(added, cancelled)
             except Exception:
                 # A bug outside of any one request. The books may be wrong, so everybody starts again with new ones.
                 log.exception("the step loop failed; all its requests end")
+                self._ground()
                 self._fail_all(ErrorEvent(code="engine_error", message="the engine failed", retryable=True))
-                self._renew_scheduler()
+                self._past = (self.preemptions, self.prefix_queried_tokens, self.prefix_hit_tokens)
+                self.scheduler = self._new_scheduler()
+        self._ground()
+        self._device.close()
+        self._fail_all(ErrorEvent(code="shutting_down", message="the engine shuts down", retryable=True))
 
-    def _renew_scheduler(self) -> None:
-        self._past_preemptions += self.scheduler.preemptions
-        self._past_prefix_hits += self.scheduler.prefix_hit_tokens
-        self.scheduler = self._new_scheduler()
+    def _receive(self) -> tuple[deque[Live], set[str], bool]:
+        """What has come in; waits for something if there is nothing else to do."""
+        with self._wake:
+            busy = self._closing or self._added or self._cancelled or self._live or self._flights
+            if not busy:
+                self._wake.wait(IDLE_BEAT_S)
+            added, self._added = self._added, deque()
+            cancelled, self._cancelled = self._cancelled, set()
+            # Counted as live before the lock is gone, so that the queue's bound holds.
+            self._live.update((live.id, live) for live in added)
+            return added, cancelled, self._closing
+
+    def _ground(self) -> None:
+        """Waits until the device has nothing any more; what it has not begun is dropped."""
+        for flight in self._flights:
+            flight.job.dropped = True
+        while self._flights:
+            self._device.collect()
+            self._flights.popleft()
 
     def _fail_all(self, error: ErrorEvent) -> None:
         live, self._live = self._live, {}
         self._report([Progress(request_id, error=error) for request_id in live])
+
+    def _round(self, added: deque[Live], cancelled: set[str]) -> None:
+        """Takes in what came, hands the device its next step, and books the one that is done."""
+        progress = self._take_in(added, cancelled)
+        if self._live and not self._flights:
+            self._launch(progress)
+        wait = self._slack()
+        if wait == 0.0:
+            self._launch(progress)
+            wait = None
+        if progress:  # before the step's end, which may be far
+            self._report(progress)
+        if self._flights and self._device.collect(wait) is not None:
+            progress = []
+            self._land(progress)
+            if progress:
+                self._report(progress)
 
     def _take_in(self, added: deque[Live], cancelled: set[str]) -> list[Progress]:
         progress = []
@@ -149,14 +199,27 @@ class EngineCore:
             except Exception as e:
                 log.exception("request %s cannot be queued", live.id)
                 del self._live[live.id]
-                progress.append(Progress(live.id, error=_error(e)))
+                progress.append(Progress(live.id, error=event_of(e)))
         for request_id in cancelled:
             if self._live.pop(request_id, None) is not None:
                 self.scheduler.remove(request_id)
                 progress.append(Progress(request_id, finish="cancelled"))
         return progress
 
-    def _step(self, progress: list[Progress]) -> None:
+    def _slack(self) -> float | None:
+        """Seconds until the next step should be planned: late, so that whoever comes meanwhile is in it, but surely
+        before the device is done. None: it has its next step, or that cannot be planned yet."""
+        # After a step with drafts, nobody knows where the next one starts.
+        if len(self._flights) != 1 or self._flights[0].plan.has_drafts:
+            return None
+        flight = self._flights[0]
+        now = self._clock()
+        expected = self.scheduler.pacer.model.seconds(flight.plan.work)
+        elapsed = now - (flight.job.started or now)
+        return max(expected - elapsed - max(LEAD * expected, MIN_LEAD_S), 0.0)
+
+    def _launch(self, progress: list[Progress]) -> None:
+        """Plans a step and hands it to the device, if there is anything to do."""
         plan = self.scheduler.schedule()
         now = self._clock()
         for request_id in plan.admitted:
@@ -165,79 +228,126 @@ class EngineCore:
                 live.admitted = now
                 self.prompt_tokens += live.request.num_prompt
                 progress.append(Progress(request_id, admitted=True, cached_tokens=live.request.cached_tokens))
-        if progress:  # before the step, which may be long
-            self._report(progress.copy())
-            progress.clear()
-        outcomes = self._run(plan)
+        if plan.sequences:
+            sampling = {s.request_id: self._live[s.request_id] for s in plan.sequences if s.samples}
+            before = self._flights[-1].job if self._flights else None
+            self._flights.append(Flight(plan, self._submit(plan.sequences, sampling, before)))
+
+    def _submit(self, sequences: list[SequenceStep], live: Mapping[str, Live], after: Job | None = None) -> Job:
+        job = Job(live, after)
+        try:
+            job.prepared = self.runner.prepare(sequences)
+        except Exception as e:
+            log.exception("a step with %d sequences cannot be prepared", len(sequences))
+            job.error = e
+        self._device.submit(job)
+        return job
+
+    def _land(self, progress: list[Progress]) -> None:
+        """Books the oldest flight, which is done."""
+        flight = self._flights.popleft()
+        job = flight.job
         self.steps += 1
-        tokens = {i: outcome.token for i, outcome in outcomes.items() if isinstance(outcome, Sampled)}
-        done = [s for s in plan.sequences if not isinstance(outcomes.get(s.request_id), Exception)]
-        self.scheduler.commit(StepPlan(done), tokens)
-        for request_id, outcome in outcomes.items():
+        if job.error is None:
+            self.scheduler.pacer.observe(flight.plan.work, job.seconds)
+            self._settle(flight.plan, job.outcomes, progress)
+        else:
+            self._recover(flight, job.error, progress)
+        if tainted := self.scheduler.take_tainted():
+            self.runner.cache.scrub(tainted)
+
+    def _recover(self, failed: Flight, error: Exception, progress: list[Progress]) -> None:
+        """After a step that raised."""
+        plan = failed.plan
+        # What was planned on top of it cannot stand, and the device has not computed it.
+        while self._flights:
+            self._device.collect()
+            self.scheduler.abandon(self._flights.popleft().plan)
+        if is_out_of_memory(error):
+            log.warning("a step of %d tokens ran out of memory", plan.num_tokens)
+            release_memory()
+            self.scheduler.abandon(plan)
+            if not self.scheduler.shrink(plan):
+                self._fail(plan.sequences[0].request_id, error, progress)
+            return
+        outcomes: dict[str, Outcome] = {}
+        if len(plan.sequences) == 1:
+            outcomes[plan.sequences[0].request_id] = error
+        else:
+            for sequence in plan.sequences:
+                outcomes.update(self._run_alone(sequence, failed.job.live))
+        self._settle(plan, outcomes, progress)
+
+    def _run_alone(self, sequence: SequenceStep, live: Mapping[str, Live]) -> Mapping[str, Outcome]:
+        self.heartbeat = self._clock()
+        job = self._submit([sequence], live)
+        self._device.collect()
+        return job.outcomes if job.error is None else {sequence.request_id: job.error}
+
+    def _settle(self, plan: StepPlan, outcomes: Mapping[str, Outcome], progress: list[Progress]) -> None:
+        """Books a computed plan: its tokens, and the requests that ended with it."""
+        drawn: dict[str, list[int]] = {}
+        ended: list[str] = []
+        for step in plan.sequences:
+            request_id = step.request_id
+            live = self._live.get(request_id)
+            outcome = outcomes.get(request_id)
+            if live is None or outcome is None:
+                continue  # it ended while it was being computed, or its prompt goes on
             if isinstance(outcome, Exception):
                 self._fail(request_id, outcome, progress)
-            elif isinstance(outcome, Sampled):
-                self._book(self._live[request_id], outcome, progress)
-
-    def _run(self, plan: StepPlan) -> dict[str, Outcome]:
-        """Runs the plan; if that raises, runs its sequences one by one to find the ones to blame."""
-        try:
-            return dict(self.runner.step(plan.sequences, self._live))
-        except Exception as e:
-            log.warning("a step with %d sequences failed (%s: %s)", len(plan.sequences), type(e).__name__, e)
-            if len(plan.sequences) == 1:
-                return {plan.sequences[0].request_id: e}
-        outcomes: dict[str, Outcome] = {}
-        for sequence in plan.sequences:
-            outcomes.update(self._run_alone(sequence))
-        return outcomes
-
-    def _run_alone(self, sequence: SequenceStep) -> dict[str, Outcome]:
-        self.heartbeat = self._clock()
-        try:
-            return dict(self.runner.step([sequence], self._live))
-        except Exception as e:
-            return {sequence.request_id: e}
+                continue
+            drawn[request_id] = self._book(live, [outcome], progress)
+            if progress[-1].finish is not None:
+                ended.append(request_id)
+        self.scheduler.commit(plan, drawn)
+        for request_id in ended:
+            del self._live[request_id]
+            self.scheduler.remove(request_id)
 
     def _fail(self, request_id: str, error: Exception, progress: list[Progress]) -> None:
+        if self._live.pop(request_id, None) is None:
+            return
         log.error("request %s failed: %s: %s", request_id, type(error).__name__, error)
-        live = self._live.pop(request_id)
-        suspects = live.request.blocks
-        self.scheduler.blocks.forget(suspects)
-        self.scheduler.remove(request_id)
-        # Not those that others share: these were computed before, and are in use.
-        self.runner.cache.scrub([block for block in suspects if self.scheduler.blocks.is_free(block)])
-        progress.append(Progress(request_id, error=_error(error)))
+        self.scheduler.remove(request_id, suspect=True)
+        progress.append(Progress(request_id, error=event_of(error)))
 
-    def _book(self, live: Live, sampled: Sampled, progress: list[Progress]) -> None:
-        token = sampled.token
-        live.note_token(token)
+    def _book(self, live: Live, sampled: list[Sampled], progress: list[Progress]) -> list[int]:
+        """Reports tokens up to the one that ends the answer; these tokens."""
         if live.first_token is None:
             live.first_token = self._clock()
-        self.completion_tokens += 1
-        finish = live.finish_after(token)
-        stop_id = token if finish == "stop" else None
-        progress.append(Progress(live.id, token=token, logprobs=sampled.logprobs, finish=finish, stop_id=stop_id))
-        if finish is not None:
-            del self._live[live.id]
-            self.scheduler.remove(live.id)
-
-
-def _error(error: Exception) -> ErrorEvent:
-    if isinstance(error, BadLogitsError):
-        return ErrorEvent(code="bad_logits", message=str(error))
-    if isinstance(error, MemoryError) or "memory" in str(error).lower():
-        return ErrorEvent(code="out_of_memory", message="the step needs more memory than there is", retryable=True)
-    return ErrorEvent(code="engine_error", message=f"the step failed: {type(error).__name__}", retryable=True)
+        tokens: list[int] = []
+        num_new = live.request.num_new
+        for item in sampled:
+            token = item.token
+            tokens.append(token)
+            finish = live.finish_after(token, num_new + len(tokens))
+            stop_id = token if finish == "stop" else None
+            progress.append(Progress(live.id, token=token, logprobs=item.logprobs, finish=finish, stop_id=stop_id))
+            if finish is not None:
+                break
+        self.completion_tokens += len(tokens)
+        return tokens
 
 
 def new_scheduler_factory(
-    num_blocks: int, block_size: int, prefix_cache: bool, max_running: int, max_batched_tokens: int, max_queued: int
+    num_blocks: int,
+    block_size: int,
+    prefix_cache: bool,
+    max_running: int,
+    max_batched_tokens: int,
+    max_queued: int,
+    max_itl_ratio: float = 0.0,
 ) -> Callable[[], Scheduler]:
     """Makes fresh schedulers with the same settings."""
 
     def make() -> Scheduler:
-        blocks = BlockManager(num_blocks, block_size, prefix_cache)
-        return Scheduler(blocks, max_running=max_running, max_batched_tokens=max_batched_tokens, max_queued=max_queued)
+        return Scheduler(
+            BlockManager(num_blocks, block_size, prefix_cache),
+            max_running=max_running,
+            max_batched_tokens=max_batched_tokens,
+            max_queued=max_queued,
+            max_itl_ratio=max_itl_ratio,
+        )
 
     return make

@@ -1,4 +1,8 @@
-"""A request's life in the engine, beside what the scheduler knows of it."""
+"""A request's life in the engine, beside what the scheduler knows of it.
+
+Two threads write here, to different fields. The device's thread draws tokens, and draws the next ones before the step
+loop has seen these: so sampling keeps its own record of the tokens. The rest is the step loop's.
+"""
 
 import time
 from collections import Counter
@@ -28,21 +32,34 @@ class Live:
     created: float = field(default_factory=time.monotonic)
     admitted: float | None = None  # times in seconds of a monotonic clock, written by the step loop
     first_token: float | None = None
-    answer_counts: Counter[int] = field(default_factory=Counter)  # kept only where a penalty reads it
+    # What sampling remembers; penalties' records are kept only where there is a penalty.
+    num_tokens: int = field(init=False)  # of prompt and answer: the position of the token to be drawn next
+    answer_counts: Counter[int] = field(default_factory=Counter)
+    seen: set[int] = field(default_factory=set)  # tokens of prompt and answer
+    penalized: bool = field(init=False)
+    _adjusts_always: bool = field(init=False)
+
+    def __post_init__(self) -> None:
+        params = self.params
+        self.num_tokens = len(self.request.tokens)
+        self.penalized = bool(params.presence_penalty or params.frequency_penalty or params.repetition_penalty != 1.0)
+        self._adjusts_always = self.penalized or bool(params.logit_bias)
+        if params.repetition_penalty != 1.0:
+            self.seen.update(self.request.tokens)
 
     @property
     def id(self) -> str:
         return self.request.id
 
     @property
-    def penalized(self) -> bool:
-        params = self.params
-        return bool(params.presence_penalty or params.frequency_penalty or params.repetition_penalty != 1.0)
+    def too_short_to_end(self) -> bool:
+        """Whether the next token must not be a stop token."""
+        return self.num_tokens - self.request.num_prompt < self.params.min_tokens
 
     @property
     def adjusted(self) -> bool:
         """Whether logits change before temperature: penalties, biases or tokens not allowed yet."""
-        return self.penalized or bool(self.params.logit_bias) or self.request.num_new < self.params.min_tokens
+        return self._adjusts_always or self.too_short_to_end
 
     @property
     def filtered(self) -> bool:
@@ -51,14 +68,17 @@ class Live:
         return params.temperature > 0 and (params.top_k > 0 or params.top_p < 1.0 or params.min_p > 0.0)
 
     def note_token(self, token: int) -> None:
+        """Remembers a drawn token for sampling. Called by the thread that samples."""
+        self.num_tokens += 1
         if self.penalized:
             self.answer_counts[token] += 1
+            self.seen.add(token)
 
-    def finish_after(self, token: int) -> FinishReason | None:
-        """Why the answer ends with `token`, already appended to the request's tokens, if it does."""
-        if token in self.stop_ids and self.request.num_new > self.params.min_tokens:
+    def finish_after(self, token: int, num_new: int) -> FinishReason | None:
+        """Why the answer ends with `token`, its `num_new`-th, if it does."""
+        if token in self.stop_ids and num_new > self.params.min_tokens:
             return "stop"
-        return "length" if self.request.num_new >= self.request.max_new_tokens else None
+        return "length" if num_new >= self.request.max_new_tokens else None
 
 
 @dataclass(slots=True, frozen=True)

@@ -4,6 +4,7 @@ A step has two halves. `prepare` is host work that needs no token: the step loop
 computing. `run` is the device's thread's: it starts when the last tokens are known.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -58,7 +59,7 @@ class ModelRunner:
                 ids.append(sequence.request_id)
         return Prepared(ordered, positions, slots, sampled_rows, ids)
 
-    def run(self, prepared: Prepared, live: dict[str, Live]) -> dict[str, Sampled | BadLogitsError]:
+    def run(self, prepared: Prepared, live: Mapping[str, Live]) -> dict[str, Sampled | BadLogitsError]:
         """Computes the ranges and draws the next tokens: request id → token, for those that sample. Blocks."""
         with torch.inference_mode():
             logits = self._logits(prepared)
@@ -66,7 +67,7 @@ class ModelRunner:
                 return {}
             return dict(zip(prepared.ids, sample(logits, [live[i] for i in prepared.ids]), strict=True))
 
-    def step(self, sequences: list[SequenceStep], live: dict[str, Live]) -> dict[str, Sampled | BadLogitsError]:
+    def step(self, sequences: list[SequenceStep], live: Mapping[str, Live]) -> dict[str, Sampled | BadLogitsError]:
         """Both halves."""
         return self.run(self.prepare(sequences), live)
 

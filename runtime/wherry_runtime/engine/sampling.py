@@ -77,7 +77,7 @@ def _adjust(row: torch.Tensor, live: Live) -> None:
     """Changes one row of logits [vocab_size] in place: penalties, bias, minimum length."""
     params = live.params
     if params.repetition_penalty != 1.0:
-        seen = torch.tensor(sorted(set(live.request.tokens)), dtype=torch.int64, device=row.device)
+        seen = torch.tensor(sorted(live.seen), dtype=torch.int64, device=row.device)
         values = row[seen]
         penalty = params.repetition_penalty
         row[seen] = torch.where(values > 0, values / penalty, values * penalty)
@@ -88,7 +88,7 @@ def _adjust(row: torch.Tensor, live: Live) -> None:
     if params.logit_bias:
         ids = torch.tensor(list(params.logit_bias.keys()), dtype=torch.int64, device=row.device)
         row[ids] += torch.tensor(list(params.logit_bias.values()), dtype=row.dtype, device=row.device)
-    if live.request.num_new < params.min_tokens and live.stop_ids:
+    if live.too_short_to_end and live.stop_ids:
         row[torch.tensor(sorted(live.stop_ids), dtype=torch.int64, device=row.device)] = MINUS_INFINITY
 
 
@@ -97,7 +97,7 @@ def _draw(row: torch.Tensor, live: Live) -> int:
     scores = row / live.params.temperature
     if live.filtered:
         scores = keep_likely(scores, live.params.top_k, live.params.top_p, live.params.min_p)
-    noise = gumbel_noise(live.seed, len(live.request.tokens), scores.shape[0])
+    noise = gumbel_noise(live.seed, live.num_tokens, scores.shape[0])
     return int((scores + noise.to(scores.device)).argmax())
 
 

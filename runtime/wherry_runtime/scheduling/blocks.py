@@ -96,9 +96,14 @@ class BlockManager:
             blocks.append(block)
         return blocks
 
-    def release(self, blocks: Sequence[int]) -> None:
-        """Gives one reference of each block back, the last first: a prefix outlives what followed it."""
-        for block in reversed(blocks):
+    def release(self, blocks: Sequence[int], hashes: Sequence[bytes] = ()) -> None:
+        """Gives one reference of each block back, the last first: a prefix outlives what followed it.
+
+        `hashes`, of the leading blocks, count as used now, too. Where two requests computed one prefix at the same time
+        only one's blocks are known; they must not be evicted before the blocks that follow the other's.
+        """
+        for index in range(len(blocks) - 1, -1, -1):
+            block = blocks[index]
             if self._references[block] <= 0:
                 raise IntegrityError(f"block {block} is released but nobody holds it")
             self._references[block] -= 1
@@ -106,6 +111,10 @@ class BlockManager:
                 self._free[block] = None
                 if block not in self._hash_of:
                     self._free.move_to_end(block, last=False)
+            if index < len(hashes):
+                known = self._block_of.get(hashes[index], block)
+                if known != block and not self._references[known]:
+                    self._free.move_to_end(known)
 
     def register(self, block: int, digest: bytes) -> None:
         """`block` now holds the prefix `digest`. The first block to hold a prefix stays its block."""

@@ -1,6 +1,15 @@
 """A request as the scheduler sees it: token ids, blocks and progress."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
+
+import numpy as np
+
+from wherry_runtime.scheduling.plan import BlockTable
+
+
+def _no_blocks() -> BlockTable:
+    return np.empty(0, dtype=np.int32)
 
 
 @dataclass(slots=True, eq=False)
@@ -9,6 +18,9 @@ class Request:
 
     `tokens` holds the prompt and then the answer; `num_computed` of them have their keys and values in `blocks`.
     The invariant between steps is `num_computed < len(tokens)`: the newest token is always still to be computed.
+
+    Steps are planned ahead of the one that is computing, so there is a second count: `num_planned` tokens are computed
+    once all plans in flight are, and these draw `num_unknown` tokens that nobody knows yet.
     """
 
     id: str
@@ -18,12 +30,20 @@ class Request:
     salt: bytes = b""  # requests with different salts never share cached blocks
     num_prompt: int = field(init=False)
     num_computed: int = 0
-    blocks: list[int] = field(default_factory=list)
+    num_planned: int = 0
+    num_unknown: int = 0
+    in_flight: int = 0  # plans with this request that are not committed
+    speculating: bool = False  # a plan in flight has drafts, so the length after it is not known
+    blocks: BlockTable = field(default_factory=_no_blocks)
     hashes: list[bytes] = field(default_factory=list)  # of full blocks, as far as anyone needed them
     num_registered: int = 0  # leading blocks that the prefix cache knows
     cached_tokens: int = 0  # of the prompt, found in the prefix cache when it was first admitted
     preemptions: int = 0
     arrival: int = -1  # set by the scheduler
+    rank: tuple[int, int] = (0, 0)  # sort key: higher priority first, then by arrival; set by the scheduler
+    _table: BlockTable = field(
+        default_factory=_no_blocks
+    )  # `blocks` is its beginning; twice as large whenever it is full
 
     def __post_init__(self) -> None:
         self.num_prompt = len(self.tokens)
@@ -35,10 +55,27 @@ class Request:
 
     @property
     def remaining(self) -> int:
-        """Known tokens that are still to be computed; 1 while decoding."""
-        return len(self.tokens) - self.num_computed
+        """Tokens that are to be planned; 1 while decoding, 0 if the plans in flight draw its last token."""
+        if self.speculating:
+            return 0
+        # The last token is never computed: nothing follows it.
+        known = len(self.tokens) + self.num_unknown
+        last = self.num_prompt + self.max_new_tokens - 1
+        return (known if known < last else last) - self.num_planned
 
-    @property
-    def rank(self) -> tuple[int, int]:
-        """Sort key: higher priority first, then by arrival."""
-        return (-self.priority, self.arrival)
+    def add_blocks(self, blocks: Sequence[int]) -> None:
+        """Lengthens the block table. Tables handed out before stay as they are."""
+        used = len(self.blocks)
+        needed = used + len(blocks)
+        if needed > len(self._table):
+            table = np.empty(max(needed, 2 * len(self._table), 8), dtype=np.int32)
+            table[:used] = self.blocks
+            self._table = table
+        self._table[used:needed] = blocks
+        self.blocks = self._table[:needed]
+
+    def take_blocks(self) -> list[int]:
+        """Empties the block table; what was in it."""
+        blocks: list[int] = self.blocks.tolist()
+        self.blocks = self._table = _no_blocks()
+        return blocks

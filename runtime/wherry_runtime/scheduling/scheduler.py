@@ -1,19 +1,29 @@
-"""Continuous batching with chunked prefill.
+"""Continuous batching with chunked prefill, planned one step ahead.
 
 Each step has a budget of tokens. Requests that are decoding come first (one token each), then prompts that are partly
 computed, then the queue, by priority and arrival; a prompt that does not fit into what is left of the budget is
-computed in chunks over several steps (Agrawal et al., 2024, https://arxiv.org/abs/2403.02310). When the KV cache runs
-out, the running request that ranks last gives its blocks back and returns to the queue; it is recomputed later,
-usually from the prefix cache. The request that ranks first is never preempted and every request fits alone, so there
-is always progress.
+computed in chunks over several steps (Agrawal et al., 2024, https://arxiv.org/abs/2403.02310), and beside decodes the
+chunk is cut to what they may wait for (see `pacing`). When the KV cache runs out, the running request that ranks last
+gives its blocks back and returns to the queue; it is recomputed later, usually from the prefix cache. The request that
+ranks first is never preempted and every request fits alone, so there is always progress.
+
+A plan may be made while the one before it is computing (as in NanoFlow, Zhu et al., 2024,
+https://arxiv.org/abs/2408.12757): a token that the step in flight draws is UNKNOWN, to be filled in when the step
+starts. Two rules keep that simple. While a plan is in flight nobody is preempted: the next plan is empty instead, and
+made again when the results are in. And the blocks of a request that ends are freed only once no plan in flight writes
+to them.
 """
 
 from bisect import insort
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 
-from wherry_runtime.scheduling.blocks import BlockManager, extend_hashes
-from wherry_runtime.scheduling.plan import SequenceStep, StepPlan
+from wherry_runtime.scheduling.blocks import BlockManager, IntegrityError, extend_hashes
+from wherry_runtime.scheduling.limit import StepLimit
+from wherry_runtime.scheduling.pacing import Allowance, Pacer, prefill_context
+from wherry_runtime.scheduling.plan import UNKNOWN, SequenceStep, StepPlan, Work
 from wherry_runtime.scheduling.request import Request
+
+NO_DRAFTS: Mapping[str, Sequence[int]] = {}
 
 
 class QueueFullError(Exception):
@@ -25,21 +35,39 @@ class DoesNotFitError(Exception):
 
 
 class Scheduler:
-    """Holds all live requests and decides each step. Call `schedule`, compute the plan, then `commit`."""
+    """Holds all live requests and decides each step.
 
-    def __init__(self, blocks: BlockManager, *, max_running: int, max_batched_tokens: int, max_queued: int) -> None:
+    Call `schedule`, compute the plan, then `commit` or `abandon` it; one more plan may be made before that.
+    """
+
+    def __init__(
+        self,
+        blocks: BlockManager,
+        *,
+        max_running: int,
+        max_batched_tokens: int,
+        max_queued: int,
+        max_itl_ratio: float = 0.0,
+    ) -> None:
         if min(max_running, max_batched_tokens) < 1 or max_queued < 0:
             raise ValueError("max_running and max_batched_tokens must be at least 1, max_queued at least 0")
         self.blocks = blocks
         # Every running request must be able to decode in every step, or the last ones would starve.
         self.max_running = min(max_running, max_batched_tokens)
         self.max_batched_tokens = max_batched_tokens
+        self.limit = StepLimit(max_batched_tokens)
         self.max_queued = max_queued
+        self.pacer = Pacer(max_itl_ratio)
         self.waiting: list[Request] = []  # both lists by rank
         self.running: list[Request] = []
+        self.in_flight = 0  # plans that are neither committed nor abandoned
         self.preemptions = 0
+        self.prefix_queried_tokens = 0  # of prompts that were looked up in the prefix cache
         self.prefix_hit_tokens = 0
         self._requests: dict[str, Request] = {}
+        self._leaving: dict[str, Request] = {}  # ended, but plans in flight still write to their blocks
+        self._suspects: set[str] = set()  # of those, whose blocks hold what nobody may read
+        self._tainted: list[int] = []
         self._arrivals = 0
 
     def __contains__(self, request_id: str) -> bool:
@@ -61,7 +89,8 @@ class Scheduler:
             DoesNotFitError: it would not fit even alone.
             ValueError: no tokens, nothing to generate, or an id that is live.
         """
-        if not request.tokens or request.max_new_tokens < 1 or request.id in self._requests:
+        taken = request.id in self._requests or request.id in self._leaving
+        if not request.tokens or request.max_new_tokens < 1 or taken:
             raise ValueError("a request needs a prompt, at least one token to generate, and an id of its own")
         needed = self.blocks.blocks_for(request.num_prompt + request.max_new_tokens)
         if needed > self.blocks.num_blocks:
@@ -69,102 +98,215 @@ class Scheduler:
         if len(self._requests) >= self.max_running + self.max_queued:
             raise QueueFullError(f"{len(self._requests)} requests are running or waiting")
         request.arrival = self._arrivals
+        request.rank = (-request.priority, self._arrivals)
         self._arrivals += 1
         self._requests[request.id] = request
-        insort(self.waiting, request, key=lambda r: r.rank)
+        insort(self.waiting, request, key=_rank)
 
-    def remove(self, request_id: str) -> Request | None:
-        """Takes a request out, finished or cancelled, and frees its blocks. None if it is not live."""
+    def remove(self, request_id: str, *, suspect: bool = False) -> Request | None:
+        """Takes a request out, finished or cancelled; its blocks are freed when no plan in flight has it.
+
+        `suspect`: what it computed is not to be trusted. Its blocks come out of `take_tainted` once they are free.
+
+        Returns:
+            None if it is not live.
+        """
         request = self._requests.pop(request_id, None)
-        if request is not None:
-            (self.running if request in self.running else self.waiting).remove(request)
-            self._release(request)
+        if request is None:
+            return None
+        (self.running if request in self.running else self.waiting).remove(request)
+        if suspect:
+            self.blocks.forget(request.blocks.tolist())
+            self._suspects.add(request_id)
+        self._leaving[request_id] = request
+        self._let_go(request)
         return request
 
-    def schedule(self) -> StepPlan:
-        """Decides the next step and allocates its blocks. An empty plan means that nothing is live."""
-        steps: dict[str, SequenceStep] = {}
-        preempted: list[str] = []
-        budget = self.max_batched_tokens
-        order = [r for r in self.running if r.remaining == 1] + [r for r in self.running if r.remaining > 1]
-        for request in order:
-            if request.id in preempted or not budget:
-                continue
-            count = min(request.remaining, budget)
-            for victim in self._make_room(request, count):
-                preempted.append(victim.id)
-                if (undone := steps.pop(victim.id, None)) is not None:
-                    budget += len(undone.tokens)
-            if request.id not in preempted:
-                steps[request.id] = self._step(request, count)
-                budget -= count
-        admitted = [] if preempted else self._admit(steps, budget)
-        return StepPlan(list(steps.values()), admitted, preempted)
+    def take_tainted(self) -> list[int]:
+        """Free blocks to be scrubbed before anybody gets them: call it before the next `schedule`."""
+        tainted, self._tainted = self._tainted, []
+        return tainted
 
-    def commit(self, plan: StepPlan, sampled: Mapping[str, int]) -> None:
+    def schedule(self, drafts: Mapping[str, Sequence[int]] = NO_DRAFTS) -> StepPlan:
+        """Decides the next step and allocates its blocks.
+
+        Args:
+            drafts: by request id, guesses of what follows the newest token. They are used for requests that decode, as
+                far as tokens are left in the budget and blocks are free.
+
+        Returns:
+            The plan. Without sequences there is nothing to commit: nothing is live, or nothing can be planned until the
+            plan in flight is committed.
+        """
+        preempted: list[str] = []
+        decodes, prompts = self._ready()
+        chunks, allowance = self._chunks(decodes, prompts, drafts)
+        while (missing := self._missing_blocks(chunks) - self.blocks.num_free) > 0:
+            if drafts:
+                drafts = NO_DRAFTS
+            elif self.in_flight:
+                return StepPlan()
+            elif len(self.running) > 1:
+                preempted.append(self._preempt_last())
+            else:
+                raise IntegrityError(f"{self.running[0].id} is alone and lacks {missing} blocks")
+            decodes, prompts = self._ready()
+            chunks, allowance = self._chunks(decodes, prompts, drafts)
+        steps = [self._step(request, count, drafts.get(request.id, ()) if drafts else ()) for request, count in chunks]
+        admitted = [] if preempted else self._admit(steps, allowance)
+        if steps:
+            self.in_flight += 1
+        return StepPlan(steps, admitted, preempted, _work(steps))
+
+    def commit(self, plan: StepPlan, sampled: Mapping[str, Sequence[int]]) -> None:
         """Books a computed plan: progress, blocks that became full, and the tokens drawn (by request id).
 
-        Requests that were removed in the meantime are skipped.
+        Requests that sample have at least one token, and at most one more than they had drafts: the drafts accepted and
+        the token after them. What rejected drafts left in the KV cache is overwritten. Requests that were removed in
+        the meantime are skipped.
         """
+        if not plan.sequences:
+            return
+        self.in_flight -= 1
+        self.limit.succeeded()
+        size = self.blocks.block_size
         for step in plan.sequences:
-            request = self._requests.get(step.request_id)
+            request = self._landed(step)
             if request is None:
                 continue
-            request.num_computed = step.end
-            self._register(request)
+            end = step.end
             if step.samples:
-                request.tokens.append(sampled[request.id])
+                tokens = sampled[request.id]
+                request.tokens += tokens
+                request.num_unknown -= 1
+                if step.num_drafts:
+                    end += len(tokens) - 1 - step.num_drafts
+                    request.num_planned = end
+                    request.speculating = False
+            request.num_computed = end
+            if end // size > request.num_registered:
+                self._register(request)
+
+    def abandon(self, plan: StepPlan) -> None:
+        """Takes back a plan that was not computed; of several, the newest first. Its requests keep their blocks."""
+        self.in_flight -= 1
+        for step in plan.sequences:
+            request = self._landed(step)
+            if request is not None:
+                request.num_planned = step.start
+                request.num_unknown -= step.samples
+                request.speculating = False
+
+    def shrink(self, plan: StepPlan) -> bool:
+        """Makes steps smaller after `plan`, abandoned by now like all others, ran out of memory.
+
+        Requests that do not fit into such steps go back to the queue. False: the plan was one token of one request.
+        """
+        smaller = self.limit.failed(plan.num_tokens)
+        while len(self.running) > self.limit.tokens:
+            self._preempt_last()
+        return smaller
 
     def check_integrity(self) -> None:
         """Raises IntegrityError if a block is lost, held twice or held by nobody live."""
-        self.blocks.check_integrity(request.blocks for request in self._requests.values())
+        held = [*self._requests.values(), *self._leaving.values()]
+        self.blocks.check_integrity(request.blocks.tolist() for request in held)
 
-    def _make_room(self, request: Request, count: int) -> list[Request]:
-        """Preempts from the back until `count` more tokens of `request` have blocks, or it was preempted itself."""
-        victims: list[Request] = []
-        while not self._grow(request, request.num_computed + count):
-            victim = self.running[-1]
-            self._preempt(victim)
-            victims.append(victim)
-            if victim is request:
+    def _landed(self, step: SequenceStep) -> Request | None:
+        """The request of a step that is not in flight any more; None if it has ended."""
+        request = self._requests.get(step.request_id)
+        if request is not None:
+            request.in_flight -= 1
+            return request
+        leaving = self._leaving[step.request_id]
+        leaving.in_flight -= 1
+        self._let_go(leaving)
+        return None
+
+    def _ready(self) -> tuple[list[Request], list[tuple[Request, int]]]:
+        """Running requests with one token to compute, and those with more, each by rank."""
+        decodes, prompts = [], []
+        for request in self.running:
+            remaining = request.remaining
+            if remaining == 1:
+                decodes.append(request)
+            elif remaining > 1:
+                prompts.append((request, remaining))
+        return decodes, prompts
+
+    def _chunks(
+        self, decodes: list[Request], prompts: list[tuple[Request, int]], drafts: Mapping[str, Sequence[int]]
+    ) -> tuple[list[tuple[Request, int]], Allowance]:
+        """How many tokens of each running request to compute, and what is left for the queue."""
+        chunks = [(request, 1) for request in decodes]
+        budget = self.limit.tokens - len(chunks)
+        if drafts:
+            for index, request in enumerate(decodes):
+                guesses = drafts.get(request.id, ())
+                if guesses and not request.num_unknown:
+                    room = request.num_prompt + request.max_new_tokens - 1 - len(request.tokens)
+                    count = min(len(guesses), room, budget)
+                    chunks[index] = (request, 1 + count)
+                    budget -= count
+        if not prompts and not self.waiting:
+            return chunks, Allowance(0)
+        context = sum(request.num_planned + 1 for request in decodes)
+        allowance = self.pacer.allowance(budget, len(decodes), context)
+        for request, remaining in prompts:
+            if allowance.exhausted:
                 break
-        return victims
+            chunks.append((request, allowance.take(request.num_planned, remaining)))
+        return chunks, allowance
 
-    def _grow(self, request: Request, num_tokens: int) -> bool:
-        """Extends the block table to hold `num_tokens` tokens; False if too few blocks are free."""
-        needed = self.blocks.blocks_for(num_tokens) - len(request.blocks)
-        if needed > self.blocks.num_free:
-            return False
-        if needed > 0:
-            request.blocks += self.blocks.allocate(needed)
-        return True
+    def _missing_blocks(self, chunks: Iterable[tuple[Request, int]]) -> int:
+        """How many blocks must be allocated for `chunks`."""
+        size = self.blocks.block_size
+        missing = 0
+        for request, count in chunks:
+            end = request.num_planned + count
+            have = len(request.blocks)
+            if end > have * size:
+                missing += -(-end // size) - have
+        return missing
 
-    def _preempt(self, request: Request) -> None:
-        self.running.remove(request)
+    def _preempt_last(self) -> str:
+        """Puts the last of the batch back into the queue; its id. Only while no plan is in flight."""
+        request = self.running.pop()
         self._release(request)
-        request.num_computed = 0
+        request.num_computed = request.num_planned = 0
         request.num_registered = 0
         request.preemptions += 1
         self.preemptions += 1
-        insort(self.waiting, request, key=lambda r: r.rank)
+        insort(self.waiting, request, key=_rank)
+        return request.id
 
-    def _release(self, request: Request) -> None:
-        self.blocks.release(request.blocks)
-        request.blocks = []
+    def _let_go(self, request: Request) -> None:
+        """Frees the blocks of a request that has ended, if no plan in flight has it."""
+        if request.in_flight:
+            return
+        del self._leaving[request.id]
+        blocks = self._release(request)
+        if request.id in self._suspects:
+            self._suspects.discard(request.id)
+            # Not those that others share: these were computed before, and are in use.
+            self._tainted += [block for block in blocks if self.blocks.is_free(block)]
 
-    def _admit(self, steps: dict[str, SequenceStep], budget: int) -> list[str]:
+    def _release(self, request: Request) -> list[int]:
+        blocks = request.take_blocks()
+        self.blocks.release(blocks, request.hashes)
+        return blocks
+
+    def _admit(self, steps: list[SequenceStep], allowance: Allowance) -> list[str]:
         """Moves requests from the head of the queue into the batch while slots, budget and blocks last."""
         admitted = []
-        while self.waiting and budget and len(self.running) < self.max_running:
+        slots = min(self.max_running, self.limit.tokens)
+        while self.waiting and len(self.running) < slots and not allowance.exhausted:
             request = self.waiting[0]
             if not self._take_prefix(request):
                 break
             self.waiting.pop(0)
-            insort(self.running, request, key=lambda r: r.rank)
-            count = min(request.remaining, budget)
-            self._grow(request, request.num_computed + count)
-            steps[request.id] = self._step(request, count)
-            budget -= count
+            insort(self.running, request, key=_rank)
+            steps.append(self._step(request, allowance.take(request.num_planned, request.remaining)))
             admitted.append(request.id)
         return admitted
 
@@ -173,35 +315,73 @@ class Scheduler:
 
         Asking for room for all of them, not only the first chunk, keeps two long prompts from preempting each other.
         """
+        size = self.blocks.block_size
         matched: list[int] = []
         if self.blocks.prefix_cache:
-            extend_hashes(request.hashes, request.tokens, self.blocks.block_size, request.salt)
+            extend_hashes(request.hashes, request.tokens, size, request.salt)
             # The newest token is always computed: its logits are what the request is for.
-            matched = self.blocks.match(request.hashes[: (len(request.tokens) - 1) // self.blocks.block_size])
+            matched = self.blocks.match(request.hashes[: (len(request.tokens) - 1) // size])
         needed = self.blocks.blocks_for(len(request.tokens)) - len(matched)
         if needed > self.blocks.num_free - self.blocks.num_free_among(matched):
             return False
         self.blocks.share(matched)
-        request.blocks = matched
+        request.add_blocks(matched)
         request.num_registered = len(matched)
-        request.num_computed = len(matched) * self.blocks.block_size
+        request.num_computed = request.num_planned = len(matched) * size
         if not request.preemptions:
             request.cached_tokens = request.num_computed
             self.prefix_hit_tokens += request.num_computed
+            self.prefix_queried_tokens += len(request.tokens)
         return True
 
     def _register(self, request: Request) -> None:
         """Tells the prefix cache about blocks that are full now."""
         full = request.num_computed // self.blocks.block_size
-        if not self.blocks.prefix_cache or full <= request.num_registered:
-            return
-        extend_hashes(request.hashes, request.tokens, self.blocks.block_size, request.salt)
-        for index in range(request.num_registered, full):
-            self.blocks.register(request.blocks[index], request.hashes[index])
+        if self.blocks.prefix_cache:
+            extend_hashes(request.hashes, request.tokens, self.blocks.block_size, request.salt)
+            for index in range(request.num_registered, full):
+                self.blocks.register(int(request.blocks[index]), request.hashes[index])
         request.num_registered = full
 
-    @staticmethod
-    def _step(request: Request, count: int) -> SequenceStep:
-        start = request.num_computed
-        tokens = request.tokens[start : start + count]
-        return SequenceStep(request.id, tokens, start, request.blocks, start + count == len(request.tokens))
+    def _step(self, request: Request, count: int, drafts: Sequence[int] = ()) -> SequenceStep:
+        """Plans `count` tokens of `request`, for which there are blocks: known ones, and then one that is UNKNOWN or as
+        many of `drafts` as it takes."""
+        start = request.num_planned
+        end = start + count
+        known = len(request.tokens)
+        num_drafts = 0
+        tokens = request.tokens[start:end]
+        if end > known and request.num_unknown:
+            tokens.append(UNKNOWN)
+        elif end > known:
+            num_drafts = end - known
+            tokens += drafts[:num_drafts]
+        missing = -(-end // self.blocks.block_size) - len(request.blocks)
+        if missing > 0:
+            request.add_blocks(self.blocks.allocate(missing))
+        samples = end >= known + request.num_unknown
+        request.num_planned = end
+        request.num_unknown += samples
+        request.speculating = num_drafts > 0
+        request.in_flight += 1
+        return SequenceStep(request.id, tokens, start, request.blocks, samples, num_drafts)
+
+
+def _rank(request: Request) -> tuple[int, int]:
+    return request.rank
+
+
+def _work(steps: Iterable[SequenceStep]) -> Work:
+    decodes = decode_context = tokens = context = 0
+    for step in steps:
+        count = len(step.tokens)
+        start = step.start
+        if count == 1 or step.num_drafts:
+            decodes += 1
+            decode_context += start + 1
+            start += 1
+            count -= 1
+        if count:
+            tokens += count
+            context += prefill_context(start, count)
+    return Work(decodes, decode_context, tokens, context)
