@@ -9,6 +9,8 @@ from typing import Annotated, Any, Literal, get_args, get_type_hints
 import msgspec
 
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
+Quantization = Literal["none", "int8", "int4"]
+KVCacheDtype = Literal["auto", "float32", "bfloat16", "fp8", "int8"]
 
 
 class EngineConfig(msgspec.Struct, kw_only=True, frozen=True):
@@ -19,6 +21,15 @@ class EngineConfig(msgspec.Struct, kw_only=True, frozen=True):
     host: Annotated[str, msgspec.Meta(description="address to listen on")] = "127.0.0.1"
     port: Annotated[int, msgspec.Meta(description="port to listen on; 0 picks a free one")] = 8000
     dtype: Annotated[Dtype, msgspec.Meta(description="type of weights and activations")] = "auto"
+    quantization: Annotated[
+        Quantization, msgspec.Meta(description="round the matrices to int8 or int4 as they are loaded")
+    ] = "none"
+    quantization_group: Annotated[
+        int, msgspec.Meta(description="weights that share a scale: 32, 64 or 128; 0: best for the quantization")
+    ] = 0
+    weight_cache: Annotated[
+        str, msgspec.Meta(description="directory that keeps packed weights, so that the next load is faster")
+    ] = ""
     max_model_len: Annotated[
         int, msgspec.Meta(description="tokens of prompt and answer together; 0: the model's own")
     ] = 0
@@ -27,6 +38,9 @@ class EngineConfig(msgspec.Struct, kw_only=True, frozen=True):
         int, msgspec.Meta(description="tokens in one step at most; longer prompts are chunked")
     ] = 2048
     max_queued: Annotated[int, msgspec.Meta(description="requests that may wait; over it the answer is 429")] = 256
+    kv_cache_dtype: Annotated[
+        KVCacheDtype, msgspec.Meta(description="type of the KV cache; auto: that of the activations")
+    ] = "auto"
     block_size: Annotated[int, msgspec.Meta(description="tokens in a KV cache block")] = 16
     kv_cache_bytes: Annotated[
         int, msgspec.Meta(description="memory for the KV cache; 0: sized from the memory limit")

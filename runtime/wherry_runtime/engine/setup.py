@@ -18,6 +18,7 @@ from wherry_runtime.loading.errors import ModelError
 from wherry_runtime.loading.loader import choose_dtype, load_model
 from wherry_runtime.loading.locate import locate
 from wherry_runtime.models.registry import read_config
+from wherry_runtime.quantization.storage import Storage
 from wherry_runtime.scheduling.scheduler import Scheduler
 from wherry_runtime.tokenization.chat_template import ChatTemplate, find_template
 from wherry_runtime.tokenization.tokenizer import Tokenizer
@@ -64,7 +65,11 @@ def load(config: EngineConfig) -> Loaded:
     dtype = choose_dtype(config.dtype, model_config, device.torch)
     wanted = _model_length(config, model_config)
     template = _chat_template(tokenizer, find_template(directory, tokenizer.settings))
-    model = load_model(directory, model_config, wanted, dtype, device.torch)
+    try:
+        storage = Storage(dtype, device.torch, config.quantization, config.quantization_group)
+    except ValueError as e:
+        raise ModelError("bad_setting", str(e)) from e
+    model = load_model(directory, model_config, wanted, storage)
     num_blocks = _num_blocks(config, model_config, wanted, dtype, device)
     cache = PagedKVCache(model_config, num_blocks, config.block_size, dtype=dtype, device=device.torch)
     kv_tokens = num_blocks * config.block_size

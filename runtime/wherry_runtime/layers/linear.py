@@ -1,11 +1,31 @@
 """Matrix products with weights, fused where inputs are shared."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch.nn import functional
 
-Slots = dict[str, torch.Tensor]
+from wherry_runtime.quantization.formats import PANEL
+from wherry_runtime.quantization.packed import PackedMatrix, linear
+from wherry_runtime.quantization.storage import Role, Storage
+
+
+@dataclass(frozen=True, slots=True)
+class Slot:
+    """A place for one tensor of the checkpoint: `fill` takes a tensor of `shape` and converts it to how it is held."""
+
+    shape: tuple[int, ...]
+    fill: Callable[[torch.Tensor], object]
+
+    @classmethod
+    def of(cls, tensor: torch.Tensor) -> "Slot":
+        """A slot that copies into `tensor`."""
+        return cls(tuple(tensor.shape), tensor.copy_)
+
+
+Slots = dict[str, Slot]
+State = dict[str, torch.Tensor]
 
 
 class Linear:
@@ -15,30 +35,97 @@ class Linear:
         parts: checkpoint name (without `.weight`) and output width of each projection.
         num_inputs: width of x.
         bias: whether the projections have biases.
+        role: which of the model's matrices this is; the storage gives each its format.
+        shared: a plain weight that another layer holds and fills, for a head tied to the embedding.
+
+    Attributes:
+        packed: W in a packed format, or None.
+        weight: W [num_outputs, num_inputs] plain, or None.
+        bias: [num_outputs]; float32 and padded with zeros to a multiple of 64 where W is packed.
     """
 
     def __init__(
-        self, parts: Sequence[tuple[str, int]], num_inputs: int, *, bias: bool, dtype: torch.dtype, device: torch.device
+        self,
+        parts: Sequence[tuple[str, int]],
+        num_inputs: int,
+        *,
+        bias: bool,
+        storage: Storage,
+        role: Role,
+        shared: torch.Tensor | None = None,
     ) -> None:
-        num_outputs = sum(width for _, width in parts)
-        self.weight = torch.empty(num_outputs, num_inputs, dtype=dtype, device=device)
-        self.bias = torch.empty(num_outputs, dtype=dtype, device=device) if bias else None
+        self.num_outputs = sum(width for _, width in parts)
+        self.num_inputs = num_inputs
+        self.packed: PackedMatrix | None = None
+        self.weight: torch.Tensor | None = None
+        self.bias: torch.Tensor | None = None
         self._parts = tuple(parts)
+        self._shared = shared is not None
+        self._dtype = storage.dtype
+        if (format_ := storage.format(role)) is not None:
+            self.packed = PackedMatrix(format_, self.num_outputs, num_inputs, storage.allocate)
+            if bias:
+                padded = -(-self.num_outputs // PANEL) * PANEL
+                self.bias = torch.zeros(padded, dtype=torch.float32, device=storage.device)
+        else:
+            shape = (self.num_outputs, num_inputs)
+            self.weight = torch.empty(shape, dtype=storage.dtype, device=storage.device) if shared is None else shared
+            if bias:
+                self.bias = torch.empty(self.num_outputs, dtype=storage.dtype, device=storage.device)
 
     def slots(self) -> Slots:
-        """Checkpoint name → view of the fused weight that it fills."""
+        """Checkpoint name → where its tensor goes."""
         slots: Slots = {}
         row = 0
         for name, width in self._parts:
-            slots[f"{name}.weight"] = self.weight[row : row + width]
+            if self.packed is not None:
+                slots[f"{name}.weight"] = Slot((width, self.num_inputs), _filler(self.packed, row))
+            elif self.weight is not None and not self._shared:
+                slots[f"{name}.weight"] = Slot.of(self.weight[row : row + width])
             if self.bias is not None:
-                slots[f"{name}.bias"] = self.bias[row : row + width]
+                slots[f"{name}.bias"] = Slot.of(self.bias[row : row + width])
             row += width
         return slots
 
+    def state(self) -> State:
+        """Every tensor held here, by a name of its own."""
+        name = self._parts[0][0]
+        state: State = {}
+        if self.packed is not None:
+            state[f"{name}.packed"] = self.packed.data
+            if self.packed.scales is not None:
+                state[f"{name}.scales"] = self.packed.scales
+        elif self.weight is not None and not self._shared:
+            state[f"{name}.weight"] = self.weight
+        if self.bias is not None:
+            state[f"{name}.bias"] = self.bias
+        return state
+
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
-        """x [T, num_inputs] → [T, num_outputs], in the dtype of the weights."""
+        """x [T, num_inputs] → [T, num_outputs] in the model's dtype."""
+        if self.packed is not None:
+            y = linear(x, self.packed)
+            return (y if self.bias is None else y + self.bias[: self.num_outputs]).to(self._dtype)
+        if self.weight is None:
+            raise TypeError("a layer without weights")
         return project(x, self.weight, self.bias)
+
+
+def _filler(matrix: PackedMatrix, row: int) -> Callable[[torch.Tensor], None]:
+    return lambda tensor: matrix.fill(row, tensor)
+
+
+def merged(slots: Sequence[Slots]) -> Slots:
+    """All of `slots`; a tensor with places in several of them fills each."""
+    result: Slots = {}
+    for part in slots:
+        for name, slot in part.items():
+            result[name] = _both(result[name], slot) if name in result else slot
+    return result
+
+
+def _both(first: Slot, second: Slot) -> Slot:
+    return Slot(first.shape, lambda tensor: (first.fill(tensor), second.fill(tensor)))
 
 
 def project(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:

@@ -3,7 +3,7 @@
 import torch
 from torch.nn import functional
 
-from wherry_runtime.layers.linear import Slots
+from wherry_runtime.layers.linear import Slot, Slots, State
 
 
 class RMSNorm:
@@ -15,6 +15,9 @@ class RMSNorm:
         self._name = name
 
     def slots(self) -> Slots:
+        return {f"{self._name}.weight": Slot.of(self.weight)}
+
+    def state(self) -> State:
         return {f"{self._name}.weight": self.weight}
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:

@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError, safe_open
 
+from wherry_runtime.layers.linear import Slot
 from wherry_runtime.loading.config import read_json
 from wherry_runtime.loading.errors import ModelError
 
@@ -57,8 +58,8 @@ def iterate_tensors(directory: Path) -> Iterator[tuple[str, torch.Tensor]]:
             ) from e
 
 
-def fill(slots: Mapping[str, torch.Tensor], tensors: Iterator[tuple[str, torch.Tensor]], directory: Path) -> None:
-    """Copies each tensor into the slot of its name, converting dtype.
+def fill(slots: Mapping[str, Slot], tensors: Iterator[tuple[str, torch.Tensor]], directory: Path) -> None:
+    """Puts each tensor into the slot of its name, which converts it to how it is held.
 
     Raises:
         ModelError: wrong_shape, unexpected_tensors or missing_tensors.
@@ -69,11 +70,11 @@ def fill(slots: Mapping[str, torch.Tensor], tensors: Iterator[tuple[str, torch.T
         slot = missing.pop(name, None)
         if slot is None:
             unexpected.append(name)
-        elif slot.shape != tensor.shape:
+        elif slot.shape != tuple(tensor.shape):
             shapes = f"{list(tensor.shape)} where config.json asks for {list(slot.shape)}"
             raise ModelError("wrong_shape", f"{directory}: tensor {name} is {shapes}")
         else:
-            slot.copy_(tensor)
+            slot.fill(tensor)
     if missing:
         raise ModelError("missing_tensors", f"{directory}: the checkpoint lacks {_some(sorted(missing))}")
     if unexpected:

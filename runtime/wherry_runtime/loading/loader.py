@@ -8,6 +8,7 @@ from wherry_protocol.engine_config import Dtype
 from wherry_runtime.loading.checkpoint import fill, iterate_tensors
 from wherry_runtime.loading.config import ModelConfig
 from wherry_runtime.models.decoder import Decoder
+from wherry_runtime.quantization.storage import Storage
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -34,15 +35,13 @@ def _cpu_has_bfloat16() -> bool:
     return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
 
-def load_model(
-    directory: Path, config: ModelConfig, num_positions: int, dtype: torch.dtype, device: torch.device
-) -> Decoder:
-    """The model with its weights.
+def load_model(directory: Path, config: ModelConfig, num_positions: int, storage: Storage) -> Decoder:
+    """The model with its weights, each put where it stays as it is read.
 
     Raises:
         ModelError: what is wrong with the checkpoint; see `checkpoint`.
     """
-    model = Decoder(config, num_positions, dtype=dtype, device=device)
+    model = Decoder(config, num_positions, storage)
     with torch.inference_mode():
         fill(model.slots(), iterate_tensors(directory), directory)
     return model

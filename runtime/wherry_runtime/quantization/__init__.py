@@ -1,0 +1,1 @@
+"""Weight formats: how a matrix is rounded, how its bits lie in memory, and what multiplying with it means."""

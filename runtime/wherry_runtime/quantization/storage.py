@@ -1,0 +1,64 @@
+"""How a model holds its weights: which format each matrix has, and where its memory comes from."""
+
+import logging
+from dataclasses import dataclass, field
+from typing import Literal
+
+import torch
+
+from wherry_protocol.engine_config import Quantization
+from wherry_runtime.quantization.formats import GROUPS, Format
+from wherry_runtime.quantization.huge_pages import Arena
+
+log = logging.getLogger(__name__)
+
+Role = Literal["qkv", "output", "gate_up", "down", "head"]
+DEFAULT_GROUPS: dict[Quantization, int] = {"none": 0, "int8": 128, "int4": 32}
+
+
+@dataclass(frozen=True)
+class Storage:
+    """What every layer is made with.
+
+    Attributes:
+        dtype: of the embedding, and of matrices that are not quantized.
+        group: weights that share a scale; 0: the method's own.
+        native: matrices are packed for the native kernels, vectors are float32.
+    """
+
+    dtype: torch.dtype
+    device: torch.device
+    quantization: Quantization = "none"
+    group: int = 0
+    native: bool = False
+    _arena: Arena = field(default_factory=Arena, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        if self.group not in (0, *GROUPS) or (self.group and self.quantization == "none"):
+            sizes = ", ".join(map(str, GROUPS))
+            raise ValueError(
+                f"group size {self.group} with quantization {self.quantization}: int8 and int4 take {sizes}"
+            )
+
+    @property
+    def vector_dtype(self) -> torch.dtype:
+        """Of norm weights and biases."""
+        return torch.float32 if self.native else self.dtype
+
+    def format(self, role: Role) -> Format | None:
+        """The packed format of the matrices of one kind; None: a plain tensor of `dtype`."""
+        if self.quantization == "none":
+            if not self.native:
+                return None
+            return Format("bfloat16" if self.dtype is torch.bfloat16 else "float32")
+        group = self.group or DEFAULT_GROUPS[self.quantization]
+        return Format(self.quantization, group)
+
+    def allocate(self, num_bytes: int) -> torch.Tensor:
+        """[num_bytes] uint8 on the device, aligned to 64 bytes; on CPU zeros, in huge pages where allowed."""
+        if self.device.type == "cpu":
+            return self._arena.allocate(num_bytes)
+        return torch.zeros(num_bytes, dtype=torch.uint8, device=self.device)
+
+    def __str__(self) -> str:
+        return f"{self.dtype}".removeprefix("torch.") if self.quantization == "none" else str(self.format("qkv"))
