@@ -11,6 +11,8 @@ the draw stable: a rounding error of 1e-6 in a logit changes the winner with a p
 inverse of a cumulative sum over the vocabulary would collect the errors of all terms.
 """
 
+from collections import OrderedDict
+
 import numpy as np
 import torch
 
@@ -42,3 +44,26 @@ def gumbel(noise: "np.ndarray[tuple[int], np.dtype[np.uint32]]") -> torch.Tensor
 def gumbel_noise(seed: int, position: int, count: int) -> torch.Tensor:
     """[count] float32: the noise of each token id at `position`."""
     return gumbel(words(seed, position, count))
+
+
+class NoiseCache:
+    """`gumbel_noise` that remembers: a guess and its check draw with the same noise. Not for several threads.
+
+    Args:
+        capacity: bytes of noise to keep.
+    """
+
+    def __init__(self, capacity: int = 32 << 20) -> None:
+        self._left = capacity
+        self._known: OrderedDict[tuple[int, int, int], torch.Tensor] = OrderedDict()
+
+    def __call__(self, seed: int, position: int, count: int) -> torch.Tensor:
+        """[count] float32, which the caller must not change."""
+        key = (seed, position, count)
+        noise = self._known.get(key)
+        if noise is None:
+            noise = self._known[key] = gumbel_noise(seed, position, count)
+            self._left -= noise.nbytes
+            while self._left < 0:
+                self._left += self._known.popitem(last=False)[1].nbytes
+        return noise

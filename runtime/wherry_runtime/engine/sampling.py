@@ -4,14 +4,23 @@ In order: repetition, frequency and presence penalties, logit bias, minimum leng
 argmax, and others draw after temperature, top-k, top-p and min-p, in this order, as transformers does. Each row is
 computed from itself alone, so a request's tokens do not depend on the rest of its batch. Work that no request asked
 for is not done.
+
+Guesses are checked by drawing as if there were none: the noise of a draw depends on seed and position alone, so what
+the model draws after a guess that came true is what it would have drawn there anyway. Answers are therefore the same
+token by token with and without guesses, whoever made them (drafter-invariant speculative decoding: Daliri et al., 2025,
+https://arxiv.org/abs/2408.07978).
 """
 
+from collections import Counter
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
 
 from wherry_runtime.engine.live import Live, RawLogprobs
 from wherry_runtime.engine.rng import gumbel_noise
+
+Noise = Callable[[int, int, int], torch.Tensor]  # seed, position, vocab_size → [vocab_size] float32
 
 MINUS_INFINITY = float("-inf")
 NUCLEUS = 256  # likeliest tokens that top-p looks at before it sorts the whole vocabulary
@@ -29,6 +38,68 @@ class Sampled:
     logprobs: RawLogprobs | None = None
 
 
+@dataclass(slots=True, frozen=True)
+class Drawn:
+    """What was drawn in a step with guesses: the guesses that came true, and the token after them.
+
+    `tainted`: a guess that did not come true gave numbers that are not finite, and so are its key and value.
+    """
+
+    tokens: list[Sampled]
+    tainted: bool = False
+
+
+def verify(
+    logits: torch.Tensor, rows: Sequence[Live], guesses: Sequence[Sequence[int]], noise: Noise = gumbel_noise
+) -> list[Drawn | BadLogitsError]:
+    """Draws tokens for each request until one differs from its guess, or ends the answer, or no guess is left.
+
+    Args:
+        logits: [S + all guesses, vocab_size] float32: for each request the row after its newest token, then those after
+            each of its guesses. Overwritten.
+        rows: the S requests.
+        guesses: of each request; they must fit into what its answer may have left, less one.
+
+    Returns:
+        For each request at least one token, or the error to fail it with. Where numbers are not finite after a guess
+        that came true, the run ends before them: the next step meets them where they are the request's own.
+    """
+    finite = torch.isfinite(logits.amax(dim=-1)).tolist()
+    likeliest = logits.argmax(dim=-1).tolist()
+    results: list[Drawn | BadLogitsError] = []
+    first = 0
+    for live, run in zip(rows, guesses, strict=True):
+        end = first + len(run) + 1
+        if finite[first]:
+            drawn = _draw_run(logits[first:end], finite[first:end], likeliest[first:end], live, run, noise)
+            results.append(Drawn(drawn, tainted=not all(finite[first + len(drawn) : end])))
+        else:
+            results.append(_not_finite())
+        first = end
+    return results
+
+
+def _draw_run(
+    logits: torch.Tensor, finite: list[bool], likeliest: list[int], live: Live, run: Sequence[int], noise: Noise
+) -> list[Sampled]:
+    """`verify` for one request: logits [len(run) + 1, vocab_size]."""
+    drawn: list[Sampled] = []
+    for index, row in enumerate(logits):
+        if not finite[index]:
+            break
+        ahead = run[:index]
+        raw = row.log_softmax(dim=-1) if live.params.logprobs is not None else None
+        if live.params.temperature > 0 or _adjusted(live, index):
+            token = int(scores_of(row, live, ahead, noise).argmax())
+        else:
+            token = likeliest[index]
+        drawn.append(Sampled(token, None if raw is None else _pick(raw, token, live)))
+        ends = token in live.stop_ids and not _too_short(live, index)
+        if index == len(run) or token != run[index] or ends:
+            break
+    return drawn
+
+
 def sample(logits: torch.Tensor, rows: list[Live]) -> list[Sampled | BadLogitsError]:
     """Draws one token for each row.
 
@@ -42,17 +113,17 @@ def sample(logits: torch.Tensor, rows: list[Live]) -> list[Sampled | BadLogitsEr
     finite = torch.isfinite(logits.amax(dim=-1)).tolist()
     logprobs = _logprobs(logits, rows)
     for index, live in enumerate(rows):
-        if live.adjusted:
+        if _adjusted(live, 0):
             _adjust(logits[index], live)
     greedy = logits.argmax(dim=-1)
     drawn = greedy.tolist()
     for index, live in enumerate(rows):
         if live.params.temperature > 0 and finite[index]:
-            drawn[index] = _draw(logits[index], live)
+            drawn[index] = int(_perturbed(logits[index], live, 0, gumbel_noise).argmax())
     results: list[Sampled | BadLogitsError] = []
     for index, live in enumerate(rows):
         if not finite[index]:
-            results.append(BadLogitsError("the model's output is not finite (NaN or infinity)"))
+            results.append(_not_finite())
             continue
         raw = logprobs.get(index)
         results.append(Sampled(drawn[index], None if raw is None else _pick(raw, drawn[index], live)))
@@ -73,32 +144,60 @@ def _pick(raw: torch.Tensor, token: int, live: Live) -> RawLogprobs:
     return RawLogprobs(float(raw[token]), ids.tolist(), top.tolist())
 
 
-def _adjust(row: torch.Tensor, live: Live) -> None:
+def _not_finite() -> BadLogitsError:
+    return BadLogitsError("the model's output is not finite (NaN or infinity)")
+
+
+def _too_short(live: Live, ahead: int) -> bool:
+    """Whether a token that comes `ahead` tokens after the next one must not end the answer."""
+    return live.num_tokens + ahead - live.request.num_prompt < live.params.min_tokens
+
+
+def _adjusted(live: Live, ahead: int) -> bool:
+    """Whether its logits change before temperature."""
+    return live.penalized or bool(live.params.logit_bias) or _too_short(live, ahead)
+
+
+def _adjust(row: torch.Tensor, live: Live, ahead: Sequence[int] = ()) -> None:
     """Changes one row of logits [vocab_size] in place: penalties, bias, minimum length."""
     params = live.params
     if params.repetition_penalty != 1.0:
-        seen = torch.tensor(sorted(live.seen), dtype=torch.int64, device=row.device)
+        seen = torch.tensor(sorted(live.seen.union(ahead)), dtype=torch.int64, device=row.device)
         values = row[seen]
         penalty = params.repetition_penalty
         row[seen] = torch.where(values > 0, values / penalty, values * penalty)
-    if (params.presence_penalty or params.frequency_penalty) and live.answer_counts:
-        ids = torch.tensor(list(live.answer_counts.keys()), dtype=torch.int64, device=row.device)
-        counts = torch.tensor(list(live.answer_counts.values()), dtype=row.dtype, device=row.device)
+    if params.presence_penalty or params.frequency_penalty:
+        answer = live.answer_counts + Counter(ahead) if ahead else live.answer_counts
+        ids = torch.tensor(list(answer.keys()), dtype=torch.int64, device=row.device)
+        counts = torch.tensor(list(answer.values()), dtype=row.dtype, device=row.device)
         row[ids] -= counts * params.frequency_penalty + params.presence_penalty
     if params.logit_bias:
         ids = torch.tensor(list(params.logit_bias.keys()), dtype=torch.int64, device=row.device)
         row[ids] += torch.tensor(list(params.logit_bias.values()), dtype=row.dtype, device=row.device)
-    if live.too_short_to_end and live.stop_ids:
+    if _too_short(live, len(ahead)) and live.stop_ids:
         row[torch.tensor(sorted(live.stop_ids), dtype=torch.int64, device=row.device)] = MINUS_INFINITY
 
 
-def _draw(row: torch.Tensor, live: Live) -> int:
-    """Draws from one row of adjusted logits [vocab_size] by the Gumbel-max trick."""
+def scores_of(row: torch.Tensor, live: Live, ahead: Sequence[int] = (), noise: Noise = gumbel_noise) -> torch.Tensor:
+    """The scores whose argmax is the token drawn after a request's tokens and `ahead`, guesses at what follows them.
+
+    Args:
+        row: [vocab_size] float32 logits; overwritten.
+
+    Returns:
+        [vocab_size] float32; `row` itself if the argmax of the logits is what counts. Others by the Gumbel-max trick.
+    """
+    if _adjusted(live, len(ahead)):
+        _adjust(row, live, ahead)
+    return row if live.params.temperature == 0 else _perturbed(row, live, len(ahead), noise)
+
+
+def _perturbed(row: torch.Tensor, live: Live, ahead: int, noise: Noise) -> torch.Tensor:
+    """Adjusted logits [vocab_size] → scores [vocab_size] whose argmax is a draw: temperature, filters, Gumbel noise."""
     scores = row / live.params.temperature
     if live.filtered:
         scores = keep_likely(scores, live.params.top_k, live.params.top_p, live.params.min_p)
-    noise = gumbel_noise(live.seed, live.num_tokens, scores.shape[0])
-    return int((scores + noise.to(scores.device)).argmax())
+    return scores.add_(noise(live.seed, live.num_tokens + ahead, scores.shape[0]).to(scores.device))
 
 
 def keep_likely(scores: torch.Tensor, top_k: int, top_p: float, min_p: float) -> torch.Tensor:
