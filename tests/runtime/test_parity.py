@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+import numpy as np
 import torch
 import transformers
 from tests.runtime.engines import VOCAB_SIZE, ask, ask_all, engine_config, running
@@ -51,7 +52,7 @@ def test_logits_equal_however_the_prompt_is_cut(reference: Reference, chunk: int
     runner = load(engine_config(reference.directory, kv_blocks=40)).runner
     tokens = prompts()[-1]
     expected = reference.logits(tokens)
-    blocks = list(range(30, 30 - 23, -1))  # any order will do
+    blocks = np.arange(30, 30 - 23, -1, dtype=np.int32)  # any order will do
     for start in range(0, len(tokens), chunk):
         part = tokens[start : start + chunk]
         logits, ids = runner.logits([SequenceStep("a", part, start, blocks, samples=True)])

@@ -8,6 +8,8 @@ import time
 from collections import Counter
 from dataclasses import dataclass, field
 
+import msgspec
+
 from wherry_protocol.worker import ErrorEvent, FinishReason, SamplingParams
 from wherry_runtime.scheduling.request import Request
 
@@ -81,8 +83,7 @@ class Live:
         return "length" if num_new >= self.request.max_new_tokens else None
 
 
-@dataclass(slots=True, frozen=True)
-class Progress:
+class Progress(msgspec.Struct, frozen=True):
     """What a step did for one request. The last one has `finish` or `error`."""
 
     request_id: str

@@ -9,8 +9,6 @@ number differs between a CPU and a GPU by a factor of a thousand.
 
 import math
 
-import numpy as np
-
 from wherry_runtime.scheduling.plan import Work
 
 AIM = 0.9  # share of the ratio that a step is planned for: durations scatter
@@ -33,33 +31,35 @@ class CostModel:
     """
 
     def __init__(self) -> None:
-        self._cost = np.zeros(5)
-        self._covariance = np.eye(5) * SPREAD_S**2
+        # Plain lists: for five numbers, calling NumPy costs more than the arithmetic.
+        self._cost = [0.0] * 5
+        self._covariance = [[SPREAD_S**2 * (i == j) for j in range(5)] for i in range(5)]
 
     def observe(self, work: Work, seconds: float) -> None:
         """Learns that a step with `work` took `seconds`."""
         x = _features(work)
-        expected = float(x @ self._cost)
+        expected = _dot(self._cost, x)
         noise = max(NOISE * (expected or seconds), MIN_NOISE_S)
-        projected = self._covariance @ x
-        variance = float(x @ projected) + noise * noise
+        projected = [_dot(row, x) for row in self._covariance]
+        variance = _dot(projected, x) + noise * noise
         limit = OUTLIER * math.sqrt(variance)
         surprise = min(max(seconds - expected, -limit), limit)
-        self._cost = np.maximum(self._cost + projected * (surprise / variance), 0.0)
-        self._covariance -= np.outer(projected, projected / variance)
-        # What is as uncertain as it is large gets no more so.
-        drift = (DRIFT * np.maximum(self._cost, seconds * 0.01)) ** 2
-        diagonal = np.einsum("ii->i", self._covariance)
-        diagonal += np.where(diagonal < np.maximum(self._cost, seconds * 0.1) ** 2, drift, 0.0)
+        gain = [p / variance for p in projected]
+        self._cost = [max(c + g * surprise, 0.0) for c, g in zip(self._cost, gain, strict=True)]
+        for i, (row, g) in enumerate(zip(self._covariance, gain, strict=True)):
+            row[:] = [value - g * p for value, p in zip(row, projected, strict=True)]
+            # What is as uncertain as it is large gets no more so.
+            if row[i] < max(self._cost[i], seconds * 0.1) ** 2:
+                row[i] += (DRIFT * max(self._cost[i], seconds * 0.01)) ** 2
 
     def seconds(self, work: Work) -> float:
         """How long a step with `work` should take."""
-        return float(_features(work) @ self._cost)
+        return _dot(self._cost, _features(work))
 
     def chunk(self, start: int, seconds: float) -> int:
         """The most tokens from position `start` on that cost no more than `seconds`; 0 if that is not known yet."""
-        per_token = float(self._cost[3]) / UNITS.prefill_tokens
-        per_pair = float(self._cost[4]) / UNITS.prefill_context
+        per_token = self._cost[3] / UNITS.prefill_tokens
+        per_pair = self._cost[4] / UNITS.prefill_context
         # n tokens attend to n·start + n²/2 others: solve pair/2·n² + (token + pair·start)·n = seconds.
         linear = per_token + per_pair * start
         if linear <= 0.0 or seconds <= 0.0:
@@ -67,16 +67,18 @@ class CostModel:
         return int(2 * seconds / (linear + math.sqrt(linear * linear + 2 * per_pair * seconds)))
 
 
-def _features(work: Work) -> "np.ndarray[tuple[int], np.dtype[np.float64]]":
-    return np.array(
-        [
-            1.0,
-            work.decodes / UNITS.decodes,
-            work.decode_context / UNITS.decode_context,
-            work.prefill_tokens / UNITS.prefill_tokens,
-            work.prefill_context / UNITS.prefill_context,
-        ]
-    )
+def _features(work: Work) -> list[float]:
+    return [
+        1.0,
+        work.decodes / UNITS.decodes,
+        work.decode_context / UNITS.decode_context,
+        work.prefill_tokens / UNITS.prefill_tokens,
+        work.prefill_context / UNITS.prefill_context,
+    ]
+
+
+def _dot(a: list[float], b: list[float]) -> float:
+    return a[0] * b[0] + a[1] * b[1] + a[2] * b[2] + a[3] * b[3] + a[4] * b[4]
 
 
 def prefill_context(start: int, count: int) -> int:

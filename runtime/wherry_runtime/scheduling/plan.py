@@ -1,7 +1,6 @@
 """What one step computes. Plain data, so that it can be sent to other ranks as it is."""
 
-from dataclasses import dataclass, field
-
+import msgspec
 import numpy as np
 
 BlockTable = np.ndarray[tuple[int], np.dtype[np.int32]]
@@ -9,8 +8,7 @@ BlockTable = np.ndarray[tuple[int], np.dtype[np.int32]]
 UNKNOWN = -1  # stands for a token that the step before this one draws
 
 
-@dataclass(slots=True, frozen=True)
-class SequenceStep:
+class SequenceStep(msgspec.Struct, frozen=True, eq=False):
     """A range of one request's tokens to compute in this step.
 
     The last `num_drafts` of `tokens` are guesses. Tokens are drawn after each of the last `num_drafts + 1` of them, if
@@ -30,8 +28,7 @@ class SequenceStep:
         return self.start + len(self.tokens)
 
 
-@dataclass(slots=True, frozen=True)
-class Work:
+class Work(msgspec.Struct, frozen=True):
     """How much a step computes, in the terms that its duration depends on."""
 
     decodes: int = 0  # sequences that advance by one token
@@ -40,14 +37,13 @@ class Work:
     prefill_context: int = 0  # tokens that these attend to, added up over them
 
 
-@dataclass(slots=True, frozen=True)
-class StepPlan:
+class StepPlan(msgspec.Struct, frozen=True, eq=False):
     """The ranges of one step; `admitted` left the queue for the first time or again, `preempted` went back to it."""
 
-    sequences: list[SequenceStep] = field(default_factory=list)
-    admitted: list[str] = field(default_factory=list)
-    preempted: list[str] = field(default_factory=list)
-    work: Work = field(default_factory=Work)
+    sequences: list[SequenceStep] = []
+    admitted: list[str] = []
+    preempted: list[str] = []
+    work: Work = Work()
 
     @property
     def num_tokens(self) -> int:
