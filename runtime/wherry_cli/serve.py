@@ -120,6 +120,13 @@ def app(
     max_batched_tokens: Annotated[
         int, typer.Option(help="Tokens in one step at most; longer prompts are chunked.", min=1)
     ] = _DEFAULTS["max_batched_tokens"],
+    max_itl_ratio: Annotated[
+        float,
+        typer.Option(
+            help="How many times as long running answers may wait for a token while prompts come in; 0: no limit.",
+            min=0,
+        ),
+    ] = _DEFAULTS["max_itl_ratio"],
     max_queued: Annotated[
         int, typer.Option(help="Requests that may wait; over it the answer is 429.", min=0)
     ] = _DEFAULTS["max_queued"],
@@ -145,6 +152,7 @@ def app(
                 max_model_len=max_model_len,
                 max_running=max_running,
                 max_batched_tokens=max_batched_tokens,
+                max_itl_ratio=max_itl_ratio,
                 max_queued=max_queued,
                 kv_cache_bytes=kv_cache_bytes,
                 prefix_cache=prefix_cache,

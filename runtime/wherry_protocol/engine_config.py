@@ -37,6 +37,13 @@ class EngineConfig(msgspec.Struct, kw_only=True, frozen=True):
     max_batched_tokens: Annotated[
         int, msgspec.Meta(description="tokens in one step at most; longer prompts are chunked")
     ] = 2048
+    max_itl_ratio: Annotated[
+        float,
+        msgspec.Meta(
+            description="how many times as long running answers may wait for a token while prompts come in, which are "
+            "chunked accordingly; 0: no limit, for the highest throughput"
+        ),
+    ] = 2.0
     max_queued: Annotated[int, msgspec.Meta(description="requests that may wait; over it the answer is 429")] = 256
     kv_cache_dtype: Annotated[
         KVCacheDtype, msgspec.Meta(description="type of the KV cache; auto: that of the activations")
