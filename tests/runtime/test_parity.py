@@ -3,8 +3,8 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-import pytest
 import numpy as np
+import pytest
 import torch
 import transformers
 from tests.runtime.engines import VOCAB_SIZE, ask, ask_all, engine_config, running

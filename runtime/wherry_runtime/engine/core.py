@@ -22,6 +22,7 @@ from wherry_runtime.engine.device import DeviceThread, Job, Runner
 from wherry_runtime.engine.failures import event_of, is_out_of_memory, release_memory
 from wherry_runtime.engine.live import Live, Progress
 from wherry_runtime.engine.sampling import BadLogitsError, Sampled
+from wherry_runtime.loading.errors import ModelError
 from wherry_runtime.scheduling.blocks import BlockManager
 from wherry_runtime.scheduling.plan import SequenceStep, StepPlan
 from wherry_runtime.scheduling.scheduler import QueueFullError, Scheduler
@@ -339,7 +340,13 @@ def new_scheduler_factory(
     max_queued: int,
     max_itl_ratio: float = 0.0,
 ) -> Callable[[], Scheduler]:
-    """Makes fresh schedulers with the same settings."""
+    """Makes fresh schedulers with the same settings.
+
+    Raises:
+        ModelError: bad_setting.
+    """
+    if max_itl_ratio and not max_itl_ratio >= 1:
+        raise ModelError("bad_setting", f"max_itl_ratio is {max_itl_ratio:g}; it is at least 1, or 0 for no limit")
 
     def make() -> Scheduler:
         return Scheduler(

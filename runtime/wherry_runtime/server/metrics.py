@@ -41,6 +41,12 @@ _FROM_LOAD: tuple[tuple[type[Metric], str, str, Callable[[LoadReport], float]], 
     (CounterMetricFamily, "generation_tokens", "Tokens generated.", lambda load: load.completion_tokens_total),
     (
         CounterMetricFamily,
+        "prefix_cache_queries",
+        "Prompt tokens looked up in the prefix cache; hits over queries is its hit rate.",
+        lambda load: load.prefix_queried_tokens_total,
+    ),
+    (
+        CounterMetricFamily,
         "prefix_cache_hits",
         "Prompt tokens found in the prefix cache.",
         lambda load: load.prefix_hit_tokens_total,
