@@ -5,64 +5,74 @@ computing. `run` is the device's thread's: it starts when the last tokens are kn
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 import torch
 
-from wherry_runtime.attention.metadata import MetadataBuilder, sort_sequences
+from wherry_runtime.attention.metadata import sort_sequences
 from wherry_runtime.engine.live import Live
+from wherry_runtime.engine.prepared import Prepared
 from wherry_runtime.engine.sampling import BadLogitsError, Sampled, sample
-from wherry_runtime.kvcache.paged import PagedKVCache
-from wherry_runtime.models.decoder import Batch, Decoder
 from wherry_runtime.scheduling.plan import SequenceStep
 
 
-@dataclass(slots=True, frozen=True)
-class Prepared:
-    """A step as far as it is known before the tokens of the step before it."""
+class Cache(Protocol):
+    """The KV cache's memory."""
 
-    sequences: list[SequenceStep]  # in row order; `tokens` is read by `run`, not earlier
-    positions: "np.ndarray[tuple[int], np.dtype[np.int64]]"  # [T]
-    slots: "np.ndarray[tuple[int], np.dtype[np.int64]]"  # [T]: block * block_size + offset
-    sampled_rows: list[int]
-    ids: list[str]  # of the sequences that sample
+    block_size: int
+
+    def scrub(self, blocks: list[int]) -> None:
+        """Zeroes blocks."""
+
+
+class Model(Protocol):
+    """A model with its KV cache on some backend."""
+
+    @property
+    def cache(self) -> Cache: ...
+
+    def logits(self, prepared: Prepared) -> torch.Tensor:
+        """Computes a step and writes its keys and values: [S, vocab_size] float32, valid until the next call."""
 
 
 class ModelRunner:
     """A model and its KV cache. `prepare` may run in one thread while `run` does in another."""
 
-    def __init__(self, model: Decoder, cache: PagedKVCache) -> None:
+    def __init__(self, model: Model) -> None:
         self.model = model
-        self.cache = cache
-        layer = cache.layers[0]
-        self._device = layer.device
-        self._metadata = MetadataBuilder(cache.block_size, cache.padding_block, layer.dtype, layer.device)
-        self._windows = set(model.config.windows) or {None}
+        self.cache = model.cache
 
     def prepare(self, sequences: list[SequenceStep]) -> Prepared:
         """What can be known of a step ahead. Does not look at the tokens' values, which may still be `UNKNOWN`."""
-        ordered = sort_sequences(sequences)
         size = self.cache.block_size
-        positions = np.concatenate([np.arange(s.start, s.end) for s in ordered])
-        slots = np.empty_like(positions)
-        sampled_rows: list[int] = []
-        ids: list[str] = []
-        row = 0
-        for sequence in ordered:
-            count = len(sequence.tokens)
-            span = positions[row : row + count]
-            slots[row : row + count] = np.asarray(sequence.blocks)[span // size] * size + span % size
-            row += count
+        ordered = sort_sequences(sequences)
+        num_decodes = sum(len(s.tokens) == 1 for s in ordered)
+        # The decodes' rows in plain Python: for one number each, calling NumPy costs more than the arithmetic.
+        starts = [s.start for s in ordered[:num_decodes]]
+        positions = [np.array(starts, dtype=np.int64)]
+        slots = [
+            np.array(
+                [np.asarray(s.blocks).item(p // size) * size + p % size for s, p in zip(ordered, starts, strict=False)],
+                dtype=np.int64,
+            )
+        ]
+        sampled_rows = [i for i, s in enumerate(ordered[:num_decodes]) if s.samples]
+        row = num_decodes
+        for sequence in ordered[num_decodes:]:
+            span = np.arange(sequence.start, sequence.end)
+            positions.append(span)
+            slots.append(np.asarray(sequence.blocks)[span // size] * size + span % size)
+            row += len(sequence.tokens)
             if sequence.samples:
                 sampled_rows.append(row - 1)
-                ids.append(sequence.request_id)
-        return Prepared(ordered, positions, slots, sampled_rows, ids)
+        ids = [s.request_id for s in ordered if s.samples]
+        return Prepared(ordered, np.concatenate(positions), np.concatenate(slots), sampled_rows, ids)
 
     def run(self, prepared: Prepared, live: Mapping[str, Live]) -> dict[str, Sampled | BadLogitsError]:
         """Computes the ranges and draws the next tokens: request id → token, for those that sample. Blocks."""
         with torch.inference_mode():
-            logits = self._logits(prepared)
+            logits = self.model.logits(prepared)
             if not prepared.ids:
                 return {}
             return dict(zip(prepared.ids, sample(logits, [live[i] for i in prepared.ids]), strict=True))
@@ -79,19 +89,4 @@ class ModelRunner:
         """
         prepared = self.prepare(sequences)
         with torch.inference_mode():
-            return self._logits(prepared), prepared.ids
-
-    def _logits(self, prepared: Prepared) -> torch.Tensor:
-        return self.model(self._batch(prepared), self.cache)
-
-    def _batch(self, prepared: Prepared) -> Batch:
-        sequences = prepared.sequences
-        tokens = np.array([token for s in sequences for token in s.tokens], dtype=np.int64)
-        packed = torch.from_numpy(np.stack([tokens, prepared.positions, prepared.slots])).to(self._device)
-        return Batch(
-            token_ids=packed[0],
-            positions=packed[1],
-            slots=packed[2],
-            sampled_rows=torch.tensor(prepared.sampled_rows, dtype=torch.int64, device=self._device),
-            attention={window: self._metadata.build(sequences, window) for window in self._windows},
-        )
+            return self.model.logits(prepared), prepared.ids

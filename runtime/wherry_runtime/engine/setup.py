@@ -10,6 +10,7 @@ import torch
 
 from wherry_protocol.engine_config import EngineConfig
 from wherry_runtime.engine.core import new_scheduler_factory
+from wherry_runtime.engine.eager_model import EagerModel
 from wherry_runtime.engine.resources import Device, cpu_threads
 from wherry_runtime.engine.runner import ModelRunner
 from wherry_runtime.kvcache.paged import PagedKVCache, bytes_per_token
@@ -91,7 +92,7 @@ def load(config: EngineConfig) -> Loaded:
         num_parameters=model.num_parameters(),
         tokenizer=tokenizer,
         chat_template=template,
-        runner=ModelRunner(model, cache),
+        runner=ModelRunner(EagerModel(model, cache)),
         new_scheduler=new_scheduler_factory(
             num_blocks,
             config.block_size,
@@ -99,6 +100,7 @@ def load(config: EngineConfig) -> Loaded:
             config.max_running,
             config.max_batched_tokens,
             config.max_queued,
+            config.max_itl_ratio,
         ),
     )
 

@@ -2,30 +2,13 @@
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
 
-import torch
-from torch.nn import functional
-
-from wherry_runtime.attention.metadata import AttentionMetadata
-from wherry_runtime.attention.paged import paged_attention
-from wherry_runtime.kvcache.paged import PagedKVCache
 from wherry_runtime.layers.linear import Linear, Slot, Slots, State, merged
 from wherry_runtime.layers.norm import RMSNorm
 from wherry_runtime.layers.rope import Rope
 from wherry_runtime.loading.config import ModelConfig
+from wherry_runtime.models.ops import Attention, Ops, V
 from wherry_runtime.quantization.storage import Role, Storage
-
-
-@dataclass(slots=True, frozen=True)
-class Batch:
-    """One step's input. T rows in the order of `sort_sequences`, S of which draw a token."""
-
-    token_ids: torch.Tensor  # [T] int64
-    positions: torch.Tensor  # [T] int64
-    slots: torch.Tensor  # [T] int64: block * block_size + offset, where each row's key and value go
-    sampled_rows: torch.Tensor  # [S] int64
-    attention: dict[int | None, AttentionMetadata]  # by window
 
 
 class Embedding:
@@ -56,8 +39,6 @@ class DecoderLayer:
             return RMSNorm(f"{prefix}.{name}", width, eps, dtype=dtype, device=storage.device)
 
         prefix = f"model.layers.{index}"
-        self.heads = (config.num_heads, config.num_kv_heads, config.head_dim)
-        self.window = config.windows[index] if config.windows else None
         queries, keys = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
         fused = [("self_attn.q_proj", queries), ("self_attn.k_proj", keys), ("self_attn.v_proj", keys)]
         self.qkv = linear("qkv", fused, config.hidden_size, config.qkv_bias)
@@ -67,34 +48,27 @@ class DecoderLayer:
         self.down = linear("down", [("mlp.down_proj", config.hidden_size)], config.intermediate_size, config.mlp_bias)
         self.input_norm = norm("input_layernorm", config.hidden_size)
         self.post_norm = norm("post_attention_layernorm", config.hidden_size)
-        self.query_norm = norm("self_attn.q_norm", config.head_dim) if config.qk_norm else None
-        self.key_norm = norm("self_attn.k_norm", config.head_dim) if config.qk_norm else None
+        self.attention = Attention(
+            layer=index,
+            num_heads=config.num_heads,
+            num_kv_heads=config.num_kv_heads,
+            head_dim=config.head_dim,
+            window=config.windows[index] if config.windows else None,
+            query_norm=norm("self_attn.q_norm", config.head_dim) if config.qk_norm else None,
+            key_norm=norm("self_attn.k_norm", config.head_dim) if config.qk_norm else None,
+        )
 
     def parts(self) -> Iterator[Linear | RMSNorm]:
         """Everything that holds weights."""
         yield from (self.qkv, self.output, self.gate_up, self.down, self.input_norm, self.post_norm)
-        yield from (norm for norm in (self.query_norm, self.key_norm) if norm is not None)
+        yield from (norm for norm in (self.attention.query_norm, self.attention.key_norm) if norm is not None)
 
-    def __call__(
-        self, x: torch.Tensor, cache: torch.Tensor, batch: Batch, rope: Rope, angles: tuple[torch.Tensor, torch.Tensor]
-    ) -> torch.Tensor:
-        """x [T, hidden_size] → [T, hidden_size]; writes the rows' keys and values to `cache` (one layer's)."""
-        x = x + self.output(self._attend(self.input_norm(x), cache, batch, rope, angles))
-        gate, up = self.gate_up(self.post_norm(x)).chunk(2, dim=-1)
-        return x + self.down(functional.silu(gate).mul_(up))
-
-    def _attend(
-        self, x: torch.Tensor, cache: torch.Tensor, batch: Batch, rope: Rope, angles: tuple[torch.Tensor, torch.Tensor]
-    ) -> torch.Tensor:
-        num_heads, num_kv_heads, head_dim = self.heads
-        qkv = self.qkv(x).view(x.shape[0], num_heads + 2 * num_kv_heads, head_dim)
-        rotated = qkv[:, : num_heads + num_kv_heads]
-        if self.query_norm is not None and self.key_norm is not None:
-            rotated[:, :num_heads] = self.query_norm(rotated[:, :num_heads])
-            rotated[:, num_heads:] = self.key_norm(rotated[:, num_heads:])
-        rope.rotate_(rotated, *angles)
-        cache.view(-1, 2 * num_kv_heads, head_dim).index_copy_(0, batch.slots, qkv[:, num_heads:])
-        return paged_attention(qkv[:, :num_heads], cache, num_kv_heads, batch.attention[self.window])
+    def __call__(self, ops: Ops[V], x: V) -> V:
+        """x [T, hidden_size] → [T, hidden_size]; keeps the rows' keys and values."""
+        attended = ops.attend(self.attention, ops.linear(self.qkv, ops.norm(self.input_norm, x)))
+        x = ops.add_linear(x, self.output, attended)
+        gated = ops.silu_mul(ops.linear(self.gate_up, ops.norm(self.post_norm, x)))
+        return ops.add_linear(x, self.down, gated)
 
 
 class Decoder:
@@ -137,10 +111,13 @@ class Decoder:
     def num_parameters(self) -> int:
         return sum(math.prod(slot.shape) for slot in self.slots().values())
 
-    def __call__(self, batch: Batch, cache: PagedKVCache) -> torch.Tensor:
-        """The logits of the rows that draw a token: [S, vocab_size] float32."""
-        x = functional.embedding(batch.token_ids, self.embedding.weight)
-        angles = self.rope.at(batch.positions)
-        for layer, pages in zip(self.layers, cache.layers, strict=True):
-            x = layer(x, pages, batch, self.rope, angles)
-        return self.head(self.norm(x.index_select(0, batch.sampled_rows))).float()
+    def hidden(self, ops: Ops[V]) -> V:
+        """The residual stream after the last layer: [T, hidden_size]."""
+        x = ops.embed(self.embedding.weight)
+        for layer in self.layers:
+            x = layer(ops, x)
+        return x
+
+    def logits(self, ops: Ops[V], hidden: V) -> V:
+        """Of the rows that draw a token: [S, vocab_size]."""
+        return ops.linear(self.head, ops.sampled_norm(self.norm, hidden))

@@ -1,0 +1,39 @@
+"""A model on PyTorch, operation by operation."""
+
+import numpy as np
+import torch
+
+from wherry_runtime.attention.metadata import MetadataBuilder
+from wherry_runtime.engine.prepared import Prepared
+from wherry_runtime.kvcache.paged import PagedKVCache
+from wherry_runtime.layers.eager import Batch, EagerOps
+from wherry_runtime.models.decoder import Decoder
+
+
+class EagerModel:
+    """The reference of the native backend; what runs on CUDA, and where there are no native kernels."""
+
+    def __init__(self, model: Decoder, cache: PagedKVCache) -> None:
+        self.decoder = model
+        self.cache = cache
+        layer = cache.layers[0]
+        self._device = layer.device
+        self._metadata = MetadataBuilder(cache.block_size, cache.padding_block, layer.dtype, layer.device)
+        self._windows = set(model.config.windows) or {None}
+
+    def logits(self, prepared: Prepared) -> torch.Tensor:
+        """Computes a step: [S, vocab_size] float32."""
+        ops = EagerOps(self._batch(prepared), self.cache, self.decoder.rope)
+        return self.decoder.logits(ops, self.decoder.hidden(ops)).float()
+
+    def _batch(self, prepared: Prepared) -> Batch:
+        sequences = prepared.sequences
+        tokens = np.array([token for s in sequences for token in s.tokens], dtype=np.int64)
+        packed = torch.from_numpy(np.stack([tokens, prepared.positions, prepared.slots])).to(self._device)
+        return Batch(
+            token_ids=packed[0],
+            positions=packed[1],
+            slots=packed[2],
+            sampled_rows=torch.tensor(prepared.sampled_rows, dtype=torch.int64, device=self._device),
+            attention={window: self._metadata.build(sequences, window) for window in self._windows},
+        )

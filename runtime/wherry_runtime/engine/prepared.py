@@ -1,0 +1,18 @@
+"""A step between the scheduler and the device."""
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from wherry_runtime.scheduling.plan import SequenceStep
+
+
+@dataclass(slots=True, frozen=True)
+class Prepared:
+    """A step as far as it is known before the tokens of the step before it."""
+
+    sequences: list[SequenceStep]  # in row order; `tokens` is read by `run`, not earlier
+    positions: "np.ndarray[tuple[int], np.dtype[np.int64]]"  # [T]
+    slots: "np.ndarray[tuple[int], np.dtype[np.int64]]"  # [T]: block * block_size + offset
+    sampled_rows: list[int]
+    ids: list[str]  # of the sequences that sample
