@@ -34,12 +34,13 @@ def run_job(job: Job, engine: str) -> dict[str, Any]:
         job_file, result = Path(folder, "job.json"), Path(folder, "result.json")
         job_file.write_text(json.dumps(asdict(job)))
         command = [peers.python(engine), "-m", f"benchmarks.engine.{engine}", job_file, result]
+        environment = variants.environment(huge_pages=job.options.get("huge_pages", True))
         with Path(folder, "log").open("w+") as log:
             try:
                 subprocess.run(
                     [str(c) for c in command],
                     cwd=models.ROOT,
-                    env=variants.environment(),
+                    env=environment,
                     timeout=LIMIT_S,
                     check=True,
                     stdout=log,

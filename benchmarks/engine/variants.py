@@ -61,9 +61,10 @@ def every() -> list[Variant]:
     return [v for v in found if peers.installed(v.engine)]
 
 
-def environment() -> dict[str, str]:
+def environment(*, huge_pages: bool = True) -> dict[str, str]:
     """For every engine's process."""
-    return {**os.environ, **HUGE_PAGES, "TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1"}
+    pages = HUGE_PAGES if huge_pages else {}
+    return {**os.environ, **pages, "TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1"}
 
 
 def export(directory: Path, target: Path, format_: str) -> None:

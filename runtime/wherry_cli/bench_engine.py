@@ -191,12 +191,19 @@ def percentiles(values: list[float]) -> dict[str, float]:
 
 
 def held(engine: AsyncEngine) -> tuple[int, int, int]:
-    """Bytes of weights, of the KV cache, and of the weights that a decode step reads (an untied embedding is not)."""
-    runner = engine._ready().runner
-    weights = bench_machine.tensor_bytes(runner.model)
-    tied = engine._ready().model_config.tie_word_embeddings
-    table = 0 if tied else bench_machine.tensor_bytes(getattr(runner.model, "embedding", None))
-    return weights, bench_machine.tensor_bytes(runner.cache), weights - table
+    """Bytes of weights, of the KV cache, and of the weights that a decode step reads.
+
+    A step looks up rows of the embedding; it reads all of it only where the head is the same memory.
+    """
+    loaded = engine._ready()
+    config, cache = loaded.model_config, bench_machine.tensor_spans(loaded.runner.cache)
+    weights = bench_machine.covered(bench_machine.tensor_spans(loaded.runner.model), cache)
+    weights -= getattr(loaded.runner.model, "workspace_bytes", 0)  # the native backend's buffers
+    plain = loaded.num_parameters * loaded.dtype.itemsize
+    table = config.vocab_size * config.hidden_size * loaded.dtype.itemsize
+    quantized = getattr(engine._config, "quantization", "none") != "none"
+    shared = config.tie_word_embeddings and not quantized and weights < plain + table // 2
+    return weights, bench_machine.covered(cache), weights - (0 if shared else table)
 
 
 @contextmanager

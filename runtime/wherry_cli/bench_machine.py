@@ -5,7 +5,7 @@ import os
 import platform
 import statistics
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -90,10 +90,14 @@ def forget_peak() -> None:
 _STATUS = {"total": "VmRSS", "anonymous": "RssAnon", "files": "RssFile", "peak": "VmHWM"}
 
 
-def tensor_bytes(root: object, leave_out: Iterable[object] = ()) -> int:
-    """Bytes of all tensors and arrays that `root` holds, itself or in objects of the engine; shared ones count once."""
-    seen: set[int] = {id(o) for o in leave_out}
-    storages: dict[int, int] = {}
+Spans = list[tuple[int, int]]
+_RESERVES = ("_arena",)  # what tensors are cut from; the rest of it takes no room until it is written to
+
+
+def tensor_spans(root: object) -> Spans:
+    """Memory (first address, end) of all tensors and arrays that `root` holds, itself or in objects of the engine."""
+    seen: set[int] = set()
+    spans: Spans = []
     stack: list[Any] = [root]
     while stack:
         item = stack.pop()
@@ -101,21 +105,31 @@ def tensor_bytes(root: object, leave_out: Iterable[object] = ()) -> int:
             continue
         seen.add(id(item))
         if isinstance(item, torch.Tensor):
-            storages[item.untyped_storage().data_ptr()] = item.untyped_storage().nbytes()
+            spans.append((item.data_ptr(), item.data_ptr() + item.nbytes))
         elif isinstance(item, np.ndarray):
-            base = item
-            while isinstance(base.base, np.ndarray):
-                base = base.base
-            storages.setdefault(base.ctypes.data, base.nbytes)
+            spans.append((item.ctypes.data, item.ctypes.data + item.nbytes))
         elif isinstance(item, dict):
             stack += item.values()
         elif isinstance(item, (list, tuple, set)):
             stack += item
         elif type(item).__module__.startswith("wherry_"):
-            stack += getattr(item, "__dict__", {}).values()
             slots = [s for c in type(item).__mro__ for s in getattr(c, "__slots__", ())]
-            stack += [getattr(item, s) for s in slots if hasattr(item, s)]
-    return sum(storages.values())
+            names = [*getattr(item, "__dict__", {}), *slots]
+            stack += [getattr(item, name) for name in names if hasattr(item, name) and name not in _RESERVES]
+    return spans
+
+
+def covered(spans: Spans, but: Sequence[tuple[int, int]] = ()) -> int:
+    """Bytes under `spans`, each counted once, that are not under `but`."""
+    return _union([*spans, *but]) - _union(but)
+
+
+def _union(spans: Sequence[tuple[int, int]]) -> int:
+    total, reached = 0, 0
+    for first, end in sorted(spans):
+        total += max(0, end - max(first, reached))
+        reached = max(reached, end)
+    return total
 
 
 def describe(device: torch.device, threads: int) -> dict[str, Any]:

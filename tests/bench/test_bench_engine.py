@@ -89,8 +89,23 @@ class Holder:
         (lambda: (lambda h: [h, setattr(h, "slotted", h)])(Holder(None)), 0),
     ],
 )
-def test_tensor_bytes_count_memory_once(build: object, expected: int) -> None:
-    assert bench_machine.tensor_bytes(build()) == expected  # type: ignore[operator]
+def test_tensors_in_objects_are_found(build: object, expected: int) -> None:
+    held = build()  # type: ignore[operator]
+    assert bench_machine.covered(bench_machine.tensor_spans(held)) == expected
+
+
+@pytest.mark.parametrize(
+    "spans, but, expected",
+    [
+        ([], [], 0),
+        ([(0, 10), (5, 20), (20, 30)], [], 30),
+        ([(0, 10), (2, 4)], [(3, 6)], 7),
+        ([(0, 10)], [(0, 10)], 0),
+        ([(0, 10)], [(20, 30)], 10),
+    ],
+)
+def test_memory_is_counted_once(spans: list[tuple[int, int]], but: list[tuple[int, int]], expected: int) -> None:
+    assert bench_machine.covered(spans, but) == expected
 
 
 def test_bandwidth_is_positive() -> None:

@@ -1,0 +1,99 @@
+"""Which settings make a peer fastest: `python -m benchmarks.engine.tune --model 1.1b --only q8_0 --json out.json`.
+
+The winners are what `llamacpp.py` and `openvino.py` run with. Trials take turns, as engines do in the comparison.
+"""
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+from benchmarks.engine import models, report, variants
+from benchmarks.engine.__main__ import job_for, run_job
+from benchmarks.engine.variants import Variant
+from benchmarks.engine.workload import Job
+from rich.console import Console
+from rich.progress import Progress
+
+BASE = "as compared"
+TRIALS: dict[str, dict[str, dict[str, Any]]] = {
+    "llamacpp": {
+        BASE: {},
+        "no huge pages": {"huge_pages": False},
+        "weights mapped from the file": {"mmap": True},
+        "no flash attention": {"flash_attention": 0},
+        "one cache for all sequences": {"unified_cache": True},
+        "weights not rearranged": {"repack": False},
+        "prefill in steps of 128": {"ubatch": 128},
+    },
+    "openvino": {
+        BASE: {},
+        "no huge pages": {"huge_pages": False},
+        "float32 activations": {"properties": {"INFERENCE_PRECISION_HINT": "f32"}},
+        "no dynamic quantization": {"properties": {"DYNAMIC_QUANTIZATION_GROUP_SIZE": "0"}},
+        "dynamic quantization by 128": {"properties": {"DYNAMIC_QUANTIZATION_GROUP_SIZE": "128"}},
+        "throughput hint": {"properties": {"PERFORMANCE_HINT": "THROUGHPUT"}},
+        "KV cache bf16": {"properties": {"KV_CACHE_PRECISION": "bf16"}},
+    },
+}
+
+
+def with_options(job: Job, options: dict[str, Any]) -> Job:
+    return Job(**{**job.__dict__, "options": {**job.options, **options}})
+
+
+def trials(args: argparse.Namespace, wanted: list[Variant]) -> list[dict[str, Any]]:
+    runs = []
+    plan = [
+        (number, variant, name, options)
+        for number in range(args.rounds)
+        for variant in wanted
+        for name, options in TRIALS.get(variant.engine, {}).items()
+    ]
+    with Progress(console=Console(stderr=True), transient=True) as progress:
+        for number, variant, name, options in progress.track(plan, description="trying"):
+            result = run_job(with_options(job_for(args, variant, number), options), variant.engine)
+            label = f"{variant.name}, {name}"
+            runs.append({"round": number, "engine": variant.engine, "variant": label, **result})
+    return runs
+
+
+def table(results: report.Results) -> str:
+    """Each trial's rates and what of its memory lies in huge pages."""
+    columns = report.cells(results)
+    rows = []
+    for engine in TRIALS:
+        for label, runs in report.runs_of(results, engine).items():
+            rates = [report.span((r for run in runs if (r := c.rate(run))), report.rate_text) for c in columns]
+            huge = max(run["memory"]["huge"] / run["memory"]["rss"] for run in runs)
+            rows.append([f"{report.ENGINES[engine]} {label}", *rates, f"{huge:.0%}"])
+    return report.markdown(["trial", *(f"{c.kind} {c.size}" for c in columns), "in huge pages"], rows)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--model", default="1.1b", choices=[*models.SHAPES, "tiny"])
+    parser.add_argument("--only", nargs="+", help="variants whose label has one of these words")
+    parser.add_argument("--rounds", type=int, default=2)
+    parser.add_argument("--batch", type=int, nargs="+", default=[1, 8])
+    parser.add_argument("--prefill", type=int, nargs="+", default=[256])
+    parser.add_argument("--prompt-tokens", type=int, default=32)
+    parser.add_argument("--new-tokens", type=int, default=24)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--json", type=Path)
+    args = parser.parse_args()
+    wanted = [v for v in variants.every() if not args.only or any(word in v.label for word in args.only)]
+    wanted = [v for v in wanted if v.engine in TRIALS]
+    variants.prepare(args.model, wanted)
+    runs = trials(args, wanted)
+    for run in (r for r in runs if "error" in r):
+        Console(stderr=True).print(f"{run['engine']} {run['variant']}: {run['error']}", markup=False)
+    results = {"model": f"{args.model} trials", "runs": runs}
+    results["table"] = table(results)
+    print(results["table"])
+    if args.json:
+        args.json.write_text(json.dumps(results, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
