@@ -215,7 +215,7 @@ class EngineCore:
             return None
         flight = self._flights[0]
         now = self._clock()
-        expected = self.scheduler.pacer.model.seconds(flight.plan.work)
+        expected = self.scheduler.pacer.seconds(flight.plan.work)
         elapsed = now - (flight.job.started or now)
         return max(expected - elapsed - max(LEAD * expected, MIN_LEAD_S), 0.0)
 

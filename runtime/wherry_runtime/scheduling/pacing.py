@@ -1,10 +1,10 @@
 """How many prompt tokens may join a step while answers are running.
 
 A step that carries a chunk of a prompt takes longer, and every running answer waits for it. The budget of such a step
-is therefore one of time: a cost model, fitted to the durations of the steps so far, says how many prompt tokens may
-come along so that the step takes at most `max_itl_ratio` times as long as one without any. The chunked prefill of
-Agrawal et al., 2024 (https://arxiv.org/abs/2403.02310) with its token budget derived instead of set by hand: the right
-number differs between a CPU and a GPU by a factor of a thousand.
+is therefore one of time: from the durations of the steps so far, how many prompt tokens may come along so that the step
+takes at most `max_itl_ratio` times as long as one without any. The chunked prefill of Agrawal et al., 2024
+(https://arxiv.org/abs/2403.02310) with its token budget derived instead of set by hand: the right number differs
+between a CPU and a GPU by a factor of a thousand.
 """
 
 import math
@@ -12,130 +12,149 @@ import math
 from wherry_runtime.scheduling.plan import Work
 
 AIM = 0.9  # share of the ratio that a step is planned for: durations scatter
-MIN_CHUNK = 8  # prompt tokens that a step takes anyway, so that prompts always progress
+MIN_CHUNK = 4  # prompt tokens that a step takes anyway, so that prompts always progress
+GROWTH = 1.5  # how much larger than those before a chunk may be: costs need not grow evenly
+PROBE_EVERY = 64  # steps with prompts after which one goes without, to see anew how long that takes
+MEMORY = 0.85  # weight of what was known of a prompt token's cost, against one more step
 
-# What a coefficient is the cost of: the step itself, then these many of each kind of work. Only for conditioning.
-UNITS = Work(decodes=16, decode_context=8192, prefill_tokens=256, prefill_context=256 * 2048)
-SPREAD_S = 1.0  # before anything was measured, coefficients may be anything of this order
+DECODES, CONTEXT = 16, 8192  # units of the decode costs' coefficients: only for conditioning
+SPREAD = (0.5, 0.5, 0.1)  # what is thought possible of each coefficient at first, as a share of a step
 NOISE = 0.05  # of a step's duration, relative
-MIN_NOISE_S = 50e-6
-DRIFT = 0.02  # by which a coefficient may change from step to step, relative
+DRIFT = 0.03  # by which a coefficient may change from step to step, as a share of its spread
 OUTLIER = 4.0  # standard deviations beyond which a duration counts as if it were there
 
 
-class CostModel:
-    """Seconds of a step ≈ a + b·decodes + c·their context + d·prefill tokens + e·their context, none negative.
+class DecodeCost:
+    """Seconds of a step without prompts ≈ a + b·decodes + c·their context.
 
-    Fitted step by step with a Kalman filter whose coefficients drift (recursive least squares that forgets only what
-    new steps speak about: thousands of steps without a prompt leave the cost of prompts as it was known).
+    Fitted with a Kalman filter whose coefficients drift: recursive least squares that forgets only what new steps speak
+    about. Plain lists, because for three numbers calling NumPy costs more than the arithmetic.
     """
 
     def __init__(self) -> None:
-        # Plain lists: for five numbers, calling NumPy costs more than the arithmetic.
-        self._cost = [0.0] * 5
-        self._covariance = [[SPREAD_S**2 * (i == j) for j in range(5)] for i in range(5)]
+        self._cost = [0.0] * 3
+        self._covariance = [[0.0] * 3 for _ in range(3)]
+        self.known = False
 
-    def observe(self, work: Work, seconds: float) -> None:
-        """Learns that a step with `work` took `seconds`."""
-        x = _features(work)
+    def observe(self, decodes: int, context: int, seconds: float) -> None:
+        """Learns that such a step took `seconds`."""
+        if not self.known:
+            # A first guess: all of it is the step's own cost, and the others are of the same order.
+            self._cost[0] = seconds
+            for i, spread in enumerate(SPREAD):
+                self._covariance[i][i] = (spread * seconds) ** 2
+            self.known = True
+        x = _features(decodes, context)
         expected = _dot(self._cost, x)
-        noise = max(NOISE * (expected or seconds), MIN_NOISE_S)
+        noise = NOISE * max(expected, 0.2 * seconds)
         projected = [_dot(row, x) for row in self._covariance]
         variance = _dot(projected, x) + noise * noise
         limit = OUTLIER * math.sqrt(variance)
         surprise = min(max(seconds - expected, -limit), limit)
         gain = [p / variance for p in projected]
-        self._cost = [max(c + g * surprise, 0.0) for c, g in zip(self._cost, gain, strict=True)]
+        self._cost = [c + g * surprise for c, g in zip(self._cost, gain, strict=True)]
         for i, (row, g) in enumerate(zip(self._covariance, gain, strict=True)):
             row[:] = [value - g * p for value, p in zip(row, projected, strict=True)]
-            # What is as uncertain as it is large gets no more so.
-            if row[i] < max(self._cost[i], seconds * 0.1) ** 2:
-                row[i] += (DRIFT * max(self._cost[i], seconds * 0.01)) ** 2
+            spread = SPREAD[i] * seconds
+            if row[i] < spread * spread:  # what is as uncertain as at first gets no more so
+                row[i] += (DRIFT * spread) ** 2
 
-    def seconds(self, work: Work) -> float:
-        """How long a step with `work` should take."""
-        return _dot(self._cost, _features(work))
-
-    def chunk(self, start: int, seconds: float) -> int:
-        """The most tokens from position `start` on that cost no more than `seconds`; 0 if that is not known yet."""
-        per_token = self._cost[3] / UNITS.prefill_tokens
-        per_pair = self._cost[4] / UNITS.prefill_context
-        # n tokens attend to n·start + n²/2 others: solve pair/2·n² + (token + pair·start)·n = seconds.
-        linear = per_token + per_pair * start
-        if linear <= 0.0 or seconds <= 0.0:
-            return 0
-        return int(2 * seconds / (linear + math.sqrt(linear * linear + 2 * per_pair * seconds)))
+    def seconds(self, decodes: int, context: int) -> float:
+        """How long such a step should take; 0 if none was seen yet."""
+        return max(_dot(self._cost, _features(decodes, context)), 0.0)
 
 
-def _features(work: Work) -> list[float]:
-    return [
-        1.0,
-        work.decodes / UNITS.decodes,
-        work.decode_context / UNITS.decode_context,
-        work.prefill_tokens / UNITS.prefill_tokens,
-        work.prefill_context / UNITS.prefill_context,
-    ]
+def _features(decodes: int, context: int) -> list[float]:
+    return [1.0, decodes / DECODES, context / CONTEXT]
 
 
 def _dot(a: list[float], b: list[float]) -> float:
-    return a[0] * b[0] + a[1] * b[1] + a[2] * b[2] + a[3] * b[3] + a[4] * b[4]
+    return a[0] * b[0] + a[1] * b[1] + a[2] * b[2]
 
 
-def prefill_context(start: int, count: int) -> int:
-    """Tokens that `count` tokens from position `start` on attend to, added up, themselves included."""
-    return count * start + count * (count + 1) // 2
+class PromptCost:
+    """Seconds per prompt token: least squares through zero over the last few steps, so that it follows a prompt whose
+    later tokens attend to more."""
+
+    def __init__(self) -> None:
+        self._squares = 0.0
+        self._products = 0.0
+        self.largest = 0.0  # chunk lately
+
+    def observe(self, tokens: int, seconds: float) -> None:
+        """Learns that `tokens` made a step longer by `seconds`."""
+        self._squares = MEMORY * self._squares + tokens * tokens
+        self._products = MEMORY * self._products + tokens * seconds
+        self.largest = max(tokens, MEMORY * self.largest)
+
+    def seconds(self, tokens: int) -> float:
+        """What `tokens` cost; 0 if that is not known."""
+        return tokens * max(self._products / self._squares, 0.0) if self._squares else 0.0
+
+    def affordable(self, seconds: float) -> int:
+        """How many tokens cost no more than `seconds`, not many more than were tried lately."""
+        most = int(GROWTH * self.largest)
+        cost = self.seconds(most)
+        return int(most * seconds / cost) if cost > seconds else most
 
 
 class Allowance:
-    """What prompts may take of one step: a number of tokens, and seconds if there are decodes to wait for it."""
+    """What prompts may take of one step."""
 
-    def __init__(self, tokens: int, model: CostModel | None = None, seconds: float = math.inf) -> None:
+    def __init__(self, tokens: int) -> None:
         self.tokens = tokens
-        self._model = model
-        self._seconds = seconds
-        self._taken = 0
 
     @property
     def exhausted(self) -> bool:
         """Whether nothing more may be taken."""
-        if self._model is None or self._taken < MIN_CHUNK:
-            return self.tokens < 1
-        return self.tokens < 1 or self._model.chunk(0, self._seconds) < 1
+        return self.tokens < 1
 
-    def take(self, start: int, wanted: int) -> int:
-        """How many of `wanted` tokens from position `start` on go into the step: at least 1, unless it is exhausted."""
+    def take(self, wanted: int) -> int:
+        """How many of `wanted` tokens go into the step; they are booked."""
         count = min(wanted, self.tokens)
-        if self._model is not None:
-            count = min(count, max(self._model.chunk(start, self._seconds), MIN_CHUNK - self._taken, 1))
-            before = self._model.seconds(Work())
-            work = Work(prefill_tokens=count, prefill_context=prefill_context(start, count))
-            self._seconds -= self._model.seconds(work) - before
         self.tokens -= count
-        self._taken += count
         return count
 
 
 class Pacer:
-    """Decides how much of a prompt goes into a step with decodes.
+    """Decides how much of prompts goes into a step with decodes.
 
     `max_itl_ratio`: how many times as long as a step without prompts one with them may take; 0 for no limit.
     """
 
     def __init__(self, max_itl_ratio: float = 0.0) -> None:
-        if max_itl_ratio and max_itl_ratio < 1:
+        if max_itl_ratio and not max_itl_ratio >= 1:
             raise ValueError("max_itl_ratio is at least 1, or 0 for no limit")
-        self.model = CostModel()
         self._ratio = max_itl_ratio
-        self._knows_decodes = False
+        self._decode = DecodeCost()
+        self._beside_decodes = PromptCost()
+        self._alone = PromptCost()
+        self._since_probe = 0
 
     def observe(self, work: Work, seconds: float) -> None:
         """Learns from a step that took `seconds`."""
-        self.model.observe(work, seconds)
-        self._knows_decodes = self._knows_decodes or not work.prefill_tokens
+        if not work.prefill_tokens:
+            self._decode.observe(work.decodes, work.decode_context, seconds)
+        elif not work.decodes:
+            self._alone.observe(work.prefill_tokens, seconds)
+        elif self._decode.known:
+            extra = seconds - self._decode.seconds(work.decodes, work.decode_context)
+            self._beside_decodes.observe(work.prefill_tokens, extra)
+
+    def seconds(self, work: Work) -> float:
+        """How long a step with `work` should take; 0 if that is not known yet."""
+        if not work.decodes:
+            return self._alone.seconds(work.prefill_tokens)
+        decode = self._decode.seconds(work.decodes, work.decode_context)
+        return decode + self._beside_decodes.seconds(work.prefill_tokens)
 
     def allowance(self, tokens: int, decodes: int, decode_context: int) -> Allowance:
         """For a step with these decodes and room for `tokens` more."""
         if not self._ratio or not decodes:
             return Allowance(tokens)
-        alone = self.model.seconds(Work(decodes=decodes, decode_context=decode_context)) if self._knows_decodes else 0.0
-        return Allowance(tokens, self.model, max(AIM * self._ratio - 1, 0.0) * alone)
+        self._since_probe += 1
+        if self._since_probe > PROBE_EVERY:
+            self._since_probe = 0
+            return Allowance(0)
+        spare = max(AIM * self._ratio - 1, 0.0) * self._decode.seconds(decodes, decode_context)
+        return Allowance(min(tokens, max(self._beside_decodes.affordable(spare), MIN_CHUNK)))

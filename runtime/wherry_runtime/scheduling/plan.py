@@ -34,7 +34,6 @@ class Work(msgspec.Struct, frozen=True):
     decodes: int = 0  # sequences that advance by one token
     decode_context: int = 0  # tokens that these attend to
     prefill_tokens: int = 0  # all others, drafts included
-    prefill_context: int = 0  # tokens that these attend to, added up over them
 
 
 class StepPlan(msgspec.Struct, frozen=True, eq=False):

@@ -19,7 +19,7 @@ from collections.abc import Iterable, Mapping, Sequence
 
 from wherry_runtime.scheduling.blocks import BlockManager, IntegrityError, extend_hashes
 from wherry_runtime.scheduling.limit import StepLimit
-from wherry_runtime.scheduling.pacing import Allowance, Pacer, prefill_context
+from wherry_runtime.scheduling.pacing import Allowance, Pacer
 from wherry_runtime.scheduling.plan import UNKNOWN, SequenceStep, StepPlan, Work
 from wherry_runtime.scheduling.request import Request
 
@@ -255,7 +255,7 @@ class Scheduler:
         for request, remaining in prompts:
             if allowance.exhausted:
                 break
-            chunks.append((request, allowance.take(request.num_planned, remaining)))
+            chunks.append((request, allowance.take(remaining)))
         return chunks, allowance
 
     def _missing_blocks(self, chunks: Iterable[tuple[Request, int]]) -> int:
@@ -306,7 +306,7 @@ class Scheduler:
                 break
             self.waiting.pop(0)
             insort(self.running, request, key=_rank)
-            steps.append(self._step(request, allowance.take(request.num_planned, request.remaining)))
+            steps.append(self._step(request, allowance.take(request.remaining)))
             admitted.append(request.id)
         return admitted
 
@@ -372,16 +372,12 @@ def _rank(request: Request) -> tuple[int, int]:
 
 
 def _work(steps: Iterable[SequenceStep]) -> Work:
-    decodes = decode_context = tokens = context = 0
+    decodes = context = tokens = 0
     for step in steps:
         count = len(step.tokens)
-        start = step.start
         if count == 1 or step.num_drafts:
             decodes += 1
-            decode_context += start + 1
-            start += 1
+            context += step.start + 1
             count -= 1
-        if count:
-            tokens += count
-            context += prefill_context(start, count)
-    return Work(decodes, decode_context, tokens, context)
+        tokens += count
+    return Work(decodes, context, tokens)
