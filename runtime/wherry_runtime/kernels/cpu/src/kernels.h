@@ -12,9 +12,13 @@
   X(embed)                \
   X(rms_norm)             \
   X(silu_mul)             \
+  X(add)                  \
   X(rope_and_cache)       \
+  X(attention_plan)       \
   X(attention)            \
-  X(argmax)
+  X(argmax)               \
+  X(sample_filter)        \
+  X(sample_draw)
 
 namespace wherry::WHERRY_TARGET {
 #define WHERRY_DECLARE(name) void name(const Call& call, Context& context);

@@ -81,10 +81,19 @@ inline float sum(f32x16 x) {
 
 inline f32x16 max(f32x16 a, f32x16 b) { return a > b ? a : b; }
 
+typedef float f32x8 __attribute__((vector_size(32)));
+
+// Halves, quarters, …: a short tree, where a loop over lanes is a long chain.
+inline float max(f32x8 x) {
+  __m128 half = _mm_max_ps(_mm256_castps256_ps128((__m256)x), _mm256_extractf128_ps((__m256)x, 1));
+  half = _mm_max_ps(half, _mm_movehl_ps(half, half));
+  return _mm_cvtss_f32(_mm_max_ss(half, _mm_shuffle_ps(half, half, 1)));
+}
+
 inline float max(f32x16 x) {
-  float top = x[0];
-  for (int i = 1; i < LANES; i++) top = x[i] > top ? x[i] : top;
-  return top;
+  f32x8 halves[2];
+  std::memcpy(halves, &x, sizeof(x));
+  return max((f32x8)_mm256_max_ps((__m256)halves[0], (__m256)halves[1]));
 }
 
 inline f32x16 abs(f32x16 x) { return (f32x16)((i32x16)x & 0x7fffffff); }

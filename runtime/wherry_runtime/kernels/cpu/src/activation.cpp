@@ -1,0 +1,77 @@
+// What happens to activations one element at a time.
+//
+// embed: rows of the table.
+//   pointers  0 table [V, H] row-major, 1 out [T, out_stride]
+//   numbers   0 H, 1 out_stride, 2 type of the table: 0 float32, 1 bfloat16, 3 V: ids beyond read row 0
+// silu_mul: silu(gate) · up, with silu(x) = x / (1 + e^-x).
+//   pointers  0 x [T, x_stride]: gate in columns 0 … I - 1, up in I … 2I - 1; 1 out [T, out_stride]
+//   numbers   0 I, 1 x_stride, 2 out_stride
+// add: x += y.
+//   pointers  0 x [T, x_stride], 1 y [T, y_stride];  numbers  0 width, 1 x_stride, 2 y_stride
+#include <algorithm>
+
+#include "kernels.h"
+#include "simd.h"
+
+namespace wherry::WHERRY_TARGET {
+
+constexpr int64_t PIECE = 512;  // columns per work item, so that a single row is shared out too
+
+// Calls work(row, first column, end column) for all rows and pieces of `width` columns.
+template <class Work>
+static void for_each_piece(Context& context, int64_t width, Work work) {
+  int64_t pieces = (width + PIECE - 1) / PIECE;
+  for (int64_t item; (item = context.take()) < context.step.rows * pieces;) {
+    int64_t begin = item % pieces * PIECE;
+    work(item / pieces, begin, std::min(begin + PIECE, width));
+  }
+}
+
+void embed(const Call& call, Context& context) {
+  int64_t width = call.numbers[0];
+  for_each_piece(context, width, [&](int64_t row, int64_t begin, int64_t end) {
+    int64_t id = context.step.token_ids[row];
+    if (id < 0 || id >= call.numbers[3]) id = 0;  // callers check ids; a bad one must not read elsewhere
+    float* out = (float*)call.pointers[1] + row * call.numbers[1];
+    if (call.numbers[2] == 0) {
+      std::memcpy(out + begin, (const float*)call.pointers[0] + id * width + begin, sizeof(float) * (end - begin));
+      return;
+    }
+    auto* table = (const uint16_t*)call.pointers[0] + id * width;
+    int64_t k = begin;
+    for (; k + LANES <= end; k += LANES) store(out + k, bf16_to_float(load<u16x16>(table + k)));
+    for (; k < end; k++) {
+      uint32_t bits = (uint32_t)table[k] << 16;
+      std::memcpy(out + k, &bits, sizeof(bits));
+    }
+  });
+}
+
+static f32x16 gated(f32x16 gate, f32x16 up) { return gate / (1.0f + exp(-gate)) * up; }
+
+void silu_mul(const Call& call, Context& context) {
+  int64_t width = call.numbers[0];
+  for_each_piece(context, width, [&](int64_t row, int64_t begin, int64_t end) {
+    auto* gate = (const float*)call.pointers[0] + row * call.numbers[1];
+    auto* up = gate + width;
+    float* out = (float*)call.pointers[1] + row * call.numbers[2];
+    int64_t k = begin;
+    for (; k + LANES <= end; k += LANES) store(out + k, gated(load<f32x16>(gate + k), load<f32x16>(up + k)));
+    if (k < end) {
+      f32x16 last = gated(load_first(gate + k, (int)(end - k)), load_first(up + k, (int)(end - k)));
+      std::memcpy(out + k, &last, sizeof(float) * (end - k));
+    }
+  });
+}
+
+void add(const Call& call, Context& context) {
+  for_each_piece(context, call.numbers[0], [&](int64_t row, int64_t begin, int64_t end) {
+    float* x = (float*)call.pointers[0] + row * call.numbers[1];
+    auto* y = (const float*)call.pointers[1] + row * call.numbers[2];
+    int64_t k = begin;
+    for (; k + LANES <= end; k += LANES) store(x + k, load<f32x16>(x + k) + load<f32x16>(y + k));
+    for (; k < end; k++) x[k] += y[k];
+  });
+}
+
+}  // namespace wherry::WHERRY_TARGET
