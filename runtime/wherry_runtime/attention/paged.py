@@ -8,6 +8,21 @@ import torch
 from torch.nn.functional import scaled_dot_product_attention
 
 from wherry_runtime.attention.metadata import AttentionMetadata, DecodeGroup, Prefill
+from wherry_runtime.kvcache.formats import KVFormat, decode, encode, format_of
+
+
+def write_cache(cache: torch.Tensor, slots: torch.Tensor, heads: torch.Tensor) -> None:
+    """Keeps keys and values, in whatever type the cache has.
+
+    Args:
+        cache: one layer of a `PagedKVCache`.
+        slots: [T] int64, block * block_size + offset.
+        heads: [T, 2 * num_kv_heads, head_dim], rotated keys and then values.
+    """
+    kept = encode(heads, format_of(cache.dtype))
+    # As bytes: not every type of element can be copied by index.
+    flat = cache.view(-1, *cache.shape[2:]).view(torch.uint8)
+    flat.index_copy_(0, slots, kept.view(torch.uint8))
 
 
 def paged_attention(
@@ -17,7 +32,7 @@ def paged_attention(
 
     Args:
         query: [T, num_heads, head_dim].
-        cache: [num_blocks, block_size, 2 * num_kv_heads, head_dim], with the step's own keys and values written.
+        cache: one layer of a `PagedKVCache`, with the step's own keys and values written.
         num_kv_heads: key heads; num_heads is a multiple.
         metadata: of the step.
 
@@ -28,28 +43,35 @@ def paged_attention(
     out = torch.empty_like(query, memory_format=torch.contiguous_format)
     grouped = query.view(num_tokens, num_kv_heads, -1, head_dim)
     grouped_out = out.view(num_tokens, num_kv_heads, -1, head_dim)
-    flat = cache.view(cache.shape[0], -1)
     for group in metadata.decodes:
         rows = slice(group.first, group.first + group.size)
-        grouped_out[rows] = _decode(grouped[rows], flat, head_dim, group)
+        grouped_out[rows] = _decode(grouped[rows], cache, group)
     for prefill in metadata.prefills:
-        _prefill(grouped, grouped_out, flat, prefill)
+        _prefill(grouped, grouped_out, cache, prefill)
     return out.view(num_tokens, num_heads * head_dim)
 
 
-def _decode(query: torch.Tensor, flat: torch.Tensor, head_dim: int, group: DecodeGroup) -> torch.Tensor:
+def _gather(cache: torch.Tensor, blocks: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """[len(blocks) * block_size, 2 * num_kv_heads, head_dim] of `dtype`."""
+    stored: KVFormat = format_of(cache.dtype)
+    flat = cache.view(torch.uint8).view(cache.shape[0], -1)
+    pages = flat.index_select(0, blocks).view(cache.dtype).view(-1, *cache.shape[2:])
+    return pages if stored.element == dtype else decode(pages, stored, dtype)
+
+
+def _decode(query: torch.Tensor, cache: torch.Tensor, group: DecodeGroup) -> torch.Tensor:
     """query [B, K, G, D] → [B, K, G, D]."""
-    num_kv_heads, num_groups = query.shape[1:3]
-    pages = flat.index_select(0, group.blocks).view(group.size, -1, 2 * num_kv_heads, head_dim).transpose(1, 2)
+    num_kv_heads, num_groups, head_dim = query.shape[1:]
+    pages = _gather(cache, group.blocks, query.dtype).view(group.size, -1, 2 * num_kv_heads, head_dim).transpose(1, 2)
     # Expanded, not broadcast: PyTorch's CPU flash kernel is chosen for masks with full query rows.
     mask = group.mask.expand(-1, -1, num_groups, -1)
     return scaled_dot_product_attention(query, pages[:, :num_kv_heads], pages[:, num_kv_heads:], attn_mask=mask)
 
 
-def _prefill(grouped: torch.Tensor, out: torch.Tensor, flat: torch.Tensor, prefill: Prefill) -> None:
+def _prefill(grouped: torch.Tensor, out: torch.Tensor, cache: torch.Tensor, prefill: Prefill) -> None:
     """grouped, out [T, K, G, D]; writes the rows of `prefill`."""
     num_kv_heads, num_groups, head_dim = grouped.shape[1:]
-    pages = flat.index_select(0, prefill.blocks).view(-1, 2 * num_kv_heads, head_dim).transpose(0, 1).unsqueeze(0)
+    pages = _gather(cache, prefill.blocks, grouped.dtype).transpose(0, 1).unsqueeze(0)
     for tile in prefill.tiles:
         rows = slice(tile.first, tile.first + tile.size)
         keys = pages[:, :num_kv_heads, tile.low : tile.high]

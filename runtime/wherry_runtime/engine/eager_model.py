@@ -16,9 +16,10 @@ class EagerModel:
     def __init__(self, model: Decoder, cache: PagedKVCache) -> None:
         self.decoder = model
         self.cache = cache
-        layer = cache.layers[0]
-        self._device = layer.device
-        self._metadata = MetadataBuilder(cache.block_size, cache.padding_block, layer.dtype, layer.device)
+        self._device = cache.layers[0].device
+        # Masks are of the queries' type, whatever keys are kept in.
+        dtype = model.storage.dtype
+        self._metadata = MetadataBuilder(cache.block_size, cache.padding_block, dtype, self._device)
         self._windows = set(model.config.windows) or {None}
 
     def logits(self, prepared: Prepared) -> torch.Tensor:

@@ -6,7 +6,7 @@ import torch
 from torch.nn import functional
 
 from wherry_runtime.attention.metadata import AttentionMetadata
-from wherry_runtime.attention.paged import paged_attention
+from wherry_runtime.attention.paged import paged_attention, write_cache
 from wherry_runtime.kvcache.paged import PagedKVCache
 from wherry_runtime.layers.linear import Linear
 from wherry_runtime.layers.norm import RMSNorm
@@ -59,7 +59,7 @@ class EagerOps:
             rotated[:, num_heads:] = attention.key_norm(rotated[:, num_heads:])
         self._rope.rotate_(rotated, *self._angles)
         cache = self._cache.layers[attention.layer]
-        cache.view(-1, 2 * num_kv_heads, head_dim).index_copy_(0, self._batch.slots, heads[:, num_heads:])
+        write_cache(cache, self._batch.slots, heads[:, num_heads:])
         return paged_attention(heads[:, :num_heads], cache, num_kv_heads, self._batch.attention[attention.window])
 
     def sampled_norm(self, norm: RMSNorm, x: torch.Tensor) -> torch.Tensor:

@@ -38,11 +38,20 @@ class Rope:
     def __init__(
         self, config: RopeConfig, head_dim: int, num_positions: int, *, dtype: torch.dtype, device: torch.device
     ) -> None:
-        positions = torch.arange(num_positions, dtype=torch.float32)
-        angles = torch.outer(positions, inverse_frequencies(config, head_dim))
+        self._inputs = (config, head_dim, num_positions)
+        angles = self._angles()
         self._cos = torch.cat((angles.cos(), angles.cos()), dim=-1).to(device, dtype)
         self._sin = torch.cat((-angles.sin(), angles.sin()), dim=-1).to(device, dtype)
         self._half = head_dim // 2
+
+    def _angles(self) -> torch.Tensor:
+        config, head_dim, num_positions = self._inputs
+        return torch.outer(torch.arange(num_positions, dtype=torch.float32), inverse_frequencies(config, head_dim))
+
+    def tables(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """cos and sin of every position, [num_positions, head_dim / 2] float32 each, whatever the model's type."""
+        angles = self._angles()
+        return angles.cos(), angles.sin()
 
     def at(self, positions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """positions [T] int64 → cos and signed sin, [T, 1, head_dim] each: once per step, for all layers."""
