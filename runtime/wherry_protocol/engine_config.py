@@ -13,6 +13,9 @@ Quantization = Literal["none", "int8", "int4"]
 KVCacheDtype = Literal["auto", "float32", "bfloat16", "fp8", "int8"]
 
 
+Backend = Literal["auto", "native", "pytorch"]
+
+
 class EngineConfig(msgspec.Struct, kw_only=True, frozen=True):
     """Each field is a flag: `max_running` is `--max-running`."""
 
@@ -53,6 +56,9 @@ class EngineConfig(msgspec.Struct, kw_only=True, frozen=True):
         int, msgspec.Meta(description="memory for the KV cache; 0: sized from the memory limit")
     ] = 0
     prefix_cache: Annotated[bool, msgspec.Meta(description="reuse the KV cache of equal prefixes")] = True
+    backend: Annotated[
+        Backend, msgspec.Meta(description="what computes: native CPU kernels, PyTorch, or the faster one that can")
+    ] = "auto"
     threads: Annotated[int, msgspec.Meta(description="CPU threads; 0: what the cgroup allows")] = 0
     drain_timeout_s: Annotated[
         int, msgspec.Meta(description="seconds that running requests get to finish after SIGTERM")

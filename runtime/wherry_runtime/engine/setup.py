@@ -9,11 +9,13 @@ from typing import Any
 import torch
 
 from wherry_protocol.engine_config import EngineConfig
+from wherry_runtime.engine.backend import build, use_native
 from wherry_runtime.engine.core import new_scheduler_factory
-from wherry_runtime.engine.eager_model import EagerModel
 from wherry_runtime.engine.resources import Device, cpu_threads
 from wherry_runtime.engine.runner import ModelRunner
-from wherry_runtime.kvcache.paged import PagedKVCache, bytes_per_token
+from wherry_runtime.kernels.cpu import library
+from wherry_runtime.kvcache.formats import choose_format
+from wherry_runtime.kvcache.paged import bytes_per_token
 from wherry_runtime.loading.config import ModelConfig
 from wherry_runtime.loading.errors import ModelError
 from wherry_runtime.loading.loader import choose_dtype, load_model
@@ -58,29 +60,32 @@ def load(config: EngineConfig) -> Loaded:
         ModelError: why not.
     """
     device = Device.choose()
+    threads = config.threads or cpu_threads()
     if device.torch.type == "cpu":
-        torch.set_num_threads(config.threads or cpu_threads())
+        torch.set_num_threads(threads)
     directory = locate(config.model_uri)
     model_config = read_config(directory)
     tokenizer = Tokenizer(directory)
     dtype = choose_dtype(config.dtype, model_config, device.torch)
     wanted = _model_length(config, model_config)
     template = _chat_template(tokenizer, find_template(directory, tokenizer.settings))
+    stored = choose_format(config.kv_cache_dtype, dtype)
+    native = use_native(config.backend, model_config, dtype, stored, config.block_size, device.torch)
     try:
-        storage = Storage(dtype, device.torch, config.quantization, config.quantization_group)
+        storage = Storage(dtype, device.torch, config.quantization, config.quantization_group, native)
     except ValueError as e:
         raise ModelError("bad_setting", str(e)) from e
     model = load_model(directory, model_config, wanted, storage)
-    num_blocks = _num_blocks(config, model_config, wanted, dtype, device)
-    cache = PagedKVCache(model_config, num_blocks, config.block_size, dtype=dtype, device=device.torch)
+    num_blocks = _num_blocks(config, wanted, bytes_per_token(model_config, stored, native=native), device)
     kv_tokens = num_blocks * config.block_size
     max_model_len = wanted
     if kv_tokens < wanted and not config.max_model_len:
         log.warning("the KV cache holds %d tokens, so the context is that and not the model's %d", kv_tokens, wanted)
         max_model_len = kv_tokens
     log.info(
-        "%s: %s, %s parameters, %s on %s, context %d, KV cache %d tokens",
-        *(config.model_name, model_config.family, f"{model.num_parameters():,}", dtype, device.torch),
+        "%s: %s, %s parameters, %s on %s (%s), context %d, KV cache %d tokens",
+        *(config.model_name, model_config.family, f"{model.num_parameters():,}", storage, device.torch),
+        library.target() if native else "PyTorch",
         *(max_model_len, kv_tokens),
     )
     return Loaded(
@@ -92,7 +97,7 @@ def load(config: EngineConfig) -> Loaded:
         num_parameters=model.num_parameters(),
         tokenizer=tokenizer,
         chat_template=template,
-        runner=ModelRunner(EagerModel(model, cache)),
+        runner=ModelRunner(build(model, num_blocks, config.block_size, stored, native=native, threads=threads)),
         new_scheduler=new_scheduler_factory(
             num_blocks,
             config.block_size,
@@ -128,15 +133,13 @@ def _model_length(config: EngineConfig, model_config: ModelConfig) -> int:
     return config.max_model_len or own
 
 
-def _num_blocks(
-    config: EngineConfig, model_config: ModelConfig, max_model_len: int, dtype: torch.dtype, device: Device
-) -> int:
+def _num_blocks(config: EngineConfig, max_model_len: int, token_bytes: int, device: Device) -> int:
     """KV cache blocks: what was asked for or what memory allows, but no more than a full batch can use.
 
     Raises:
         ModelError: kv_cache_too_small, when there is no room for a single block.
     """
-    per_block = bytes_per_token(model_config, dtype) * config.block_size
+    per_block = token_bytes * config.block_size
     memory = config.kv_cache_bytes or device.memory_for_cache()
     useful = config.max_running * -(-max_model_len // config.block_size)
     num_blocks = min(memory // per_block, useful)

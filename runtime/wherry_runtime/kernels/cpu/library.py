@@ -53,32 +53,33 @@ class CStep(ctypes.Structure):
     )
 
 
+NO_INTS: Int64s = np.zeros(0, np.int64)
+NO_BLOCKS: Int32s = np.zeros(0, np.int32)
+
+
 class Step:
-    """One replay's input; see abi.h. Arrays that a program does not read may be left empty."""
+    """One replay's input; see abi.h. Arrays that a program does not read may be left out."""
 
     def __init__(
         self,
         rows: int,
         *,
-        token_ids: Int64s | None = None,
-        positions: Int64s | None = None,
-        slots: Int64s | None = None,
-        sampled_rows: Int64s | None = None,
-        first_rows: Int64s | None = None,
-        table_starts: Int64s | None = None,
-        block_tables: Int32s | None = None,
+        token_ids: Int64s = NO_INTS,
+        positions: Int64s = NO_INTS,
+        slots: Int64s = NO_INTS,
+        sampled_rows: Int64s = NO_INTS,
+        first_rows: Int64s = NO_INTS,
+        table_starts: Int64s = NO_INTS,
+        block_tables: Int32s = NO_BLOCKS,
     ) -> None:
-        nothing = np.zeros(0, np.int64)
-        longs = [nothing if a is None else a for a in (token_ids, positions, slots, sampled_rows, first_rows)]
-        starts = nothing if table_starts is None else table_starts
-        tables = np.zeros(0, np.int32) if block_tables is None else block_tables
-        arrays = [*longs, starts, tables]
-        for array in arrays:
-            if array.dtype != (np.int32 if array is tables else np.int64) or not array.flags.c_contiguous:
-                raise TypeError("a step's arrays are contiguous int64, its block tables int32")
-        self._arrays = arrays
-        pointers = [array.ctypes.data for array in arrays]
-        self.c = CStep(rows, len(longs[3]), len(starts), *pointers)
+        longs = (token_ids, positions, slots, sampled_rows, first_rows, table_starts)
+        if any(a.dtype != np.int64 or not a.flags.c_contiguous for a in longs) or block_tables.dtype != np.int32:
+            raise TypeError("a step's arrays are contiguous int64, its block tables int32")
+        self.rows = rows
+        self.sampled_rows = sampled_rows
+        self._kept = (*longs, block_tables)
+        pointers = [array.ctypes.data for array in self._kept]
+        self.c = CStep(rows, len(sampled_rows), len(table_starts), *pointers)
 
 
 class _Functions:
@@ -102,6 +103,8 @@ class _Functions:
         self.program_add = function("wherry_program_add", None, pointer, ctypes.POINTER(CCall))
         self.program_run = function("wherry_program_run", None, pointer, ctypes.POINTER(CStep))
         self.program_profile = function("wherry_program_profile", None, pointer, ctypes.POINTER(CStep), pointer)
+        sizes, source = (number,) * 4, (pointer, number, number, number)
+        self.pack = function("wherry_pack", None, number, number, pointer, pointer, *sizes, *source)
         self.read_bandwidth = function("wherry_read_bandwidth", ctypes.c_double, pointer, number)
 
 
@@ -115,7 +118,7 @@ def load() -> _Functions:
     path = Path(os.environ.get("WHERRY_CPU_LIBRARY") or LIBRARY)
     if not path.exists():
         raise NativeUnavailableError(
-            f"{path} is not there; `python -m wherry_runtime.kernels.cpu.build` compiles it where there is a C++ compiler"
+            f"{path} is not there; where there is a C++ compiler, `python -m wherry_runtime.kernels.cpu.build` makes it"
         )
     try:
         functions = _Functions(path)

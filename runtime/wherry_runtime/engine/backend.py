@@ -1,0 +1,66 @@
+"""Which backend computes a model: the native CPU kernels where they can, PyTorch everywhere else."""
+
+import logging
+
+import torch
+
+from wherry_protocol.engine_config import Backend
+from wherry_runtime.attention.native import unsupported
+from wherry_runtime.engine.eager_model import EagerModel
+from wherry_runtime.engine.runner import Model
+from wherry_runtime.kernels.cpu import library
+from wherry_runtime.kernels.cpu.model import NativeModel
+from wherry_runtime.kvcache.formats import KVFormat
+from wherry_runtime.kvcache.native import GROUP, NativeKVCache
+from wherry_runtime.kvcache.paged import PagedKVCache
+from wherry_runtime.loading.config import ModelConfig
+from wherry_runtime.loading.errors import ModelError
+from wherry_runtime.models.decoder import Decoder
+
+log = logging.getLogger(__name__)
+
+
+def use_native(
+    wanted: Backend, config: ModelConfig, dtype: torch.dtype, stored: KVFormat, block_size: int, device: torch.device
+) -> bool:
+    """Whether the native CPU kernels are to compute the model.
+
+    Raises:
+        ModelError: bad_setting, when they were asked for and cannot.
+    """
+    if wanted == "pytorch" or (wanted == "auto" and device.type != "cpu"):
+        return False
+    reason = _why_not(config, dtype, stored, block_size, device)
+    if reason is None:
+        return True
+    if wanted == "native":
+        raise ModelError("bad_setting", f"the native kernels cannot run this model: {reason}")
+    log.warning("the model runs on PyTorch, which is slower than the native kernels: %s", reason)
+    return False
+
+
+def _why_not(
+    config: ModelConfig, dtype: torch.dtype, stored: KVFormat, block_size: int, device: torch.device
+) -> str | None:
+    """None, or why the native kernels cannot do it."""
+    if device.type != "cpu":
+        return f"the device is {device.type}"
+    if dtype not in (torch.float32, torch.bfloat16):
+        return f"{dtype} activations; float32 and bfloat16 are known"
+    if stored.native is None:
+        return f"a KV cache in {stored.name}"
+    if block_size % GROUP:
+        return f"block_size {block_size} is not a multiple of {GROUP}"
+    try:
+        library.load()
+    except library.NativeUnavailableError as e:
+        return str(e)
+    return unsupported(config)
+
+
+def build(model: Decoder, num_blocks: int, block_size: int, stored: KVFormat, *, native: bool, threads: int) -> Model:
+    """The model with a KV cache of its own, ready to compute."""
+    if native:
+        return NativeModel(model, NativeKVCache(model.config, num_blocks, block_size, stored=stored), threads)
+    cache = PagedKVCache(model.config, num_blocks, block_size, dtype=stored, device=model.storage.device)
+    return EagerModel(model, cache)

@@ -1,0 +1,79 @@
+"""A model on the native kernels: recorded once, replayed for every step."""
+
+import os
+from collections.abc import Iterator
+
+import numpy as np
+import torch
+
+from wherry_runtime.attention.native import AttentionKernels, NativeKVCache
+from wherry_runtime.engine.prepared import Prepared
+from wherry_runtime.kernels.cpu.library import Pool, Program, Step
+from wherry_runtime.kernels.cpu.recorder import Capacity, Recorder
+from wherry_runtime.models.decoder import Decoder
+
+# Rows computed at once. More would read the weights less often, which at this many no longer matters, and take memory.
+CAPACITY = Capacity(rows=512, sampled=64)
+
+
+def pinned_cores(threads: int) -> list[int]:
+    """Where to pin the threads: to the cores that this process may use if each thread can have one to itself, or
+    nowhere: among more cores than threads, another process with the same idea would choose the same ones."""
+    cores = sorted(os.sched_getaffinity(0))
+    return cores if len(cores) == threads else []
+
+
+class NativeModel:
+    """Two programs: the layers over all rows of a step, and the head over the rows that draw a token."""
+
+    def __init__(self, model: Decoder, cache: NativeKVCache, threads: int) -> None:
+        self.cache = cache
+        self.pool = Pool(threads, pinned_cores(threads))
+        self.layers, self.head = Program(self.pool), Program(self.pool)
+        attention = AttentionKernels(model.config, cache, model.rope, CAPACITY.rows, threads)
+        recorder = Recorder(self.layers, CAPACITY, attention)
+        hidden = model.hidden(recorder)
+        recorder.program = self.head
+        self._logits = model.logits(recorder, hidden)
+        self.workspace_bytes = recorder.arena.num_bytes + attention.num_bytes
+        self._vocab_size = model.config.vocab_size
+
+    def logits(self, prepared: Prepared) -> torch.Tensor:
+        """Computes a step.
+
+        Returns:
+            [S, vocab_size] float32, valid until the next call.
+        """
+        parts = []
+        for step in steps(prepared, CAPACITY.rows):
+            self.layers.run(step)
+            for start in range(0, len(step.sampled_rows), CAPACITY.sampled):
+                rows = step.sampled_rows[start : start + CAPACITY.sampled]
+                self.head.run(Step(step.rows, sampled_rows=rows))
+                logits = self._logits.buffer[: len(rows), : self._vocab_size]
+                # The next rows come into the same buffer, if there are more.
+                parts.append(logits if len(rows) == len(prepared.sampled_rows) else logits.clone())
+        return parts[0] if len(parts) == 1 else torch.cat([self._logits.buffer[:0, : self._vocab_size], *parts])
+
+
+def steps(prepared: Prepared, rows: int) -> Iterator[Step]:
+    """The step in pieces of at most `rows` rows. A sequence that is cut goes on in the next piece."""
+    sequences = prepared.sequences
+    tokens = np.array([token for s in sequences for token in s.tokens], dtype=np.int64)
+    ends = np.cumsum([len(s.tokens) for s in sequences])
+    sampled = np.array(prepared.sampled_rows, dtype=np.int64)
+    for begin in range(0, len(tokens), rows):
+        end = min(begin + rows, len(tokens))
+        # Sequences with a row in begin … end - 1.
+        first, last = (int(np.searchsorted(ends, row, side="right")) for row in (begin, end - 1))
+        tables = [s.blocks for s in sequences[first : last + 1]]
+        yield Step(
+            end - begin,
+            token_ids=tokens[begin:end],
+            positions=prepared.positions[begin:end],
+            slots=prepared.slots[begin:end],
+            sampled_rows=sampled[(sampled >= begin) & (sampled < end)] - begin,
+            first_rows=np.concatenate(([0], ends[first:last] - begin, [end - begin])),
+            table_starts=np.cumsum([0, *map(len, tables[:-1])]),
+            block_tables=np.concatenate(tables),
+        )

@@ -1,0 +1,168 @@
+"""Records a model's step as programs of native kernels.
+
+The model's plain Python runs once, against operations that append calls instead of computing. What flows between them
+are `Value`s, each holding a buffer with room for the largest step. A buffer is free again when the last reference to
+its value goes, so the recording reuses memory just as the model's own code lets go of it.
+"""
+
+from collections import defaultdict
+from dataclasses import dataclass
+
+import torch
+
+from wherry_runtime.attention.native import AttentionKernels
+from wherry_runtime.kernels.cpu.library import Program
+from wherry_runtime.layers.linear import Linear
+from wherry_runtime.layers.norm import RMSNorm
+from wherry_runtime.models.ops import Attention
+from wherry_runtime.quantization.formats import INPUT_MULTIPLE
+from wherry_runtime.quantization.packed import PackedMatrix
+
+CACHE_LINE = 64
+# Rows a whole number of pages apart would all meet in the same few sets of the first cache.
+SKEW = 64  # elements
+
+
+def aligned(dtype: torch.dtype, rows: int, columns: int) -> torch.Tensor:
+    """[rows, columns] of zeros that begins on a cache line."""
+    size = rows * columns * dtype.itemsize
+    raw = torch.zeros(size + CACHE_LINE, dtype=torch.uint8)
+    start = -raw.data_ptr() % CACHE_LINE
+    return raw[start : start + size].view(dtype).view(rows, columns)
+
+
+class Arena:
+    """Buffers by what they are for; those that are free are handed out again, as they are."""
+
+    def __init__(self) -> None:
+        self._free: dict[object, list[torch.Tensor]] = defaultdict(list)
+        self.num_bytes = 0
+
+    def take(self, purpose: object, dtype: torch.dtype, rows: int, columns: int) -> torch.Tensor:
+        """[rows, columns]; zeros, or what another value of the same purpose and shape left."""
+        free = self._free[purpose, dtype, rows, columns]
+        if free:
+            return free.pop()
+        self.num_bytes += rows * columns * dtype.itemsize
+        return aligned(dtype, rows, columns)
+
+    def give_back(self, purpose: object, buffer: torch.Tensor) -> None:
+        self._free[purpose, buffer.dtype, buffer.shape[0], buffer.shape[1]].append(buffer)
+
+
+class Value:
+    """Rows of `width` float32 columns, and zeros from there to the stride: what matrix products read as padding.
+
+    A buffer serves values of one width only, so its padding stays zero.
+    """
+
+    def __init__(self, arena: Arena, rows: int, width: int, *, sampled: bool) -> None:
+        self.width = width
+        self.stride = -(-width // INPUT_MULTIPLE) * INPUT_MULTIPLE
+        self.sampled = sampled  # whether its rows are those that draw a token
+        self.buffer = arena.take(width, torch.float32, rows, self.stride)
+        self._arena = arena
+
+    def __del__(self) -> None:
+        self._arena.give_back(self.width, self.buffer)
+
+
+@dataclass(slots=True, frozen=True)
+class Capacity:
+    """The largest step."""
+
+    rows: int
+    sampled: int
+
+
+class Recorder:
+    """`Ops` that append calls to `program`, which may be exchanged for another between operations."""
+
+    def __init__(self, program: Program, capacity: Capacity, attention: AttentionKernels) -> None:
+        self.program = program
+        self.arena = Arena()
+        self._capacity = capacity
+        self._attention = attention
+
+    def _value(self, width: int, *, sampled: bool = False) -> Value:
+        rows = self._capacity.sampled if sampled else self._capacity.rows
+        return Value(self.arena, rows, width, sampled=sampled)
+
+    def embed(self, table: torch.Tensor) -> Value:
+        vocab_size, width = table.shape
+        out = self._value(width)
+        self.program.add("embed", [table, out.buffer], [width, out.stride, _dtype_code(table), vocab_size])
+        return out
+
+    def norm(self, norm: RMSNorm, x: Value) -> Value:
+        return self._norm(norm, x, gather=False)
+
+    def sampled_norm(self, norm: RMSNorm, x: Value) -> Value:
+        return self._norm(norm, x, gather=True)
+
+    def _norm(self, norm: RMSNorm, x: Value, *, gather: bool) -> Value:
+        out = self._value(x.width, sampled=gather)
+        weight = aligned(torch.float32, 1, x.stride)
+        weight[0, : x.width] = norm.weight
+        self.program.add(
+            "rms_norm", [x.buffer, weight, out.buffer], [x.width, x.stride, out.stride, gather], [norm.eps]
+        )
+        return out
+
+    def linear(self, linear: Linear, x: Value) -> Value:
+        out = self._value(linear.num_outputs, sampled=x.sampled)
+        self._multiply(linear, x, out, add=False)
+        return out
+
+    def add_linear(self, residual: Value, linear: Linear, x: Value) -> Value:
+        self._multiply(linear, x, residual, add=True)
+        return residual
+
+    def silu_mul(self, x: Value) -> Value:
+        out = self._value(x.width // 2, sampled=x.sampled)
+        self.program.add("silu_mul", [x.buffer, out.buffer], [out.width, x.stride, out.stride])
+        return out
+
+    def attend(self, attention: Attention, qkv: Value) -> Value:
+        out = self._value(attention.num_heads * attention.head_dim)
+        self._attention.record(self.program, attention, (qkv.buffer, qkv.stride), (out.buffer, out.stride))
+        return out
+
+    def _multiply(self, linear: Linear, x: Value, out: Value, *, add: bool) -> None:
+        matrix = linear.packed
+        if matrix is None:
+            raise TypeError("the native kernels read packed weights only")
+        if x.stride != matrix.padded_inputs:
+            raise ValueError(f"x has rows of {x.stride}, the weights take {matrix.padded_inputs}")
+        operand, stride, scales, sums = self._converted(matrix, x)
+        numbers = [matrix.num_panels, matrix.padded_inputs, stride, out.stride, matrix.format.group, add, x.sampled]
+        name = f"linear_{ {'float32': 'f32', 'bfloat16': 'bf16'}.get(matrix.format.method, matrix.format.method) }"
+        tensors = [operand, matrix.data, out.buffer, linear.bias, matrix.scales, scales, sums]
+        self.program.add(name, tensors, numbers)
+        for buffer in (operand, scales, sums):
+            if buffer is not None and buffer is not x.buffer:
+                self.arena.give_back("operand", buffer)
+
+    def _converted(
+        self, matrix: PackedMatrix, x: Value
+    ) -> tuple[torch.Tensor, int, torch.Tensor | None, torch.Tensor | None]:
+        """x as the product takes it: the operand, its stride in elements, its scales and sums."""
+        rows, depth, method = x.buffer.shape[0], matrix.padded_inputs, matrix.format.method
+        if method == "float32":
+            return x.buffer, x.stride, None, None
+        dtype = torch.bfloat16 if method == "bfloat16" else torch.int8
+        operand = self.arena.take("operand", dtype, rows, depth + SKEW)
+        numbers = [depth, x.stride, depth + SKEW, int(x.sampled)]
+        if method == "bfloat16":
+            self.program.add("to_bf16", [x.buffer, operand], numbers)
+            return operand, depth + SKEW, None, None
+        groups = depth // matrix.format.group
+        scales = self.arena.take("operand", torch.float32, rows, groups)
+        sums = self.arena.take("operand", torch.int32, rows, groups)
+        self.program.add("quantize_int8", [x.buffer, operand, scales, sums], [*numbers, matrix.format.group])
+        return operand, depth + SKEW, scales, sums
+
+
+def _dtype_code(table: torch.Tensor) -> int:
+    """float32 or bfloat16, as the kernels number them."""
+    return {torch.float32: 0, torch.bfloat16: 1}[table.dtype]
