@@ -44,11 +44,11 @@ class InstantDevice:
         self._done: deque[Job] = deque()
 
     def submit(self, job: Job) -> None:
-        if job.error is not None or job.prepared is None:
+        if job.error is not None:
             raise RuntimeError("a step cannot be prepared") from job.error
         began = time.thread_time_ns()
         if job.after is not None:
-            fill_in(job.prepared.sequences, job.after.outcomes)
+            fill_in(job.sequences, job.after.outcomes)
             job.after = None
         self._took["fill in"] += time.thread_time_ns() - began
         self._token = (self._token + 1) % self._vocab_size

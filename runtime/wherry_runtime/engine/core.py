@@ -235,7 +235,7 @@ class EngineCore:
             self._flights.append(Flight(plan, self._submit(plan.sequences, sampling, before)))
 
     def _submit(self, sequences: list[SequenceStep], live: Mapping[str, Live], after: Job | None = None) -> Job:
-        job = Job(live, after)
+        job = Job(sequences, live, after)
         try:
             job.prepared = self.runner.prepare(sequences)
         except Exception as e:

@@ -20,14 +20,6 @@ from wherry_runtime.scheduling.plan import UNKNOWN, SequenceStep
 log = logging.getLogger(__name__)
 
 
-class Prepared(Protocol):
-    """What `Runner.prepare` makes."""
-
-    @property
-    def sequences(self) -> list[SequenceStep]:
-        """In row order."""
-
-
 class Cache(Protocol):
     """The KV cache's memory."""
 
@@ -42,14 +34,14 @@ class Runner(Protocol):
     def cache(self) -> Cache:
         """Of the model."""
 
-    def prepare(self, sequences: list[SequenceStep]) -> Prepared:
+    def prepare(self, sequences: list[SequenceStep]) -> Any:
         """Host work of a step that needs no token's value. Called by the step loop while `run` is busy elsewhere."""
 
     def run(self, prepared: Any, live: Mapping[str, Live]) -> Mapping[str, Sampled | BadLogitsError]:
         """Computes the step and draws: request id → token, for those that sample. Blocks, without the GIL.
 
-        By now no token of `prepared.sequences` is UNKNOWN. `live` has those that sample. Writes the sequences' keys and
-        values. May raise anything; then it may have written some of them.
+        By now no token of the sequences that `prepared` was made from is UNKNOWN. `live` has those that sample. Writes
+        the sequences' keys and values. May raise anything; then it may have written some of them.
         """
 
 
@@ -61,9 +53,10 @@ class DroppedError(Exception):
 class Job:
     """A step on its way through the device's thread."""
 
+    sequences: list[SequenceStep]
     live: Mapping[str, Live]  # the requests that sample
     after: "Job | None" = None  # draws this one's UNKNOWN tokens
-    prepared: Prepared | None = None  # not if that failed
+    prepared: Any = None  # by `Runner.prepare`
     dropped: bool = False  # set to not start it
     started: float | None = None  # on the device's clock
     seconds: float = 0.0
@@ -105,17 +98,19 @@ class DeviceThread:
 
     def _run(self, job: Job) -> None:
         before, job.after = job.after, None
-        if job.dropped or job.prepared is None or (before is not None and before.error is not None):
-            job.error = job.error or DroppedError("not computed")
+        if job.dropped or (before is not None and before.error is not None):
+            job.error = DroppedError("not computed")
             return
         if before is not None:
-            fill_in(job.prepared.sequences, before.outcomes)
+            fill_in(job.sequences, before.outcomes)
+        if job.error is not None:
+            return  # it could not be prepared
         job.started = self._clock()
         try:
             job.outcomes = self._runner.run(job.prepared, job.live)
         except Exception as error:
             if not is_out_of_memory(error):
-                log.warning("a step with %d sequences failed", len(job.prepared.sequences), exc_info=error)
+                log.warning("a step with %d sequences failed", len(job.sequences), exc_info=error)
             job.error = error.with_traceback(None)  # whose frames hold the step's tensors
             return
         job.seconds = self._clock() - job.started
