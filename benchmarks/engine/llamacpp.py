@@ -7,6 +7,7 @@ Settings that were tried and are the best of it: see `OPTIONS` and docs/performa
 import ctypes
 import os
 import time
+from collections.abc import Iterator
 from typing import Any
 
 import llama_cpp
@@ -87,6 +88,13 @@ class LlamaCpp:
         check(llama_cpp.llama_decode(context, self._batch))
         self.rows(context, 1).argmax(axis=-1)
         return time.perf_counter() - began
+
+    def logits(self, windows: list[list[int]]) -> Iterator[np.ndarray]:
+        for window in windows:
+            context = self.context(1, len(window))
+            self.feed([(token, i, 0, True) for i, token in enumerate(window)])
+            check(llama_cpp.llama_decode(context, self._batch))
+            yield self.rows(context, len(window)).copy()
 
     def decode(self, prompts: list[list[int]], new_tokens: int) -> list[float]:
         count, length = len(prompts), len(prompts[0])

@@ -6,6 +6,7 @@ Greedy, no end of sequence. The comparison runs both and takes the better one fo
 
 import itertools
 import time
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -97,7 +98,28 @@ class Plain:
         return [float(b - a) / 1e3 for a, b in itertools.pairwise(stamps)]
 
 
-def load(job: Job) -> Peer:
+class Logits:
+    """The model without a pipeline, which shows no logits. Same device, same settings."""
+
+    def __init__(self, job: Job) -> None:
+        self.settings = {"version": openvino.__version__, **properties(job)}
+        core = openvino.Core()
+        model = core.read_model(f"{job.weights}/openvino_model.xml")
+        self._request = core.compile_model(model, "CPU", properties(job)).create_infer_request()
+
+    def logits(self, windows: list[list[int]]) -> Iterator[np.ndarray]:
+        for window in windows:
+            self._request.reset_state()
+            ids = np.array([window], dtype=np.int64)
+            positions = np.arange(len(window), dtype=np.int64)[None]
+            inputs = {"input_ids": ids, "attention_mask": np.ones_like(ids), "position_ids": positions}
+            out = self._request.infer({**inputs, "beam_idx": np.zeros(1, dtype=np.int32)})
+            yield out["logits"][0]
+
+
+def load(job: Job) -> Peer | Logits:
+    if job.windows:
+        return Logits(job)
     return Plain(job) if job.variant.endswith("plain") else ContinuousBatching(job)
 
 

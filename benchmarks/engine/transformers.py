@@ -1,8 +1,10 @@
 """transformers' model, called as its `generate` calls it, with less around it: a static batch and a dynamic cache."""
 
 import time
+from collections.abc import Iterator
 from typing import Any
 
+import numpy as np
 import torch
 import transformers
 from benchmarks.engine.workload import Job, main
@@ -14,7 +16,8 @@ class Transformers:
     def __init__(self, job: Job) -> None:
         torch.set_num_threads(job.threads)
         transformers.logging.set_verbosity_error()
-        self._model = transformers.AutoModelForCausalLM.from_pretrained(job.weights, dtype=torch.bfloat16).eval()
+        dtype = getattr(torch, job.options.get("dtype", "bfloat16"))
+        self._model = transformers.AutoModelForCausalLM.from_pretrained(job.weights, dtype=dtype).eval()
         self.settings: dict[str, Any] = {
             "version": transformers.__version__,
             "torch": torch.__version__,
@@ -31,6 +34,11 @@ class Transformers:
         began = time.perf_counter()
         self._step(torch.tensor([prompt]), transformers.DynamicCache())
         return time.perf_counter() - began
+
+    @torch.inference_mode()
+    def logits(self, windows: list[list[int]]) -> Iterator[np.ndarray]:
+        for window in windows:
+            yield self._model(torch.tensor([window])).logits[0].float().numpy()
 
     def decode(self, prompts: list[list[int]], new_tokens: int) -> list[float]:
         ids, cache = self._step(torch.tensor(prompts), transformers.DynamicCache())

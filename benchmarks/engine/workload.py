@@ -1,7 +1,7 @@
 """What every engine is asked to do, and how its process and the comparison talk.
 
-Standard library only: it runs in the environment of each peer. A process measures one engine with one format of weights
-and ends, so that no engine's threads, caches or memory stand in another's way.
+Standard library only (and NumPy for scores): it runs in the environment of each peer. A process measures one engine
+with one format of weights and ends, so that no engine's threads, caches or memory stand in another's way.
 """
 
 import ctypes
@@ -12,7 +12,7 @@ import resource
 import statistics
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -38,6 +38,7 @@ class Job:
     repeats: int = 2  # prefills in a run; the fastest counts
     seed: int = 0
     options: dict[str, Any] = field(default_factory=dict)  # for the engine's process, see there
+    windows: str = ""  # a JSON file with lists of token ids: score these instead of measuring speed
 
     def prompts(self, count: int, length: int, salt: int = 0) -> list[list[int]]:
         """`count` random prompts; another `salt`, other prompts, so that no prefix is known already."""
@@ -55,6 +56,15 @@ class Peer(Protocol):
 
     def decode(self, prompts: list[list[int]], new_tokens: int) -> list[float]:
         """Seconds of each step that gave every prompt a token, from the second token on: new_tokens - 1 of them."""
+
+
+class Scorer(Protocol):
+    """An engine that gives the logits after every token."""
+
+    settings: dict[str, Any]
+
+    def logits(self, windows: list[list[int]]) -> Iterator[Any]:
+        """For each window of L tokens an array [L, vocab_size], float32. Windows know nothing of one another."""
 
 
 def memory() -> dict[str, int]:
@@ -90,15 +100,31 @@ def measure(job: Job, load: Callable[[Job], Peer]) -> dict[str, Any]:
     return {**result, "settings": peer.settings, "memory": memory(), "load_average": os.getloadavg()[0]}
 
 
+def score(job: Job, load: Callable[[Job], Any]) -> dict[str, Any]:
+    """For each window, and each of its tokens but the first: minus its log-probability, and the likeliest token."""
+    import numpy as np  # every engine's environment has it
+
+    windows: list[list[int]] = json.loads(Path(job.windows).read_text())
+    scorer: Scorer = load(job)
+    losses, likeliest = [], []
+    for window, logits in zip(windows, scorer.logits(windows), strict=True):
+        rows, targets = logits[: len(window) - 1], np.array(window[1:])
+        top = rows.max(axis=-1)
+        total = top + np.log(np.exp(rows - top[:, None]).sum(axis=-1))
+        losses.append((total - rows[np.arange(len(targets)), targets]).tolist())
+        likeliest.append(rows.argmax(axis=-1).tolist())
+    return {"job": asdict(job), "losses": losses, "likeliest": likeliest, "settings": scorer.settings}
+
+
 def die_with_parent() -> None:
     """A measuring process must not go on, and disturb others, when the comparison was stopped."""
     ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, SIGKILL, 0, 0, 0)
 
 
-def main(load: Callable[[Job], Peer], argv: Sequence[str] | None = None) -> None:
+def main(load: Callable[[Job], Any], argv: Sequence[str] | None = None) -> None:
     """`python -m benchmarks.engine.PEER JOB.json RESULT.json`: standard output is the engine's own to write to."""
     die_with_parent()
     job_file, result_file = (Path(a) for a in (argv or sys.argv[1:]))
     raw = json.loads(job_file.read_text())
     job = Job(**{**raw, "prefill": tuple(raw["prefill"]), "batches": tuple(raw["batches"])})
-    result_file.write_text(json.dumps(measure(job, load)))
+    result_file.write_text(json.dumps((score if job.windows else measure)(job, load)))
