@@ -1,5 +1,7 @@
 """Scheduling without a model: case tables of step plans, and properties over random workloads."""
 
+from collections import OrderedDict
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 import pytest
@@ -222,6 +224,51 @@ class TestBlocks:
         assert blocks.num_free == 2
         with pytest.raises(IntegrityError):
             blocks.release([a])
+
+    def test_what_follows_a_prefix_is_evicted_before_the_prefix(self) -> None:
+        """Leaf first among blocks released together, and a prefix that is used again outlives what is not."""
+        blocks = BlockManager(6, 2)
+        system, first, second, other = blocks.allocate(4)
+        for block, digest in ((system, b"s"), (first, b"s1"), (second, b"s2"), (other, b"o")):
+            blocks.register(block, digest)
+        blocks.share([system])
+        blocks.release([system, first], [b"s", b"s1"])
+        blocks.release([other], [b"o"])
+        blocks.release([system, second], [b"s", b"s2"])
+        assert blocks.match([b"s", b"s2"]) == [system, second]
+        evicted = [blocks.allocate(1)[0] for _ in range(6)]
+        assert evicted[2:] == [first, other, second, system]
+
+    def test_a_prefix_computed_twice_is_not_evicted_before_what_follows_its_copy(self) -> None:
+        blocks = BlockManager(3, 2)
+        known, copy, after = blocks.allocate(3)
+        blocks.register(known, b"p")
+        blocks.release([known], [b"p"])
+        blocks.register(copy, b"p")  # the same prefix, computed at the same time
+        blocks.register(after, b"pa")
+        blocks.release([copy, after], [b"p", b"pa"])
+        assert [blocks.allocate(1)[0] for _ in range(3)] == [copy, after, known]
+
+    def test_eviction_takes_the_same_time_however_large_the_cache_is(self) -> None:
+        """Counted in calls of Python functions and operations on the free list, not in seconds."""
+
+        class Counting(OrderedDict[int, None]):
+            calls = 0
+
+            def popitem(self, last: bool = True) -> tuple[int, None]:
+                Counting.calls += 1
+                return super().popitem(last)
+
+            def __iter__(self) -> Iterator[int]:
+                raise AssertionError("somebody walks through the free list")
+
+        for size in (10, 10_000):
+            blocks = BlockManager(size, 2)
+            blocks._free = Counting.fromkeys(range(size))
+            Counting.calls = 0
+            held = blocks.allocate(5)
+            blocks.release(held)
+            assert Counting.calls == 5
 
     def test_allocating_too_many_changes_nothing(self) -> None:
         blocks = BlockManager(2, 2)
