@@ -1,20 +1,17 @@
 """`wherry bench`: how fast the engine is on this machine."""
 
-import inspect
 import sys
-from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any, get_args, get_type_hints
+from typing import Annotated, Any
 
-import msgspec
 import typer
 
-from wherry_protocol.engine_config import EngineConfig
+from wherry_cli.engine_flags import with_engine_flags
 
 app = typer.Typer(help="Measure how fast models run on this machine.", no_args_is_help=True, add_completion=False)
 
 # Settings of a server, which a measurement has none of, or which `bench` decides itself.
-NOT_FLAGS = {"model_name", "model_uri", "host", "port", "drain_timeout_s", "max_queued", "max_running"}
+NOT_FLAGS = ("model_name", "model_uri", "host", "port", "drain_timeout_s", "max_queued", "max_running")
 
 
 class Failure(Exception):
@@ -24,39 +21,6 @@ class Failure(Exception):
 @app.callback()
 def bench() -> None:
     """Measure how fast models run on this machine."""
-
-
-def engine_flags() -> list[inspect.Parameter]:
-    """An option for each of the engine's settings that make a difference to its speed, with the engine's defaults."""
-    hints = get_type_hints(EngineConfig, include_extras=True)
-    parameters = []
-    for field in msgspec.structs.fields(EngineConfig):
-        if field.name in NOT_FLAGS:
-            continue
-        kind_of_value, meta = get_args(hints[field.name])[:2]
-        text = f"{meta.description}."
-        flag = typer.Option(help=text[0].upper() + text[1:], rich_help_panel="Engine")
-        option: Any = Annotated[kind_of_value, flag]
-        default = False if field.name == "prefix_cache" else field.default
-        kind = inspect.Parameter.KEYWORD_ONLY
-        parameters.append(inspect.Parameter(field.name, kind, default=default, annotation=option))
-    return parameters
-
-
-def with_engine_flags(function: Callable[..., None]) -> Callable[..., None]:
-    """`function(…, **settings)` with the engine's flags in the place of `settings`, as Typer reads signatures."""
-    own = [p for p in inspect.signature(function).parameters.values() if p.kind is not inspect.Parameter.VAR_KEYWORD]
-    flags = engine_flags()
-    annotations = {p.name: p.annotation for p in [*own, *flags]}
-
-    def command(**arguments: Any) -> None:
-        function(**arguments)
-
-    command.__doc__ = function.__doc__
-    command.__annotations__ = annotations
-    keyword = inspect.Parameter.KEYWORD_ONLY
-    command.__signature__ = inspect.Signature([p.replace(kind=keyword) for p in own] + flags)  # type: ignore[attr-defined]
-    return command
 
 
 def numbers(text: str) -> list[int]:
@@ -82,7 +46,7 @@ def check_plot(plot: Path | None) -> None:
 
 
 @app.command("engine")
-@with_engine_flags
+@with_engine_flags(*NOT_FLAGS)
 def engine_command(
     model: Annotated[str, typer.Argument(help="A model's directory, or sample://tiny.")],
     batch: Annotated[str, typer.Option(help="Requests at a time to decode with.")] = "1,2,4,8,16,32",
@@ -94,6 +58,10 @@ def engine_command(
     runs: Annotated[int, typer.Option(help="Times that everything is measured.", min=1)] = 3,
     json: Annotated[Path | None, typer.Option(help="Write the figures to this file.")] = None,
     plot: Annotated[Path | None, typer.Option(help="Draw the figures into this SVG file.")] = None,
+    prefix_cache: Annotated[
+        bool,
+        typer.Option(help="Reuse the KV cache of equal prefixes; prompts here have none.", rich_help_panel="Engine"),
+    ] = False,
     **settings: Any,
 ) -> None:
     """Latency and throughput of one model: time to the first token, decoding by batch size, share of memory bandwidth,
@@ -110,7 +78,7 @@ def engine_command(
             context=context,
             new_tokens=new_tokens,
             runs=runs,
-            settings=settings,
+            settings={"prefix_cache": prefix_cache, **settings},
         )
         report = run(plan)
     except Failure as error:

@@ -5,7 +5,7 @@ import os
 import sys
 from pathlib import Path
 from socket import socket
-from typing import Annotated
+from typing import Annotated, Any
 
 import msgspec
 import typer
@@ -14,6 +14,7 @@ from prometheus_client import CollectorRegistry
 from rich.console import Console
 
 from wherry_cli.engine_backend import EngineBackend
+from wherry_cli.engine_flags import with_engine_flags
 from wherry_protocol.engine_config import Dtype, EngineConfig
 from wherry_protocol.http.auth import is_loopback
 from wherry_protocol.http.logs import set_up
@@ -107,6 +108,7 @@ def _run(config: EngineConfig) -> None:
         runner.run(_serve(config, sock))
 
 
+@with_engine_flags("model_uri")
 def app(
     model: Annotated[str, typer.Argument(help="A model's directory, or sample://tiny.")],
     host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
@@ -138,6 +140,7 @@ def app(
         "threads"
     ],
     drain_timeout_s: Annotated[int, typer.Option(help="Seconds that answers get to finish after Ctrl-C.", min=0)] = 30,
+    **settings: Any,
 ) -> None:
     """Serve one model over the OpenAI API, in this process."""
     set_up(level=30)
@@ -158,6 +161,7 @@ def app(
                 prefix_cache=prefix_cache,
                 threads=threads,
                 drain_timeout_s=drain_timeout_s,
+                **settings,
             )
         )
     except (Failure, AddressError) as error:

@@ -12,9 +12,10 @@ import pytest
 import torch
 
 from wherry_cli import bench_machine
-from wherry_cli.bench import NOT_FLAGS, Failure, engine_flags, numbers
+from wherry_cli.bench import NOT_FLAGS, Failure, numbers
 from wherry_cli.bench_chart import Chart, Line, page, ticks
 from wherry_cli.bench_engine import Spread, Stream, percentiles, steady, step_times
+from wherry_cli.main import load_command
 from wherry_protocol.engine_config import EngineConfig
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -26,10 +27,18 @@ def bench(*args: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=250)
 
 
-def test_every_engine_setting_is_a_flag() -> None:
-    names = {p.name for p in engine_flags()}
-    assert names | NOT_FLAGS == {f.name for f in msgspec.structs.fields(EngineConfig)}
-    assert {"dtype", "threads"} <= names
+def options(*path: str) -> set[str]:
+    command = load_command(path[0])
+    for name in path[1:]:
+        command = command.commands[name]
+    return {p.name for p in command.params}
+
+
+@pytest.mark.parametrize(
+    "path, without", [(("bench", "engine"), set(NOT_FLAGS)), (("serve",), {"model_uri"})], ids=["bench", "serve"]
+)
+def test_every_engine_setting_is_a_flag(path: tuple[str, ...], without: set[str]) -> None:
+    assert {f.name for f in msgspec.structs.fields(EngineConfig)} - options(*path) == without
 
 
 @pytest.mark.parametrize("text, expected", [("1", [1]), ("8,1,8", [1, 8]), (" 2 , 4,", [2, 4])])
