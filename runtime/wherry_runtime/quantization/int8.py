@@ -19,7 +19,7 @@ def quantize(weights: torch.Tensor, group: int) -> tuple[torch.Tensor, torch.Ten
     scales = (grouped.abs().amax(dim=-1) / 127).half()
     wide = scales.float()
     inverse = torch.where(wide == 0, 0.0, 1 / wide)
-    codes = (grouped * inverse.unsqueeze(-1)).round_().clamp_(-127, 127)
+    codes = (grouped * inverse.unsqueeze(-1)).clamp_(-127, 127).round_()
     return codes.to(torch.int8).flatten(1), scales
 
 

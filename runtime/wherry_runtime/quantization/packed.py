@@ -72,7 +72,7 @@ class PackedMatrix:
             inside = slice(top - start * PANEL, bottom - start * PANEL)
             self._set_codes(panels, inside, codes)
             if self.scales is not None and scales is not None:
-                whole = self.scales[panels].transpose(1, 2).flatten(0, 1)
+                whole = self.scales[panels].transpose(1, 2).flatten(0, 1).clone()
                 whole[inside] = scales
                 self.scales[panels] = split(whole, 0, (-1, PANEL)).transpose(1, 2)
 
@@ -97,7 +97,7 @@ class PackedMatrix:
 
     def _set_codes(self, panels: slice, inside: slice, codes: torch.Tensor) -> None:
         packing = PACKINGS[self.format.method]
-        whole = packing.unpack(self._elements()[panels]).contiguous()
+        whole = packing.unpack(self._elements()[panels]).clone()
         whole[inside] = codes
         self._elements()[panels] = packing.pack(whole)
 

@@ -13,6 +13,8 @@ from wherry_runtime.quantization.huge_pages import Arena
 log = logging.getLogger(__name__)
 
 Role = Literal["qkv", "output", "gate_up", "down", "head"]
+# Rounding the head to int4 costs as much as rounding everything else: measured in docs/performance/weights.md.
+HEAD_OF_INT4 = Format("int8", 128)
 DEFAULT_GROUPS: dict[Quantization, int] = {"none": 0, "int8": 128, "int4": 32}
 
 
@@ -51,8 +53,9 @@ class Storage:
             if not self.native:
                 return None
             return Format("bfloat16" if self.dtype is torch.bfloat16 else "float32")
-        group = self.group or DEFAULT_GROUPS[self.quantization]
-        return Format(self.quantization, group)
+        if self.quantization == "int4" and role == "head":
+            return HEAD_OF_INT4
+        return Format(self.quantization, self.group or DEFAULT_GROUPS[self.quantization])
 
     def allocate(self, num_bytes: int) -> torch.Tensor:
         """[num_bytes] uint8 on the device, aligned to 64 bytes; on CPU zeros, in huge pages where allowed."""

@@ -105,6 +105,9 @@ class _Functions:
         self.program_profile = function("wherry_program_profile", None, pointer, ctypes.POINTER(CStep), pointer)
         sizes, source = (number,) * 4, (pointer, number, number, number)
         self.pack = function("wherry_pack", None, number, number, pointer, pointer, *sizes, *source)
+        sizes = (number, number, number, number)
+        source = (pointer, number, number, number)
+        self.pack = function("wherry_pack", None, number, number, pointer, pointer, *sizes, *source)
         self.read_bandwidth = function("wherry_read_bandwidth", ctypes.c_double, pointer, number)
 
 
