@@ -55,7 +55,17 @@ def trials(args: argparse.Namespace, wanted: list[Variant]) -> list[dict[str, An
             result = run_job(with_options(job_for(args, variant, number), options), variant.engine)
             label = f"{variant.name}, {name}"
             runs.append({"round": number, "engine": variant.engine, "variant": label, **result})
+            save(args, runs)
     return runs
+
+
+def save(args: argparse.Namespace, runs: list[dict[str, Any]]) -> report.Results:
+    """After every run: minutes of measuring are not lost."""
+    results = {"model": f"{args.model} trials", "runs": runs}
+    results["table"] = table(results)
+    if args.json:
+        args.json.write_text(json.dumps(results, indent=1) + "\n")
+    return results
 
 
 def table(results: report.Results) -> str:
@@ -88,11 +98,7 @@ def main() -> None:
     runs = trials(args, wanted)
     for run in (r for r in runs if "error" in r):
         Console(stderr=True).print(f"{run['engine']} {run['variant']}: {run['error']}", markup=False)
-    results = {"model": f"{args.model} trials", "runs": runs}
-    results["table"] = table(results)
-    print(results["table"])
-    if args.json:
-        args.json.write_text(json.dumps(results, indent=1) + "\n")
+    print(save(args, runs)["table"])
 
 
 if __name__ == "__main__":
