@@ -21,6 +21,11 @@ from wherry_runtime.models.registry import read_config
 CHECKOUT = Path(__file__).resolve().parents[2]
 TINY = CHECKOUT / "examples" / "models" / "tiny"
 VOCAB_SIZE = 320
+# Settings of each backend; the native kernels have blocks of 16 tokens and multiples.
+BACKENDS: dict[str, dict[str, Any]] = {
+    "pytorch": {"backend": "pytorch", "block_size": 4},
+    "native": {"backend": "native", "block_size": 16},
+}
 CHAT_TEMPLATE = "{% for m in messages %}<|{{ m.role }}|>{{ m.content }}{% endfor %}"
 
 
@@ -69,13 +74,14 @@ class Answered:
         return first
 
 
-def engine_config(directory: Path, *, kv_blocks: int = 0, **settings: Any) -> EngineConfig:
-    """Small float32 settings; `kv_blocks` sizes the cache in blocks."""
+def engine_config(directory: Path, *, kv_blocks: int = 0, kv_tokens: int = 0, **settings: Any) -> EngineConfig:
+    """Small float32 settings; `kv_blocks` or `kv_tokens` sizes the cache."""
     defaults = {"model_name": "m", "dtype": "float32", "block_size": 4, "max_running": 8, "threads": 2}
     config = EngineConfig(model_uri=str(directory), **{**defaults, **settings})
-    if kv_blocks:
-        per_token = bytes_per_token(read_config(directory), DTYPES[config.dtype])
-        config = msgspec.structs.replace(config, kv_cache_bytes=per_token * config.block_size * kv_blocks)
+    if size := kv_blocks * config.block_size + kv_tokens:
+        native = config.backend == "native"
+        per_token = bytes_per_token(read_config(directory), DTYPES[config.dtype], native=native)
+        config = msgspec.structs.replace(config, kv_cache_bytes=per_token * size)
     return config
 
 

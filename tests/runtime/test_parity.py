@@ -1,13 +1,17 @@
-"""The engine against transformers, float32, on random models of each family: same logits, same tokens."""
+"""The engine against transformers, float32, on random models of each family: same logits, same tokens.
+
+On both backends, which have cache blocks of different sizes.
+"""
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 import transformers
-from tests.runtime.engines import VOCAB_SIZE, ask, ask_all, engine_config, running
+from tests.runtime.engines import BACKENDS, VOCAB_SIZE, ask, ask_all, engine_config, running
 from tests.runtime.random_models import CASES, Case
 
 from wherry_runtime.engine.setup import load
@@ -15,6 +19,15 @@ from wherry_runtime.scheduling.plan import SequenceStep
 
 NEW_TOKENS = 64
 LENGTHS = (1, 5, 8, 17, 33, 47, 70, 90)
+
+
+Settings = dict[str, Any]
+
+
+@pytest.fixture(params=BACKENDS)
+def backend(request: pytest.FixtureRequest) -> Settings:
+    """Settings that choose a backend."""
+    return BACKENDS[request.param]
 
 
 @dataclass
@@ -48,8 +61,8 @@ def prompts() -> list[list[int]]:
 
 
 @pytest.mark.parametrize("chunk", [1, 7, 90])
-def test_logits_equal_however_the_prompt_is_cut(reference: Reference, chunk: int) -> None:
-    runner = load(engine_config(reference.directory, kv_blocks=40)).runner
+def test_logits_equal_however_the_prompt_is_cut(reference: Reference, backend: Settings, chunk: int) -> None:
+    runner = load(engine_config(reference.directory, kv_blocks=40, **backend)).runner
     tokens = prompts()[-1]
     expected = reference.logits(tokens)
     blocks = np.arange(30, 30 - 23, -1, dtype=np.int32)  # any order will do
@@ -60,55 +73,59 @@ def test_logits_equal_however_the_prompt_is_cut(reference: Reference, chunk: int
         torch.testing.assert_close(logits[0], expected[start + len(part) - 1], atol=1e-4, rtol=0)
 
 
-async def test_greedy_tokens_alone_equal_generate(reference: Reference) -> None:
+async def test_greedy_tokens_alone_equal_generate(reference: Reference, backend: Settings) -> None:
     prompt = prompts()[4]
     generated = reference.model.generate(
         torch.tensor([prompt]),
         attention_mask=torch.ones(1, len(prompt), dtype=torch.int64),
         generation_config=transformers.GenerationConfig(max_new_tokens=NEW_TOKENS, do_sample=False, use_cache=True),
     )[0, len(prompt) :].tolist()
-    async with running(reference.directory) as engine:
+    async with running(reference.directory, **backend) as engine:
         answer = await ask(engine, prompt, temperature=0, max_tokens=NEW_TOKENS)
     assert answer.ids == generated
 
 
-async def test_greedy_tokens_in_a_mixed_batch(reference: Reference) -> None:
+async def test_greedy_tokens_in_a_mixed_batch(reference: Reference, backend: Settings) -> None:
     """Eight lengths at once; a small token budget cuts prompts into chunks between other requests' decodes."""
-    async with running(reference.directory, max_batched_tokens=24) as engine:
+    async with running(reference.directory, **backend, max_batched_tokens=24) as engine:
         answers = await ask_all(engine, prompts(), temperature=0, max_tokens=NEW_TOKENS)
     for prompt, answer in zip(prompts(), answers, strict=True):
         assert len(answer.ids) == NEW_TOKENS
         reference.assert_greedy(prompt, answer.ids)
 
 
-async def test_greedy_tokens_with_prefix_reuse(reference: Reference) -> None:
+async def test_greedy_tokens_with_prefix_reuse(reference: Reference, backend: Settings) -> None:
     prompt = prompts()[-1]
-    async with running(reference.directory) as engine:
+    async with running(reference.directory, **backend) as engine:
         first = await ask(engine, prompt, temperature=0, max_tokens=NEW_TOKENS)
         again = await ask(engine, prompt, temperature=0, max_tokens=NEW_TOKENS)
         longer = await ask(engine, prompt + first.ids[:20], temperature=0, max_tokens=NEW_TOKENS - 20)
     assert first.started.cached_tokens == 0
-    assert again.started.cached_tokens == 88  # 22 full blocks; the last token is always computed
-    assert longer.started.cached_tokens == 108
+    # Full blocks; the last token is always computed.
+    size = backend["block_size"]
+    assert again.started.cached_tokens == 89 // size * size
+    assert longer.started.cached_tokens == 109 // size * size
     assert again.ids == first.ids
     assert longer.ids == first.ids[20:]
     reference.assert_greedy(prompt, first.ids)
 
 
-async def test_greedy_tokens_with_preemption(reference: Reference) -> None:
-    async with running(reference.directory, kv_blocks=60, max_batched_tokens=32, max_model_len=160) as engine:
+async def test_greedy_tokens_with_preemption(reference: Reference, backend: Settings) -> None:
+    async with running(
+        reference.directory, **backend, kv_tokens=240, max_batched_tokens=32, max_model_len=160
+    ) as engine:
         answers = await ask_all(engine, prompts(), temperature=0, max_tokens=NEW_TOKENS)
         assert engine.load().preemptions_total > 0
     for prompt, answer in zip(prompts(), answers, strict=True):
         reference.assert_greedy(prompt, answer.ids)
 
 
-async def test_seeded_tokens_alone_batched_and_preempted(reference: Reference) -> None:
+async def test_seeded_tokens_alone_batched_and_preempted(reference: Reference, backend: Settings) -> None:
     params = {"seed": 11, "temperature": 0.9, "top_p": 0.95, "top_k": 100, "max_tokens": NEW_TOKENS}
-    async with running(reference.directory, prefix_cache=False) as engine:
+    async with running(reference.directory, **backend, prefix_cache=False) as engine:
         alone = [(await ask(engine, p, **params)).ids for p in prompts()]
-    async with running(reference.directory, max_batched_tokens=24) as engine:
+    async with running(reference.directory, **backend, max_batched_tokens=24) as engine:
         assert [a.ids for a in await ask_all(engine, prompts(), **params)] == alone
-    async with running(reference.directory, kv_blocks=60, max_model_len=160) as engine:
+    async with running(reference.directory, **backend, kv_tokens=240, max_model_len=160) as engine:
         assert [a.ids for a in await ask_all(engine, prompts(), **params)] == alone
         assert engine.load().preemptions_total > 0

@@ -16,5 +16,6 @@ def quantize_activations(x: torch.Tensor, group: int) -> tuple[torch.Tensor, tor
     """
     grouped = split(x.float(), -1, (-1, group))
     top = grouped.abs().amax(dim=-1)
-    inverse = torch.where(top > 0, 127.0 / top, 0.0)
+    # A true quotient: PyTorch takes number / tensor for number · (1 / tensor), which is another float at times.
+    inverse = torch.where(top > 0, torch.full_like(top, 127) / top, 0.0)
     return (grouped * inverse.unsqueeze(-1)).round_(), top / 127

@@ -32,12 +32,17 @@ void to_bf16(const Call& call, Context& context) {
   });
 }
 
-// One group: q = round(x / scale) with scale = max |x| / 127; its sum.
+// One group: q = round(x / scale) with scale = max |x| / 127; its sum. What is not finite makes the scale NaN, and so all
+// that comes of the row.
 static void quantize_group(const float* x, int64_t size, int8_t* q, float* scale, int32_t* total) {
-  f32x16 top{};
-  for (int64_t k = 0; k < size; k += LANES) top = max(top, abs(load<f32x16>(x + k)));
+  f32x16 top{}, zero{};
+  for (int64_t k = 0; k < size; k += LANES) {
+    f32x16 value = load<f32x16>(x + k);
+    top = max(top, abs(value));
+    zero += value * 0.0f;
+  }
   float largest = max(top);
-  *scale = largest / 127;
+  *scale = largest / 127 + sum(zero);
   float inverse = largest > 0 ? 127 / largest : 0;
   i32x16 sums{};
   for (int64_t k = 0; k < size; k += LANES) {
