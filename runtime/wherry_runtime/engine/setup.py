@@ -4,6 +4,7 @@ import asyncio
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -75,7 +76,8 @@ def load(config: EngineConfig) -> Loaded:
         storage = Storage(dtype, device.torch, config.quantization, config.quantization_group, native)
     except ValueError as e:
         raise ModelError("bad_setting", str(e)) from e
-    model = load_model(directory, model_config, wanted, storage)
+    cache_root = Path(config.weight_cache).expanduser() if config.weight_cache else None
+    model = load_model(directory, model_config, wanted, storage, cache_root)
     num_blocks = _num_blocks(config, wanted, bytes_per_token(model_config, stored, native=native), device)
     kv_tokens = num_blocks * config.block_size
     max_model_len = wanted

@@ -13,6 +13,7 @@ from wherry_runtime.loading.errors import ModelError
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
+LARGEST_HEADER = 100_000_000  # bytes; as the format says
 # Buffers that old checkpoints carry and nobody reads.
 IGNORED = re.compile(r"\.rotary_emb\.(inv_freq|cos_cached|sin_cached)$|\.masked_bias$|\.attn\.bias$")
 
@@ -37,6 +38,20 @@ def shard_files(directory: Path) -> list[Path]:
         if not (directory / name).is_file():
             raise ModelError("missing_shard", f"{directory / name}: {INDEX} names it, but it is not there")
     return [directory / name for name in names]
+
+
+def read_header(path: Path) -> bytes:
+    """The JSON at the start of a safetensors file, as it is.
+
+    Raises:
+        ModelError: damaged_shard.
+    """
+    with path.open("rb") as file:
+        size = int.from_bytes(file.read(8), "little")
+        header = file.read(size) if size <= LARGEST_HEADER else b""
+    if len(header) != size:
+        raise ModelError("damaged_shard", f"{path}: damaged or truncated; copy or download it again")
+    return header
 
 
 def iterate_tensors(directory: Path) -> Iterator[tuple[str, torch.Tensor]]:

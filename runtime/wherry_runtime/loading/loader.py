@@ -1,5 +1,6 @@
 """From a model directory to a model in memory."""
 
+import logging
 from pathlib import Path
 
 import torch
@@ -7,8 +8,11 @@ import torch
 from wherry_protocol.engine_config import Dtype
 from wherry_runtime.loading.checkpoint import fill, iterate_tensors
 from wherry_runtime.loading.config import ModelConfig
+from wherry_runtime.loading.weight_cache import WeightCache, WeightCacheError
 from wherry_runtime.models.decoder import Decoder
 from wherry_runtime.quantization.storage import Storage
+
+log = logging.getLogger(__name__)
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -35,13 +39,36 @@ def _cpu_has_bfloat16() -> bool:
     return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
 
-def load_model(directory: Path, config: ModelConfig, num_positions: int, storage: Storage) -> Decoder:
+def load_model(
+    directory: Path, config: ModelConfig, num_positions: int, storage: Storage, cache_root: Path | None = None
+) -> Decoder:
     """The model with its weights, each put where it stays as it is read.
+
+    Args:
+        cache_root: where packed weights are kept for the next time; see `weight_cache`.
 
     Raises:
         ModelError: what is wrong with the checkpoint; see `checkpoint`.
     """
-    model = Decoder(config, num_positions, storage)
+    cache = WeightCache(cache_root, directory, storage) if cache_root is not None and storage.packs else None
     with torch.inference_mode():
+        if cache is not None and (cached := _from_cache(cache, config, num_positions, storage)) is not None:
+            return cached
+        model = Decoder(config, num_positions, storage)
         fill(model.slots(), iterate_tensors(directory), directory)
+        if cache is not None:
+            cache.write(model.state())
+    return model
+
+
+def _from_cache(cache: WeightCache, config: ModelConfig, num_positions: int, storage: Storage) -> Decoder | None:
+    if not cache.path.exists():
+        return None
+    # A model of its own: one that was filled halfway is thrown away, padding and all.
+    model = Decoder(config, num_positions, storage)
+    try:
+        cache.read(model.state())
+    except (WeightCacheError, FileNotFoundError) as e:
+        log.warning("%s cannot be used and is written again: %s", cache.path, e)
+        return None
     return model

@@ -5,8 +5,8 @@ import torch
 from wherry_runtime.quantization.formats import PANEL
 from wherry_runtime.quantization.tensors import split
 
-# The largest magnitude of a group goes to -d for one of these d: beyond -8 it is clipped, and the others are finer. With
-# -8 and -7 among them, weights that were trained to lie on sixteen or fifteen steps are kept exactly.
+# The largest magnitude of a group goes to -d for one of these d: beyond -8 it is clipped, and the others are finer.
+# With -8 and -7 among them, weights that were trained to lie on sixteen or fifteen steps are kept exactly.
 GRID = (-8.0, -7.0, -7.5, -7.75, -8.25, -8.5, -8.75, -9.25)
 LANES = 16
 

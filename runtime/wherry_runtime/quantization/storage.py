@@ -2,7 +2,7 @@
 
 import logging
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 
@@ -62,6 +62,16 @@ class Storage:
         if self.device.type == "cpu":
             return self._arena.allocate(num_bytes)
         return torch.zeros(num_bytes, dtype=torch.uint8, device=self.device)
+
+    @property
+    def packs(self) -> bool:
+        """Whether any matrix is held in another way than the checkpoint has it."""
+        return self.native or self.quantization != "none"
+
+    def describe(self) -> str:
+        """Everything that the bytes held for a checkpoint depend on."""
+        formats = [f"{role} {self.format(role)}" for role in get_args(Role)]
+        return f"{self.dtype}, vectors {self.vector_dtype}, {', '.join(formats)}"
 
     def __str__(self) -> str:
         return f"{self.dtype}".removeprefix("torch.") if self.quantization == "none" else str(self.format("qkv"))

@@ -1,0 +1,203 @@
+"""Checkpoints into every kind of storage: each tensor in its place, no memory beyond it, and answers that stay."""
+
+import gc
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from tests.runtime.engines import BACKENDS, TINY, engine_config
+from tests.runtime.random_models import CASES, Case
+
+from wherry_protocol.engine_config import Quantization
+from wherry_runtime.engine.setup import load
+from wherry_runtime.layers.linear import Linear
+from wherry_runtime.loading import loader
+from wherry_runtime.loading.checkpoint import iterate_tensors, shard_files
+from wherry_runtime.loading.errors import ModelError
+from wherry_runtime.loading.loader import load_model
+from wherry_runtime.models.decoder import Decoder
+from wherry_runtime.models.registry import read_config
+from wherry_runtime.quantization.formats import Format
+from wherry_runtime.quantization.packed import PackedMatrix
+from wherry_runtime.quantization.storage import Storage
+from wherry_runtime.scheduling.plan import SequenceStep
+from wherry_runtime.tokenization.tokenizer import Tokenizer
+
+CPU = torch.device("cpu")
+BY_NAME = {case.name: case for case in CASES}
+STORAGES: dict[str, Callable[[], Storage]] = {
+    "plain": lambda: Storage(torch.float32, CPU),
+    "plain bfloat16": lambda: Storage(torch.bfloat16, CPU),
+    "native float32": lambda: Storage(torch.float32, CPU, native=True),
+    "native bfloat16": lambda: Storage(torch.bfloat16, CPU, native=True),
+    "int8": lambda: Storage(torch.float32, CPU, "int8"),
+    "native int8 g32": lambda: Storage(torch.bfloat16, CPU, "int8", 32, native=True),
+    "native int4": lambda: Storage(torch.float32, CPU, "int4", native=True),
+    "int4 g64": lambda: Storage(torch.bfloat16, CPU, "int4", 64),
+}
+
+
+@pytest.fixture(scope="module", params=["llama-biases-sharded", "qwen3-tied"])
+def checkpoint(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    directory = tmp_path_factory.mktemp(request.param)
+    case: Case = BY_NAME[request.param]
+    case.build(directory)
+    return directory
+
+
+def tensors(directory: Path) -> dict[str, torch.Tensor]:
+    return {name: t.float().clone() for name, t in iterate_tensors(directory)}
+
+
+def expected(rows: torch.Tensor, linear: Linear, dtype: torch.dtype) -> torch.Tensor:
+    """What `linear` should hold of `rows`, as float32."""
+    if linear.packed is None:
+        return rows.to(dtype).float()
+    matrix = PackedMatrix(linear.packed.format, *rows.shape, lambda n: torch.zeros(n, dtype=torch.uint8))
+    matrix.fill_reference(0, rows)
+    return matrix.dequantized()
+
+
+def held(linear: Linear) -> torch.Tensor:
+    if linear.packed is not None:
+        return linear.packed.dequantized()
+    assert linear.weight is not None
+    return linear.weight.float()
+
+
+@pytest.mark.parametrize("storage_name", STORAGES)
+def test_every_tensor_is_in_its_place(checkpoint: Path, storage_name: str) -> None:
+    storage = STORAGES[storage_name]()
+    model = load_model(checkpoint, read_config(checkpoint), 64, storage)
+    source = tensors(checkpoint)
+    assert model.num_parameters() == sum(t.numel() for t in source.values())
+
+    def check(linear: Linear, *names: str) -> None:
+        rows = torch.cat([source[f"{n}.weight"] for n in names])
+        torch.testing.assert_close(held(linear), expected(rows, linear, storage.dtype), rtol=0, atol=0)
+        if linear.bias is not None:
+            bias = torch.cat([source[f"{n}.bias"] for n in names])
+            assert torch.equal(linear.bias[: len(bias)].float(), bias.to(linear.bias.dtype).float())
+            assert not linear.bias[len(bias) :].any()
+            if linear.packed is not None:
+                assert linear.bias.dtype is torch.float32
+                assert linear.bias.numel() == linear.packed.padded_outputs
+
+    for i, layer in enumerate(model.layers):
+        prefix = f"model.layers.{i}."
+        check(layer.qkv, *(f"{prefix}self_attn.{n}_proj" for n in "qkv"))
+        check(layer.output, f"{prefix}self_attn.o_proj")
+        check(layer.gate_up, f"{prefix}mlp.gate_proj", f"{prefix}mlp.up_proj")
+        check(layer.down, f"{prefix}mlp.down_proj")
+        assert layer.input_norm.weight.dtype is storage.vector_dtype
+    check(model.head, "model.embed_tokens" if model.config.tie_word_embeddings else "lm_head")
+    assert torch.equal(model.embedding.weight, source["model.embed_tokens.weight"].to(storage.dtype))
+
+
+def test_a_plain_tied_head_is_the_embedding(tmp_path: Path) -> None:
+    BY_NAME["llama-tied"].build(tmp_path)
+    model = load_model(tmp_path, read_config(tmp_path), 64, Storage(torch.float32, CPU))
+    assert model.head.weight is model.embedding.weight
+    packed = load_model(tmp_path, read_config(tmp_path), 64, Storage(torch.float32, CPU, "int4", native=True))
+    assert packed.head.packed is not None
+    assert packed.head.packed.format == Format("int8", 128)
+
+
+@pytest.mark.parametrize("storage_name", ["native float32", "int4 g64"])
+@pytest.mark.parametrize(
+    ("edit", "code"),
+    [
+        (lambda t: t.update({n: torch.cat((v, v[:1])) for n, v in [t.popitem()]}), "wrong_shape"),
+        (lambda t: t.popitem(), "missing_tensors"),
+        (lambda t: t.update(junk=torch.zeros(3)), "unexpected_tensors"),
+    ],
+    ids=["wrong shape", "missing", "unexpected"],
+)
+def test_a_wrong_checkpoint_is_refused(
+    tmp_path: Path, storage_name: str, edit: Callable[[dict[str, torch.Tensor]], object], code: str
+) -> None:
+    BY_NAME["llama-tied"].build(tmp_path)
+    path = shard_files(tmp_path)[0]
+    content = load_file(path)
+    edit(content)
+    save_file(content, path, {"format": "pt"})
+    with pytest.raises(ModelError) as failure:
+        load_model(tmp_path, read_config(tmp_path), 64, STORAGES[storage_name]())
+    assert failure.value.code == code
+
+
+@pytest.mark.parametrize(("quantization", "group"), [("none", 32), ("int8", 16), ("int4", 256), ("int8", -1)], ids=str)
+def test_groups_that_make_no_sense(quantization: Quantization, group: int) -> None:
+    with pytest.raises(ModelError, match="group size") as failure:
+        load(engine_config(TINY, quantization=quantization, quantization_group=group))
+    assert failure.value.code == "bad_setting"
+
+
+def anonymous_bytes() -> int:
+    lines = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
+    return int(lines["RssAnon"].split()[0]) * 1024
+
+
+def test_loading_takes_no_memory_beyond_the_packed_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    shape = {"hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 4}
+    Case("big", "Llama", {**shape, "tie_word_embeddings": True, "dtype": "bfloat16"}).build(tmp_path)
+    path = shard_files(tmp_path)[0]
+    save_file({name: tensor.bfloat16() for name, tensor in load_file(path).items()}, path, {"format": "pt"})
+    gc.collect()
+    before = anonymous_bytes()
+    most = 0
+
+    def sampled(directory: Path) -> Iterator[tuple[str, torch.Tensor]]:
+        nonlocal most
+        for pair in iterate_tensors(directory):
+            yield pair
+            most = max(most, anonymous_bytes() - before)
+
+    monkeypatch.setattr(loader, "iterate_tensors", sampled)
+    model = load_model(tmp_path, read_config(tmp_path), 64, Storage(torch.bfloat16, CPU, "int4", native=True))
+    weights = sum(t.nbytes for t in model.state().values())
+    largest = 4 * max(t.numel() for _, t in iterate_tensors(tmp_path))
+    assert model.num_parameters() > 35_000_000
+    assert weights < 0.7 * model.num_parameters()
+    assert most < weights + largest + (8 << 20)  # huge pages that are not full, scratch of the threads
+
+
+def text_tokens(count: int) -> list[int]:
+    text = (TINY.parents[2] / "docs" / "architecture.md").read_text()
+    return Tokenizer(TINY).encode(text, special_tokens=False)[:count]
+
+
+def greedy(settings: dict[str, object], tokens: list[int]) -> torch.Tensor:
+    """The likeliest token after each of `tokens`: each position as a sequence of one token, over the same cache."""
+    runner = load(engine_config(TINY, kv_tokens=1024, **settings)).runner
+    blocks = np.arange(1024 // runner.cache.block_size, dtype=np.int32)[: len(tokens) // runner.cache.block_size + 1]
+    runner.logits([SequenceStep("prompt", tokens, 0, blocks, samples=False)])
+    steps = [SequenceStep(f"{i}", [t], i, blocks, samples=True) for i, t in enumerate(tokens)]
+    logits, ids = runner.logits(steps)
+    order = torch.tensor([int(i) for i in ids]).argsort()
+    return logits.argmax(-1)[order]
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize(
+    ("quantization", "group", "least"), [("int8", 0, 0.98), ("int4", 0, 0.9), ("int4", 128, 0.85)], ids=str
+)
+def test_quantized_weights_choose_the_same_tokens(
+    backend: str, quantization: Quantization, group: int, least: float
+) -> None:
+    tokens = text_tokens(400)
+    exact = greedy({"dtype": "float32", **BACKENDS["pytorch"]}, tokens)
+    settings = {"quantization": quantization, "quantization_group": group, **BACKENDS[backend]}
+    agreement = (greedy(settings, tokens) == exact).float().mean()
+    assert agreement >= least
+
+
+def test_every_tensor_of_the_state_has_a_name_of_its_own(checkpoint: Path) -> None:
+    model = Decoder(read_config(checkpoint), 64, STORAGES["native int4"]())
+    state = model.state()
+    pointers = {t.data_ptr() for t in state.values()}
+    assert len(pointers) == len(state)
+    assert len(state) == sum(len(part.state()) for part in model.parts())
