@@ -216,3 +216,15 @@ def test_without_a_limit_the_prompt_comes_first() -> None:
     while not run.streams["long"].times:
         run.step()
     assert max(slowdown for _, slowdown in run.slowdowns) > 50
+
+
+def test_requests_that_begin_together_are_not_paced_by_the_first_of_them() -> None:
+    """Sixteen prompts of 500, the first one a step ahead: all have begun after the steps that their tokens need."""
+    run = Simulation(MACHINES["a CPU, 1.1B int8"], ratio=2.0)
+    run.add("first", 500, 100)
+    run.step()
+    for i in range(15):
+        run.add(f"s{i}", 500, 100)
+    for _ in range(6):
+        run.step()
+    assert all(s.times for s in run.streams.values())

@@ -2,6 +2,7 @@
 
 import asyncio
 import secrets
+import sys
 import time
 from collections import deque
 from collections.abc import AsyncIterator
@@ -29,6 +30,9 @@ from wherry_runtime.tokenization.detokenizer import Detokenizer
 __all__ = ["AsyncEngine", "ModelError", "RequestError"]
 
 SEED_BITS = 53  # what every JSON reader keeps exactly
+# How long one thread may keep the interpreter while another wants it. The device's thread needs it for an instant
+# between two steps (and PyTorch's operators after each of them), and the default is 5 ms: as long as a whole step.
+SWITCH_INTERVAL_S = 0.0005
 
 
 class _Inbox:
@@ -78,6 +82,7 @@ class AsyncEngine:
             raise RuntimeError("the engine was started already")
         self._loop = asyncio.get_running_loop()
         self._loaded = await asyncio.to_thread(load, self._config)
+        sys.setswitchinterval(min(sys.getswitchinterval(), SWITCH_INTERVAL_S))
         self._core = EngineCore(self._loaded.runner, self._loaded.new_scheduler, self._report)
         self._core.start()
 

@@ -23,6 +23,7 @@ from wherry_runtime.scheduling.pacing import Allowance, Pacer
 from wherry_runtime.scheduling.plan import UNKNOWN, SequenceStep, StepPlan, Work
 from wherry_runtime.scheduling.request import Request
 
+YOUNG = 8  # tokens of an answer that may come late if many requests begin together
 NO_DRAFTS: Mapping[str, Sequence[int]] = {}
 
 
@@ -250,13 +251,19 @@ class Scheduler:
                     budget -= count
         if not prompts and not self.waiting:
             return chunks, Allowance(0)
-        context = sum(request.num_planned + 1 for request in decodes)
-        allowance = self.pacer.allowance(budget, len(decodes), context)
+        allowance = self._allowance(budget, decodes)
         for request, remaining in prompts:
             if allowance.exhausted:
                 break
             chunks.append((request, allowance.take(remaining)))
         return chunks, allowance
+
+    def _allowance(self, tokens: int, decodes: list[Request]) -> Allowance:
+        """What prompts may take of a step with `decodes`. Answers that have only just begun do not hold others up: of
+        requests that come together, the first one does not make the rest wait."""
+        if all(request.num_new + request.num_unknown <= YOUNG for request in decodes):
+            return Allowance(tokens)
+        return self.pacer.allowance(tokens, len(decodes), sum(request.num_planned + 1 for request in decodes))
 
     def _missing_blocks(self, chunks: Iterable[tuple[Request, int]]) -> int:
         """How many blocks must be allocated for `chunks`."""
