@@ -64,6 +64,8 @@ REFUSED = [
         "must not be above resources.limits",
     ),
     Refused("unknown dtype", {"dtype": "int4"}, "Unsupported value"),
+    Refused("unknown quantization", {"quantization": {"method": "gptq"}}, "Unsupported value"),
+    Refused("unknown KV cache", {"quantization": {"kvCache": "int4"}}, "Unsupported value"),
     Refused("unknown field", {"replica": 2}, 'unknown field "spec.replica"'),
     Refused("field of later work", {"parallelism": {"tensor": 2}}, 'unknown field "spec.parallelism"'),
     Refused("toleration without sense", {"tolerations": [{"effect": "Sometimes"}]}, "Unsupported value"),

@@ -107,6 +107,21 @@ class Scaling(CamelModel):
     )
 
 
+class Quantization(CamelModel):
+    """What is rounded to fewer bits, to take less memory and be read faster."""
+
+    method: Literal["none", "int8", "int4"] = Field(
+        "none",
+        description="Rounds the weights of matrices as they are loaded; the checkpoint stays as it is. int8 takes half "
+        "of bfloat16's memory and hardly changes answers; int4 takes less than a third and changes some.",
+    )
+    kv_cache: Literal["auto", "fp8", "int8"] = Field(
+        "auto",
+        description="Type of the KV cache; auto: that of the activations. fp8 and int8 hold about twice the tokens of "
+        "bfloat16 in the same memory.",
+    )
+
+
 class Batching(CamelModel):
     """How an engine batches requests. What is left out gets the runtime's own default."""
 
@@ -177,6 +192,11 @@ class LLMDeploymentSpec(CamelModel):
     )
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
         "auto", description="Type of weights and activations; auto takes the model's own."
+    )
+    quantization: Quantization = Field(
+        default_factory=Quantization,
+        description="What is rounded to fewer bits, to take less memory and be read faster.",
+        json_schema_extra=EMPTY,
     )
     replicas: Replicas | None = Field(
         None,

@@ -43,6 +43,8 @@ def engine_config(spec: LLMDeploymentSpec) -> EngineConfig:
         host=f"$({naming.ENV_POD_IP})",
         port=naming.WORKER_PORT,
         dtype=spec.dtype,
+        quantization=spec.quantization.method,
+        kv_cache_dtype=spec.quantization.kv_cache,
         drain_timeout_s=drain_seconds(spec),
         **given,
     )
