@@ -14,6 +14,7 @@ KVCacheDtype = Literal["auto", "float32", "bfloat16", "fp8", "int8"]
 
 
 Backend = Literal["auto", "native", "pytorch"]
+Speculative = Literal["none", "ngram", "draft", "auto"]
 
 
 class EngineConfig(msgspec.Struct, kw_only=True, frozen=True):
@@ -59,6 +60,14 @@ class EngineConfig(msgspec.Struct, kw_only=True, frozen=True):
     backend: Annotated[
         Backend, msgspec.Meta(description="what computes: native CPU kernels, PyTorch, or the faster one that can")
     ] = "auto"
+    speculative: Annotated[
+        Speculative,
+        msgspec.Meta(description="guess tokens by prompt lookup (ngram), a draft model, or both (auto)"),
+    ] = "none"
+    draft_model_uri: Annotated[
+        str, msgspec.Meta(description="model that guesses, with the same tokenizer; for draft and auto")
+    ] = ""
+    max_draft_tokens: Annotated[int, msgspec.Meta(description="guesses per answer and step at most")] = 8
     threads: Annotated[int, msgspec.Meta(description="CPU threads; 0: what the cgroup allows")] = 0
     drain_timeout_s: Annotated[
         int, msgspec.Meta(description="seconds that running requests get to finish after SIGTERM")

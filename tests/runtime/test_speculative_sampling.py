@@ -138,8 +138,12 @@ class TestNotFinite:
         return rows
 
     def test_after_the_newest_token_the_request_fails(self) -> None:
-        (result,) = verify(self.rows(0), [new_live([1], 9, temperature=0)], [[10, 11, 12]])
+        (result,) = verify(self.rows(0, 1), [new_live([1], 9, temperature=0)], [[]])
         assert isinstance(result, BadLogitsError)
+
+    def test_with_guesses_it_is_not_clear_who_is_to_blame(self) -> None:
+        (result,) = verify(self.rows(0), [new_live([1], 9, temperature=0)], [[10, 11, 12]])
+        assert result == Drawn([], tainted=True)
 
     def test_after_a_right_guess_the_run_ends_before(self) -> None:
         (result,) = verify(self.rows(2), [new_live([1], 9, temperature=0)], [[10, 11, 12]])

@@ -83,7 +83,9 @@ class AsyncEngine:
         self._loop = asyncio.get_running_loop()
         self._loaded = await asyncio.to_thread(load, self._config)
         sys.setswitchinterval(min(sys.getswitchinterval(), SWITCH_INTERVAL_S))
-        self._core = EngineCore(self._loaded.runner, self._loaded.new_scheduler, self._report)
+        self._core = EngineCore(
+            self._loaded.runner, self._loaded.new_scheduler, self._report, speculator=self._loaded.speculator
+        )
         self._core.start()
 
     async def close(self) -> None:

@@ -5,6 +5,10 @@ it over; the device's thread starts it the moment N is done. Booking N, telling 
 N+2 all happen while N+1 computes. A request that ends in N, which only a stop token does unforeseen, has a row in N+1
 whose result is dropped.
 
+A step with guesses (see `speculative`) is not planned ahead, and nothing is planned on top of it: guesses need the last
+token, and how many of them hold is known at the end. Nothing overlaps then, which is part of what such steps are
+measured to cost; steps without guesses go on as above.
+
 Requests come in through an inbox; what happens to them goes out through `report`, once a step, on the loop's own
 thread. A step that runs out of memory is planned again, smaller. One that raises anything else is retried one sequence
 at a time, so that only the requests that cannot be computed fail.
@@ -21,7 +25,10 @@ from wherry_protocol.worker import ErrorEvent
 from wherry_runtime.engine.device import DeviceThread, Job, Runner
 from wherry_runtime.engine.failures import event_of, is_out_of_memory, release_memory
 from wherry_runtime.engine.live import Live, Progress
-from wherry_runtime.engine.sampling import BadLogitsError, Sampled
+from wherry_runtime.engine.sampling import Drawn, Sampled
+from wherry_runtime.engine.speculative.policy import Mode
+from wherry_runtime.engine.speculative.rows import Outcome as RunnerOutcome
+from wherry_runtime.engine.speculative.speculator import Speculator
 from wherry_runtime.loading.errors import ModelError
 from wherry_runtime.scheduling.blocks import BlockManager
 from wherry_runtime.scheduling.plan import SequenceStep, StepPlan
@@ -34,7 +41,7 @@ DEPTH = 2  # steps with the device: the one that computes and the one that follo
 LEAD = 0.25  # share of a step's expected duration before its end at which the next one is planned
 MIN_LEAD_S = 0.004
 
-Outcome = Sampled | BadLogitsError | Exception
+Outcome = RunnerOutcome | Exception
 
 
 class EngineClosedError(Exception):
@@ -47,6 +54,7 @@ class Flight:
 
     plan: StepPlan
     job: Job
+    mode: Mode
 
 
 class EngineCore:
@@ -58,8 +66,10 @@ class EngineCore:
         new_scheduler: Callable[[], Scheduler],
         report: Callable[[list[Progress]], None],
         clock: Callable[[], float] = time.monotonic,
+        speculator: Speculator | None = None,
     ) -> None:
         self.runner = runner
+        self.speculator = speculator
         self.scheduler = new_scheduler()
         self.heartbeat = clock()
         self.steps = 0
@@ -75,6 +85,7 @@ class EngineCore:
         self._closing = False
         self._live: dict[str, Live] = {}
         self._flights: deque[Flight] = deque()  # oldest first
+        self._next_mode: Mode | None = None  # of the step to be planned next, once that was asked
         self._device = DeviceThread(runner, clock)
         self._thread = threading.Thread(target=self._loop, name="wherry-step-loop", daemon=True)
 
@@ -156,6 +167,8 @@ class EngineCore:
         with self._wake:
             busy = self._closing or self._added or self._cancelled or self._live or self._flights
             if not busy:
+                if self.speculator is not None:
+                    self.speculator.pause()
                 self._wake.wait(IDLE_BEAT_S)
             added, self._added = self._added, deque()
             cancelled, self._cancelled = self._cancelled, set()
@@ -172,8 +185,16 @@ class EngineCore:
             self._flights.popleft()
 
     def _fail_all(self, error: ErrorEvent) -> None:
-        live, self._live = self._live, {}
-        self._report([Progress(request_id, error=error) for request_id in live])
+        ended = list(self._live.values())
+        for live in ended:
+            self._forget(live)
+        self._report([Progress(live.id, error=error) for live in ended])
+
+    def _forget(self, live: Live) -> None:
+        """Lets go of a request that has ended, except for what the scheduler has of it."""
+        del self._live[live.id]
+        if self.speculator is not None:
+            self.speculator.forget(live.id, live.request.num_new)
 
     def _round(self, added: deque[Live], cancelled: set[str]) -> None:
         """Takes in what came, hands the device its next step, and books the one that is done."""
@@ -202,7 +223,8 @@ class EngineCore:
                 del self._live[live.id]
                 progress.append(Progress(live.id, error=event_of(e)))
         for request_id in cancelled:
-            if self._live.pop(request_id, None) is not None:
+            if (ended := self._live.get(request_id)) is not None:
+                self._forget(ended)
                 self.scheduler.remove(request_id)
                 progress.append(Progress(request_id, finish="cancelled"))
         return progress
@@ -211,7 +233,7 @@ class EngineCore:
         """Seconds until the next step should be planned: late, so that whoever comes meanwhile is in it, but surely
         before the device is done. None: it has its next step, or that cannot be planned yet."""
         # After a step with drafts, nobody knows where the next one starts.
-        if len(self._flights) != 1 or self._flights[0].plan.has_drafts:
+        if len(self._flights) != 1 or self._flights[0].plan.has_drafts or self._mode() is not Mode.PLAIN:
             return None
         flight = self._flights[0]
         now = self._clock()
@@ -219,9 +241,25 @@ class EngineCore:
         elapsed = now - (flight.job.started or now)
         return max(expected - elapsed - max(LEAD * expected, MIN_LEAD_S), 0.0)
 
+    def _mode(self) -> Mode:
+        """Whether the next step is to have guesses. The answer stays until that step is planned."""
+        if self._next_mode is None:
+            decoding = self.scheduler.num_decoding if self.speculator is not None else 0
+            # Prompts make a step long anyway, and nobody has measured what guesses cost in it.
+            self._next_mode = self.speculator.next_mode(decoding) if self.speculator and decoding else Mode.PLAIN
+        return self._next_mode
+
+    def _guess(self) -> tuple[Mode, dict[str, list[int]]]:
+        """Guesses for the next step, if it is to have any and still can."""
+        mode, self._next_mode = self._mode(), None
+        if self.speculator is None or mode is Mode.PLAIN or self._flights or not self.scheduler.num_decoding:
+            return Mode.PLAIN, {}
+        return mode, self.speculator.propose([self._live[r.id] for r in self.scheduler.running])
+
     def _launch(self, progress: list[Progress]) -> None:
         """Plans a step and hands it to the device, if there is anything to do."""
-        plan = self.scheduler.schedule()
+        mode, guesses = self._guess()
+        plan = self.scheduler.schedule(guesses)
         now = self._clock()
         for request_id in plan.admitted:
             live = self._live[request_id]
@@ -232,7 +270,7 @@ class EngineCore:
         if plan.sequences:
             sampling = {s.request_id: self._live[s.request_id] for s in plan.sequences if s.samples}
             before = self._flights[-1].job if self._flights else None
-            self._flights.append(Flight(plan, self._submit(plan.sequences, sampling, before)))
+            self._flights.append(Flight(plan, self._submit(plan.sequences, sampling, before), mode))
 
     def _submit(self, sequences: list[SequenceStep], live: Mapping[str, Live], after: Job | None = None) -> Job:
         job = Job(sequences, live, after)
@@ -250,8 +288,9 @@ class EngineCore:
         job = flight.job
         self.steps += 1
         if job.error is None:
-            self.scheduler.pacer.observe(flight.plan.work, job.seconds)
-            self._settle(flight.plan, job.outcomes, progress)
+            if not flight.plan.has_drafts:  # guesses are neither prompts nor answers
+                self.scheduler.pacer.observe(flight.plan.work, job.seconds)
+            self._settle(flight, job.outcomes, progress)
         else:
             self._recover(flight, job.error, progress)
         if tainted := self.scheduler.take_tainted():
@@ -277,7 +316,7 @@ class EngineCore:
         else:
             for sequence in plan.sequences:
                 outcomes.update(self._run_alone(sequence, failed.job.live))
-        self._settle(plan, outcomes, progress)
+        self._settle(failed, outcomes, progress)
 
     def _run_alone(self, sequence: SequenceStep, live: Mapping[str, Live]) -> Mapping[str, Outcome]:
         self.heartbeat = self._clock()
@@ -285,10 +324,12 @@ class EngineCore:
         self._device.collect()
         return job.outcomes if job.error is None else {sequence.request_id: job.error}
 
-    def _settle(self, plan: StepPlan, outcomes: Mapping[str, Outcome], progress: list[Progress]) -> None:
+    def _settle(self, flight: Flight, outcomes: Mapping[str, Outcome], progress: list[Progress]) -> None:
         """Books a computed plan: its tokens, and the requests that ended with it."""
+        plan = flight.plan
         drawn: dict[str, list[int]] = {}
-        ended: list[str] = []
+        ended: list[Live] = []
+        tainted: list[str] = []
         for step in plan.sequences:
             request_id = step.request_id
             live = self._live.get(request_id)
@@ -298,24 +339,33 @@ class EngineCore:
             if isinstance(outcome, Exception):
                 self._fail(request_id, outcome, progress)
                 continue
-            drawn[request_id] = self._book(live, [outcome], progress)
-            if progress[-1].finish is not None:
-                ended.append(request_id)
+            run = outcome.tokens if isinstance(outcome, Drawn) else [outcome]
+            drawn[request_id] = self._book(live, run, progress)
+            if run and progress[-1].finish is not None:
+                ended.append(live)
+            elif isinstance(outcome, Drawn) and outcome.tainted:
+                tainted.append(request_id)
         self.scheduler.commit(plan, drawn)
-        for request_id in ended:
-            del self._live[request_id]
-            self.scheduler.remove(request_id)
+        if self.speculator is not None:
+            self.speculator.observe(flight.mode, plan, drawn)
+            for request_id in tainted:
+                self.runner.cache.scrub(self.scheduler.rewind(request_id))
+                self.speculator.exclude(request_id)
+        for live in ended:
+            self._forget(live)
+            self.scheduler.remove(live.id)
 
     def _fail(self, request_id: str, error: Exception, progress: list[Progress]) -> None:
-        if self._live.pop(request_id, None) is None:
+        if (live := self._live.get(request_id)) is None:
             return
+        self._forget(live)
         log.error("request %s failed: %s: %s", request_id, type(error).__name__, error)
         self.scheduler.remove(request_id, suspect=True)
         progress.append(Progress(request_id, error=event_of(error)))
 
     def _book(self, live: Live, sampled: list[Sampled], progress: list[Progress]) -> list[int]:
         """Reports tokens up to the one that ends the answer; these tokens."""
-        if live.first_token is None:
+        if live.first_token is None and sampled:
             live.first_token = self._clock()
         tokens: list[int] = []
         num_new = live.request.num_new

@@ -14,7 +14,8 @@ from typing import Any, Protocol
 
 from wherry_runtime.engine.failures import is_out_of_memory
 from wherry_runtime.engine.live import Live
-from wherry_runtime.engine.sampling import BadLogitsError, Sampled
+from wherry_runtime.engine.sampling import Drawn, Sampled
+from wherry_runtime.engine.speculative.rows import Outcome
 from wherry_runtime.scheduling.plan import UNKNOWN, SequenceStep
 
 log = logging.getLogger(__name__)
@@ -37,8 +38,8 @@ class Runner(Protocol):
     def prepare(self, sequences: list[SequenceStep]) -> Any:
         """Host work of a step that needs no token's value. Called by the step loop while `run` is busy elsewhere."""
 
-    def run(self, prepared: Any, live: Mapping[str, Live]) -> Mapping[str, Sampled | BadLogitsError]:
-        """Computes the step and draws: request id → token, for those that sample. Blocks, without the GIL.
+    def run(self, prepared: Any, live: Mapping[str, Live]) -> Mapping[str, Outcome]:
+        """Computes the step and draws: request id → token or tokens, for those that sample. Blocks, without the GIL.
 
         By now no token of the sequences that `prepared` was made from is UNKNOWN. `live` has those that sample. Writes
         the sequences' keys and values. May raise anything; then it may have written some of them.
@@ -60,7 +61,7 @@ class Job:
     dropped: bool = False  # set to not start it
     started: float | None = None  # on the device's clock
     seconds: float = 0.0
-    outcomes: Mapping[str, Sampled | BadLogitsError] = field(default_factory=dict)
+    outcomes: Mapping[str, Outcome] = field(default_factory=dict)
     error: Exception | None = None
 
 
@@ -117,9 +118,12 @@ class DeviceThread:
         for request_id, outcome in job.outcomes.items():
             if isinstance(outcome, Sampled):
                 job.live[request_id].note_token(outcome.token)
+            elif isinstance(outcome, Drawn):
+                for sampled in outcome.tokens:
+                    job.live[request_id].note_token(sampled.token)
 
 
-def fill_in(sequences: list[SequenceStep], outcomes: Mapping[str, Sampled | BadLogitsError]) -> None:
+def fill_in(sequences: list[SequenceStep], outcomes: Mapping[str, Outcome]) -> None:
     """Puts drawn tokens in the place of UNKNOWN ones.
 
     Where a request has failed instead, any token does: nobody looks at what comes after it.

@@ -13,7 +13,9 @@ import torch
 from wherry_runtime.attention.metadata import sort_sequences
 from wherry_runtime.engine.live import Live
 from wherry_runtime.engine.prepared import Prepared
-from wherry_runtime.engine.sampling import BadLogitsError, Sampled, sample
+from wherry_runtime.engine.rng import gumbel_noise
+from wherry_runtime.engine.sampling import Noise
+from wherry_runtime.engine.speculative.rows import Outcome, draw, one_by_one
 from wherry_runtime.scheduling.plan import SequenceStep
 
 
@@ -42,11 +44,12 @@ class ModelRunner:
     def __init__(self, model: Model) -> None:
         self.model = model
         self.cache = model.cache
+        self.noise: Noise = gumbel_noise  # may be one that remembers
 
     def prepare(self, sequences: list[SequenceStep]) -> Prepared:
         """What can be known of a step ahead. Does not look at the tokens' values, which may still be `UNKNOWN`."""
         size = self.cache.block_size
-        ordered = sort_sequences(sequences)
+        ordered = sort_sequences(one_by_one(sequences))
         num_decodes = sum(len(s.tokens) == 1 for s in ordered)
         # The decodes' rows in plain Python: for one number each, calling NumPy costs more than the arithmetic.
         starts = [s.start for s in ordered[:num_decodes]]
@@ -69,15 +72,15 @@ class ModelRunner:
         ids = [s.request_id for s in ordered if s.samples]
         return Prepared(ordered, np.concatenate(positions), np.concatenate(slots), sampled_rows, ids)
 
-    def run(self, prepared: Prepared, live: Mapping[str, Live]) -> dict[str, Sampled | BadLogitsError]:
-        """Computes the ranges and draws the next tokens: request id → token, for those that sample. Blocks."""
+    def run(self, prepared: Prepared, live: Mapping[str, Live]) -> dict[str, Outcome]:
+        """Computes the ranges and draws the next tokens: request id → token or tokens, if it samples. Blocks."""
         with torch.inference_mode():
             logits = self.model.logits(prepared)
             if not prepared.ids:
                 return {}
-            return dict(zip(prepared.ids, sample(logits, [live[i] for i in prepared.ids]), strict=True))
+            return draw(logits, prepared.sequences, live, self.noise)
 
-    def step(self, sequences: list[SequenceStep], live: Mapping[str, Live]) -> dict[str, Sampled | BadLogitsError]:
+    def step(self, sequences: list[SequenceStep], live: Mapping[str, Live]) -> dict[str, Outcome]:
         """Both halves."""
         return self.run(self.prepare(sequences), live)
 

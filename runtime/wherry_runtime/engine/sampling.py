@@ -42,7 +42,8 @@ class Sampled:
 class Drawn:
     """What was drawn in a step with guesses: the guesses that came true, and the token after them.
 
-    `tainted`: a guess that did not come true gave numbers that are not finite, and so are its key and value.
+    `tainted`: a guess gave numbers that are not finite, and so are its key and value. There may be no tokens then:
+    where attention multiplies masked values by zero, those of a guess reach the rows before it.
     """
 
     tokens: list[Sampled]
@@ -61,8 +62,8 @@ def verify(
         guesses: of each request; they must fit into what its answer may have left, less one.
 
     Returns:
-        For each request at least one token, or the error to fail it with. Where numbers are not finite after a guess
-        that came true, the run ends before them: the next step meets them where they are the request's own.
+        For each request at least one token, or the error to fail it with. A run ends before numbers that are not
+        finite, even if that is at once: a step without guesses then tells whether they are the request's own.
     """
     finite = torch.isfinite(logits.amax(dim=-1)).tolist()
     likeliest = logits.argmax(dim=-1).tolist()
@@ -70,7 +71,7 @@ def verify(
     first = 0
     for live, run in zip(rows, guesses, strict=True):
         end = first + len(run) + 1
-        if finite[first]:
+        if finite[first] or len(run):
             drawn = _draw_run(logits[first:end], finite[first:end], likeliest[first:end], live, run, noise)
             results.append(Drawn(drawn, tainted=not all(finite[first + len(drawn) : end])))
         else:

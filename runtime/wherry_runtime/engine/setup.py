@@ -14,6 +14,8 @@ from wherry_runtime.engine.backend import build, use_native
 from wherry_runtime.engine.core import new_scheduler_factory
 from wherry_runtime.engine.resources import Device, cpu_threads
 from wherry_runtime.engine.runner import ModelRunner
+from wherry_runtime.engine.speculative.setup import load_draft, new_speculator
+from wherry_runtime.engine.speculative.speculator import Speculator
 from wherry_runtime.kernels.cpu import library
 from wherry_runtime.kvcache.formats import choose_format
 from wherry_runtime.kvcache.paged import bytes_per_token
@@ -46,6 +48,7 @@ class Loaded:
     chat_template: ChatTemplate | None
     runner: ModelRunner
     new_scheduler: Callable[[], Scheduler]
+    speculator: Speculator | None
 
     async def encode(self, text: str, *, special_tokens: bool) -> list[int]:
         """Token ids of `text`, off the event loop if it is long."""
@@ -78,7 +81,9 @@ def load(config: EngineConfig) -> Loaded:
         raise ModelError("bad_setting", str(e)) from e
     cache_root = Path(config.weight_cache).expanduser() if config.weight_cache else None
     model = load_model(directory, model_config, wanted, storage, cache_root)
-    num_blocks = _num_blocks(config, wanted, bytes_per_token(model_config, stored, native=native), device)
+    draft = load_draft(config, model_config, tokenizer, wanted, device.torch)
+    beside = draft.bytes_per_token if draft is not None else 0
+    num_blocks = _num_blocks(config, wanted, bytes_per_token(model_config, stored, native=native), device, beside)
     kv_tokens = num_blocks * config.block_size
     max_model_len = wanted
     if kv_tokens < wanted and not config.max_model_len:
@@ -90,6 +95,7 @@ def load(config: EngineConfig) -> Loaded:
         library.target() if native else "PyTorch",
         *(max_model_len, kv_tokens),
     )
+    runner = ModelRunner(build(model, num_blocks, config.block_size, stored, native=native, threads=threads))
     return Loaded(
         model_config=model_config,
         max_model_len=max_model_len,
@@ -99,7 +105,7 @@ def load(config: EngineConfig) -> Loaded:
         num_parameters=model.num_parameters(),
         tokenizer=tokenizer,
         chat_template=template,
-        runner=ModelRunner(build(model, num_blocks, config.block_size, stored, native=native, threads=threads)),
+        runner=runner,
         new_scheduler=new_scheduler_factory(
             num_blocks,
             config.block_size,
@@ -109,6 +115,7 @@ def load(config: EngineConfig) -> Loaded:
             config.max_queued,
             config.max_itl_ratio,
         ),
+        speculator=new_speculator(config, draft, kv_tokens, runner, threads),
     )
 
 
@@ -135,14 +142,16 @@ def _model_length(config: EngineConfig, model_config: ModelConfig) -> int:
     return config.max_model_len or own
 
 
-def _num_blocks(config: EngineConfig, max_model_len: int, token_bytes: int, device: Device) -> int:
+def _num_blocks(config: EngineConfig, max_model_len: int, token_bytes: int, device: Device, beside: int) -> int:
     """KV cache blocks: what was asked for or what memory allows, but no more than a full batch can use.
+
+    `beside`: bytes that a token takes in a second cache as long as this one.
 
     Raises:
         ModelError: kv_cache_too_small, when there is no room for a single block.
     """
     per_block = token_bytes * config.block_size
-    memory = config.kv_cache_bytes or device.memory_for_cache()
+    memory = config.kv_cache_bytes or device.memory_for_cache() * token_bytes // (token_bytes + beside)
     useful = config.max_running * -(-max_model_len // config.block_size)
     num_blocks = min(memory // per_block, useful)
     if num_blocks < 1:

@@ -82,6 +82,14 @@ class Scheduler:
     def idle(self) -> bool:
         return not self._requests
 
+    @property
+    def num_decoding(self) -> int:
+        """Sequences in the next step if all that it does is to advance each running one by a token; 0 if it does more,
+        or a plan in flight draws somebody's last token."""
+        if self.waiting and len(self.running) < min(self.max_running, self.limit.tokens):
+            return 0
+        return len(self.running) if all(r.remaining == 1 for r in self.running) else 0
+
     def add(self, request: Request) -> None:
         """Queues a request.
 
@@ -163,8 +171,8 @@ class Scheduler:
         """Books a computed plan: progress, blocks that became full, and the tokens drawn (by request id).
 
         Requests that sample have at least one token, and at most one more than they had drafts: the drafts accepted and
-        the token after them. What rejected drafts left in the KV cache is overwritten. Requests that were removed in
-        the meantime are skipped.
+        the token after them. Those with drafts may have none, and are then where they were. What rejected drafts left
+        in the KV cache is overwritten. Requests that were removed in the meantime are skipped.
         """
         if not plan.sequences:
             return
@@ -207,6 +215,20 @@ class Scheduler:
         while len(self.running) > self.limit.tokens:
             self._preempt_last()
         return smaller
+
+    def rewind(self, request_id: str) -> list[int]:
+        """Takes back the last block that is not full, after a rejected draft wrote to it what nobody may read.
+
+        Only while no plan is in flight. Its tokens are computed again.
+
+        Returns:
+            The blocks to scrub: nobody else has them.
+        """
+        request = self._requests[request_id]
+        full = request.num_computed // self.blocks.block_size
+        request.num_computed = request.num_planned = full * self.blocks.block_size
+        tainted: list[int] = request.blocks[full:].tolist()
+        return tainted
 
     def check_integrity(self) -> None:
         """Raises IntegrityError if a block is lost, held twice or held by nobody live."""

@@ -53,6 +53,11 @@ class Tokenizer:
         self.strips_leading_space = '"Strip"' in decoder or '"Metaspace"' in decoder
         self.vocab_size = self._fast.get_vocab_size(with_added_tokens=True)
 
+    def differs_from(self, other: "Tokenizer") -> int | None:
+        """The first token id that means something else in `other`; None if there is none."""
+        own, theirs = self._fast.get_vocab(), other._fast.get_vocab()
+        return min((i for _, i in own.items() ^ theirs.items()), default=None)
+
     def encode(self, text: str, *, special_tokens: bool = True) -> list[int]:
         """Token ids of `text`; `special_tokens` adds what the tokenizer's post-processor adds (such as BOS)."""
         return list(self._fast.encode(text, add_special_tokens=special_tokens).ids)

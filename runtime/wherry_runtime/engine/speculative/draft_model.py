@@ -164,10 +164,12 @@ class DraftModel:
     ) -> list[Wanted]:
         """One pass and the guesses that it gives; the sequences that want another."""
         began = self._clock()
-        logits, ids = self._runner.logits(steps)
         continuing = []
+        with torch.inference_mode():
+            logits, ids = self._runner.logits(steps)
+            if ids:
+                self._guess(logits, [by_id[i] for i in ids])
         if ids:
-            self._guess(logits, [by_id[i] for i in ids])
             continuing = [by_id[i] for i in ids if goes_on(by_id[i])]
         seconds = self._clock() - began
         rows = sum(len(s.tokens) for s in steps)

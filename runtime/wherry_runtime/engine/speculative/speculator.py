@@ -16,6 +16,7 @@ log = logging.getLogger(__name__)
 
 HOLD = 8  # steps that a choice of depth is kept for
 TYPICAL_ANSWER = 64.0  # tokens, before any answer has ended
+MAX_FAILURES = 3  # of the draft model in a row
 SHORT_LAG = 32  # tokens; a sequence further behind is caught up for a trial only if few are
 
 
@@ -77,11 +78,13 @@ class Speculator:
         self._found = Acceptance(MAX_MATCH + 1)  # by length of match
         self._drafted = Acceptance(NUM_CLASSES)
         self._indexes: dict[str, NgramIndex] = {}
+        self._excluded: set[str] = set()
         self._runs: dict[str, _Run] = {}
         self._mode = Mode.PLAIN
         self._choice = Choice(0, 0, 0.0)
         self._chosen_for = 0
         self._held = 0
+        self._failures = 0  # of the draft model, in a row
         self._guessing_s = 0.0  # of the draft model, for the step now
         self._last_end: float | None = None
         self._answer_length = Ratio(TYPICAL_ANSWER * 4, 4.0, 0.95)
@@ -110,8 +113,8 @@ class Speculator:
                 del run.guesses.tokens[count:], run.guesses.classes[count:]
         return {i: run.guesses.tokens for i, run in self._runs.items()}
 
-    def observe(self, plan: StepPlan, tokens: Mapping[str, Sequence[int]]) -> None:
-        """Learns from a step that was committed: the `tokens` that it drew, by request id."""
+    def observe(self, mode: Mode, plan: StepPlan, tokens: Mapping[str, Sequence[int]]) -> None:
+        """Learns from a step of a mode that was committed: the `tokens` that it drew, by request id."""
         now = self._clock()
         seconds = None if self._last_end is None else now - self._last_end
         self._last_end = now
@@ -126,22 +129,27 @@ class Speculator:
         drafts = sum(s.num_drafts for s in plan.sequences)
         if seconds is None or not drawn or rows - drafts != running:  # prompts among them: another kind of step
             return
-        if self._mode is Mode.PLAIN:
+        if mode is Mode.PLAIN:
             self._costs.plain.note(running, seconds)
         else:
             self._costs.checking.note(rows, seconds - self._guessing_s)
             if self._draft is not None and self._guessing_s:
                 self.governor.invest(self._draft.catching_up_s)
-        self.governor.note(self._mode, running, drawn, seconds)
+        self.governor.note(mode, running, drawn, seconds)
 
     def pause(self) -> None:
         """No step follows at once: the time until the next one says nothing."""
         self._last_end = None
 
+    def exclude(self, request_id: str) -> None:
+        """Makes no more guesses for a request: one of them did harm."""
+        self._excluded.add(request_id)
+
     def forget(self, request_id: str, num_new: int) -> None:
         """Lets go of a request that ended after `num_new` tokens."""
         if num_new:
             self._answer_length.add(num_new)
+        self._excluded.discard(request_id)
         self._indexes.pop(request_id, None)
         self._runs.pop(request_id, None)
         self._found.forget(request_id)
@@ -156,6 +164,8 @@ class Speculator:
         """What prompt lookup finds, and what may be expected of the draft model."""
         request = live.request
         room = min(self._max_guesses, request.max_new_tokens - request.num_new - 1)
+        if live.id in self._excluded:
+            room = 0
         proposal = _Proposal(live, room)
         chances: list[float] = []
         if self._lookup and room > 0:
@@ -209,11 +219,18 @@ class Speculator:
         try:
             self._draft.propose(wanted, self._choice.rounds, goes_on)
         except Exception as e:
-            log.warning("the draft model failed (%s: %s); it starts again", type(e).__name__, e)
+            self._failures += 1
+            last = self._failures == MAX_FAILURES
+            log.warning(
+                "the draft model failed (%s: %s)%s", type(e).__name__, e, "; it is not used any more" if last else ""
+            )
             self._draft.clear()
+            if last:
+                self._draft = None
             return {}
         finally:
             self._guessing_s = self._clock() - began
+        self._failures = 0
         return {item.live.id: _Run(item.guesses, True) for item in wanted if item.guesses.tokens}
 
     def _note_run(self, request_id: str, guesses: Sequence[int], answer: Sequence[int]) -> None:
