@@ -14,21 +14,18 @@
 #include <algorithm>
 
 #include "abi.h"
-#include "simd.h"
+#include "simd_native.h"
 
 namespace wherry::WHERRY_TARGET {
 
 constexpr int PANEL = 64;
-constexpr int VECTORS = PANEL / LANES;
+constexpr int VECTORS = PANEL / WIDTH;
 constexpr int BLOCK = 64;            // words along K per block: 16 KiB of weights stay in L1 while all rows use them
 constexpr int CHUNK = 96;            // rows whose sums are kept at hand
 constexpr int PREFETCH_AHEAD = 2048;  // bytes
 
-#ifdef __AVX512F__
-constexpr int COLUMNS = VECTORS;  // vectors of a panel that a tile takes at once, for as many registers as there are
-#else
-constexpr int COLUMNS = 1;
-#endif
+// Vectors of a panel that a tile takes at once: all four of 32 registers' targets, two of those with 16.
+constexpr int COLUMNS = WIDTH == 16 ? VECTORS : 2;
 
 struct Linear {
   explicit Linear(const Call& call, const Step& step)
@@ -48,15 +45,15 @@ struct Linear {
 
   // Sums [rows][64] of a panel → y, with bias.
   void finish(const float* sums, int64_t panel, int64_t first_row, int64_t num_rows) const {
-    f32x16 b[VECTORS] = {};
+    fvec b[VECTORS] = {};
     if (bias)
-      for (int v = 0; v < VECTORS; v++) b[v] = load<f32x16>(bias + panel * PANEL + v * LANES);
+      for (int v = 0; v < VECTORS; v++) b[v] = load<fvec>(bias + panel * PANEL + v * WIDTH);
     for (int64_t r = 0; r < num_rows; r++) {
       float* to = y + (first_row + r) * y_stride + panel * PANEL;
       for (int v = 0; v < VECTORS; v++) {
-        f32x16 value = load<f32x16>(sums + r * PANEL + v * LANES) + b[v];
-        if (add) value = load<f32x16>(to + v * LANES) + value;
-        store(to + v * LANES, value);
+        fvec value = load<fvec>(sums + r * PANEL + v * WIDTH) + b[v];
+        if (add) value = load<fvec>(to + v * WIDTH) + value;
+        store(to + v * WIDTH, value);
       }
     }
   }

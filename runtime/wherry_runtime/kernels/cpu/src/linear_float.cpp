@@ -4,40 +4,27 @@
 
 namespace wherry::WHERRY_TARGET {
 
-#ifdef __AVX512F__
-constexpr int MOST_ROWS = 6;  // 6 × 4 sums, 4 weights and a word of x: 29 of 32 registers
-#else
-constexpr int MOST_ROWS = 4;
-#endif
-
-struct Float32 {
-  static constexpr int PER_WORD = 1;
-  static f32x16 dot(f32x16 sum, i32x16 w, i32x16 x) { return sum + (f32x16)w * (f32x16)x; }
-};
-
-struct BFloat16 {
-  static constexpr int PER_WORD = 2;
-  static f32x16 dot(f32x16 sum, i32x16 w, i32x16 x) { return dot_bf16(sum, w, x); }
-};
+// With the sums, a tile's weights and a word of x, 29 of 32 registers or 15 of 16.
+constexpr int MOST_ROWS = 6;
 
 // sums [ROWS][64] += x [ROWS][words] · weights [words][64], for COLUMNS vectors of the panel.
 template <class Type, int ROWS>
 static void tile(const int32_t* x, int64_t stride, const int32_t* weights, int64_t words, float* sums) {
-  f32x16 total[ROWS][COLUMNS];
+  fvec total[ROWS][COLUMNS];
 #pragma GCC unroll 8
   for (int r = 0; r < ROWS; r++)
 #pragma GCC unroll 4
-    for (int v = 0; v < COLUMNS; v++) total[r][v] = load<f32x16>(sums + r * PANEL + v * LANES);
+    for (int v = 0; v < COLUMNS; v++) total[r][v] = load<fvec>(sums + r * PANEL + v * WIDTH);
   for (int64_t k = 0; k < words; k++) {
-    i32x16 w[COLUMNS];
+    ivec w[COLUMNS];
 #pragma GCC unroll 4
     for (int v = 0; v < COLUMNS; v++) {
-      prefetch((const char*)(weights + k * PANEL + v * LANES) + PREFETCH_AHEAD);
-      w[v] = load<i32x16>(weights + k * PANEL + v * LANES);
+      prefetch((const char*)(weights + k * PANEL + v * WIDTH) + PREFETCH_AHEAD);
+      w[v] = load<ivec>(weights + k * PANEL + v * WIDTH);
     }
 #pragma GCC unroll 8
     for (int r = 0; r < ROWS; r++) {
-      i32x16 word = splat(x[r * stride + k]);
+      int32_t word = x[r * stride + k];
 #pragma GCC unroll 4
       for (int v = 0; v < COLUMNS; v++) total[r][v] = Type::dot(total[r][v], w[v], word);
     }
@@ -45,7 +32,7 @@ static void tile(const int32_t* x, int64_t stride, const int32_t* weights, int64
 #pragma GCC unroll 8
   for (int r = 0; r < ROWS; r++)
 #pragma GCC unroll 4
-    for (int v = 0; v < COLUMNS; v++) store(sums + r * PANEL + v * LANES, total[r][v]);
+    for (int v = 0; v < COLUMNS; v++) store(sums + r * PANEL + v * WIDTH, total[r][v]);
 }
 
 template <class Type>
@@ -60,13 +47,13 @@ static void linear(const Call& call, Context& context) {
       int64_t count = std::min<int64_t>(BLOCK, words - k);
       for_each_tile<MOST_ROWS>(rows, [&]<int ROWS>(int64_t row) {
         for (int v = 0; v < VECTORS; v += COLUMNS)
-          tile<Type, ROWS>(x + (first + row) * stride + k, stride, block + v * LANES, count, sums + row * PANEL + v * LANES);
+          tile<Type, ROWS>(x + (first + row) * stride + k, stride, block + v * WIDTH, count, sums + row * PANEL + v * WIDTH);
       });
     }
   });
 }
 
-void linear_f32(const Call& call, Context& context) { linear<Float32>(call, context); }
-void linear_bf16(const Call& call, Context& context) { linear<BFloat16>(call, context); }
+void linear_f32(const Call& call, Context& context) { linear<OneFloat>(call, context); }
+void linear_bf16(const Call& call, Context& context) { linear<TwoBFloat16>(call, context); }
 
 }  // namespace wherry::WHERRY_TARGET

@@ -9,23 +9,23 @@
 
 namespace wherry::WHERRY_TARGET {
 
-constexpr int MOST_ROWS = 3;  // 3 × 4 integer and 3 × 4 float sums, 4 weights and a word of x: 29 of 32 registers
+constexpr int MOST_ROWS = 3;  // integer and float sums, weights and a word of x: 29 of 32 registers, or 15 of 16
 constexpr int PER_WORD = 4;
 
 // A word of int8 weights: [64][4] bytes.
 struct Int8 {
   static constexpr int BYTES = 256;  // a step of one word, 64 outputs
   static constexpr int ZERO = 128;
-  static u8x64 at(const uint8_t* weights, int64_t k, int vector) { return load<u8x64>(weights + k * BYTES + vector * 64); }
+  static ivec at(const uint8_t* weights, int64_t k, int vector) { return load<ivec>(weights + k * BYTES + vector * 4 * WIDTH); }
 };
 
 // Two nibbles a byte, [32][4] bytes: outputs 0 … 31 in the low ones, 32 … 63 in the high ones.
 struct Int4 {
   static constexpr int BYTES = 128;
   static constexpr int ZERO = 8;
-  static u8x64 at(const uint8_t* weights, int64_t k, int vector) {
-    u8x64 pair = load<u8x64>(weights + k * BYTES + (vector % 2) * 64);
-    return vector < 2 ? pair & 15 : pair >> 4;
+  static ivec at(const uint8_t* weights, int64_t k, int vector) {
+    ivec pair = load<ivec>(weights + k * BYTES + vector % (VECTORS / 2) * 4 * WIDTH);
+    return (vector < VECTORS / 2 ? pair : pair >> 4) & 0x0f0f0f0f;
   }
 };
 
@@ -33,7 +33,7 @@ struct Int4 {
 struct Unpacked {
   static constexpr int BYTES = 256;
   static constexpr int ZERO = Int4::ZERO;
-  static u8x64 at(const uint8_t* weights, int64_t k, int vector) { return Int8::at(weights, k, vector); }
+  static ivec at(const uint8_t* weights, int64_t k, int vector) { return Int8::at(weights, k, vector); }
 };
 
 struct Operands {
@@ -47,25 +47,25 @@ struct Operands {
 template <class Type, int ROWS>
 static void tile(const Operands& in, int64_t row, int64_t group, int64_t count, const uint8_t* weights,
                  const uint16_t* scales, int vector, float* sums) {
-  f32x16 total[ROWS][COLUMNS];
+  fvec total[ROWS][COLUMNS];
   const int32_t* x[ROWS];
 #pragma GCC unroll 4
   for (int r = 0; r < ROWS; r++) {
     x[r] = (const int32_t*)(in.x + (row + r) * in.x_stride + group * in.group);
 #pragma GCC unroll 4
-    for (int v = 0; v < COLUMNS; v++) total[r][v] = load<f32x16>(sums + r * PANEL + (vector + v) * LANES);
+    for (int v = 0; v < COLUMNS; v++) total[r][v] = load<fvec>(sums + r * PANEL + (vector + v) * WIDTH);
   }
   int64_t words = in.group / PER_WORD;
   for (int64_t g = 0; g < count; g++) {
-    i32x16 dot[ROWS][COLUMNS];
+    ivec dot[ROWS][COLUMNS];
 #pragma GCC unroll 4
     for (int r = 0; r < ROWS; r++) {
-      i32x16 start = splat(-Type::ZERO * in.x_sums[(row + r) * in.groups + group + g]);
+      ivec start = ivec{} - Type::ZERO * in.x_sums[(row + r) * in.groups + group + g];
 #pragma GCC unroll 4
       for (int v = 0; v < COLUMNS; v++) dot[r][v] = start;
     }
     for (int64_t k = g * words; k < (g + 1) * words; k++) {
-      u8x64 w[COLUMNS];
+      ivec w[COLUMNS];
 #pragma GCC unroll 4
       for (int v = 0; v < COLUMNS; v++) w[v] = Type::at(weights, k, vector + v);
 #pragma GCC unroll 4
@@ -73,25 +73,25 @@ static void tile(const Operands& in, int64_t row, int64_t group, int64_t count, 
         prefetch(weights + k * Type::BYTES + line + PREFETCH_AHEAD);
 #pragma GCC unroll 4
       for (int r = 0; r < ROWS; r++) {
-        i32x16 word = splat(x[r][k]);
+        ivec word = ivec{} + x[r][k];
 #pragma GCC unroll 4
         for (int v = 0; v < COLUMNS; v++) dot[r][v] = dot_u8s8(dot[r][v], w[v], word);
       }
     }
 #pragma GCC unroll 4
     for (int v = 0; v < COLUMNS; v++) {
-      f32x16 scale = f16_to_float(load<u16x16>(scales + g * PANEL + (vector + v) * LANES));
+      fvec scale = half_to_float(scales + g * PANEL + (vector + v) * WIDTH);
 #pragma GCC unroll 4
       for (int r = 0; r < ROWS; r++) {
-        f32x16 both = scale * in.x_scales[(row + r) * in.groups + group + g];
-        total[r][v] = total[r][v] + to_float(dot[r][v]) * both;
+        fvec both = scale * in.x_scales[(row + r) * in.groups + group + g];
+        total[r][v] = total[r][v] + __builtin_convertvector(dot[r][v], fvec) * both;
       }
     }
   }
 #pragma GCC unroll 4
   for (int r = 0; r < ROWS; r++)
 #pragma GCC unroll 4
-    for (int v = 0; v < COLUMNS; v++) store(sums + r * PANEL + (vector + v) * LANES, total[r][v]);
+    for (int v = 0; v < COLUMNS; v++) store(sums + r * PANEL + (vector + v) * WIDTH, total[r][v]);
 }
 
 template <class Type>

@@ -132,38 +132,6 @@ inline f32x16 exp(f32x16 x) {
   return x < -87.0f ? splat(0.0f) : p * scale;
 }
 
-// acc + Σ of four products of unsigned `w` with signed `a`, per lane.
-inline i32x16 dot_u8s8(i32x16 acc, u8x64 w, i32x16 a) {
-#ifdef __AVX512VNNI__
-  return (i32x16)_mm512_dpbusd_epi32((__m512i)acc, (__m512i)w, (__m512i)a);
-#else
-  // Through 16 bits: the 8-bit multiply-add saturates.
-  __m256i ws[2], as[2], sums[2];
-  std::memcpy(ws, &w, 64);
-  std::memcpy(as, &a, 64);
-  std::memcpy(sums, &acc, 64);
-  for (int h = 0; h < 2; h++) {
-    __m256i even_w = _mm256_and_si256(ws[h], _mm256_set1_epi16(0xff)), odd_w = _mm256_srli_epi16(ws[h], 8);
-    __m256i even_a = _mm256_srai_epi16(_mm256_slli_epi16(as[h], 8), 8), odd_a = _mm256_srai_epi16(as[h], 8);
-    sums[h] = _mm256_add_epi32(sums[h], _mm256_madd_epi16(even_w, even_a));
-    sums[h] = _mm256_add_epi32(sums[h], _mm256_madd_epi16(odd_w, odd_a));
-  }
-  i32x16 result;
-  std::memcpy(&result, sums, 64);
-  return result;
-#endif
-}
-
-// acc + Σ of two products of bfloat16, per lane; pairs lie in one 32-bit lane, the lower index in the lower half.
-inline f32x16 dot_bf16(f32x16 acc, i32x16 w, i32x16 a) {
-#ifdef __AVX512BF16__
-  return (f32x16)_mm512_dpbf16_ps((__m512)acc, (__m512bh)w, (__m512bh)a);
-#else
-  acc = acc + (f32x16)(w << 16) * (f32x16)(a << 16);
-  return acc + (f32x16)(w & (int32_t)0xffff0000) * (f32x16)(a & (int32_t)0xffff0000);
-#endif
-}
-
 inline void prefetch(const void* address) { _mm_prefetch((const char*)address, _MM_HINT_T0); }
 
 }  // namespace wherry::WHERRY_TARGET

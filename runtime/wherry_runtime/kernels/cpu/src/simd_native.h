@@ -33,4 +33,24 @@ struct TwoBFloat16 {
   }
 };
 
+inline fvec half_to_float(const uint16_t* from) {
+#ifdef __AVX512F__
+  return (fvec)_mm512_cvtph_ps(load<__m256i>(from));
+#else
+  return (fvec)_mm256_cvtph_ps(load<__m128i>(from));
+#endif
+}
+
+// acc + Σ of four products of unsigned `w` with signed `a`, per lane, exact.
+inline ivec dot_u8s8(ivec acc, ivec w, ivec a) {
+#ifdef __AVX512VNNI__
+  return (ivec)_mm512_dpbusd_epi32((__m512i)acc, (__m512i)w, (__m512i)a);
+#else
+  // Through 16 bits: the 8-bit multiply-add saturates.
+  __m256i even = _mm256_madd_epi16((__m256i)(w & 0x00ff00ff), _mm256_srai_epi16(_mm256_slli_epi16((__m256i)a, 8), 8));
+  __m256i odd = _mm256_madd_epi16(_mm256_srli_epi16((__m256i)w, 8), _mm256_srai_epi16((__m256i)a, 8));
+  return acc + (ivec)even + (ivec)odd;
+#endif
+}
+
 }  // namespace wherry::WHERRY_TARGET
