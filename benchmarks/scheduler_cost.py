@@ -9,6 +9,7 @@ only `fill in` is between two steps.
 """
 
 import argparse
+import gc
 import json
 import random
 import time
@@ -96,6 +97,7 @@ def measure(running: int, steps: int) -> dict[str, float]:
     scheduler.pacer.observe = timed(took, "cost model", scheduler.pacer.observe)
     runner: Any = core.runner
     runner.prepare = timed(took, "prepare", runner.prepare)
+    gc.freeze()  # as AsyncEngine does
     rng = random.Random(1)
     number = decodes = 0
     for step in track(range(WARM_UP + steps), "steps", console=Console(stderr=True), transient=True):

@@ -1,6 +1,7 @@
 """The engine as its users see it: `start`, `generate`, `close`."""
 
 import asyncio
+import gc
 import secrets
 import sys
 import time
@@ -82,6 +83,9 @@ class AsyncEngine:
             raise RuntimeError("the engine was started already")
         self._loop = asyncio.get_running_loop()
         self._loaded = await asyncio.to_thread(load, self._config)
+        # What is loaded stays: the garbage collector need not walk through PyTorch's objects during a step.
+        gc.collect()
+        gc.freeze()
         sys.setswitchinterval(min(sys.getswitchinterval(), SWITCH_INTERVAL_S))
         self._core = EngineCore(
             self._loaded.runner, self._loaded.new_scheduler, self._report, speculator=self._loaded.speculator
@@ -93,6 +97,7 @@ class AsyncEngine:
         core, loaded, self._loaded = self._core, self._loaded, None
         if core is not None:
             await asyncio.to_thread(core.close)
+            gc.unfreeze()
         if loaded is not None and loaded.chat_template is not None:
             await asyncio.to_thread(loaded.chat_template.close)
 

@@ -368,15 +368,18 @@ class EngineCore:
         if live.first_token is None and sampled:
             live.first_token = self._clock()
         tokens: list[int] = []
-        num_new = live.request.num_new
+        request = live.request
+        num_new = request.num_new
         for item in sampled:
             token = item.token
             tokens.append(token)
             finish = live.finish_after(token, num_new + len(tokens))
+            if finish is None:
+                progress.append(Progress(request.id, token=token, logprobs=item.logprobs))
+                continue
             stop_id = token if finish == "stop" else None
-            progress.append(Progress(live.id, token=token, logprobs=item.logprobs, finish=finish, stop_id=stop_id))
-            if finish is not None:
-                break
+            progress.append(Progress(request.id, token=token, logprobs=item.logprobs, finish=finish, stop_id=stop_id))
+            break
         self.completion_tokens += len(tokens)
         return tokens
 

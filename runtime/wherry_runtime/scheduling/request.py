@@ -29,11 +29,13 @@ class Request:
     priority: int = 0
     salt: bytes = b""  # requests with different salts never share cached blocks
     num_prompt: int = field(init=False)
+    most_computed: int = field(init=False)  # the answer's last token never is: nothing follows it
     num_computed: int = 0
     num_planned: int = 0
     num_unknown: int = 0
     in_flight: int = 0  # plans with this request that are not committed
     speculating: bool = False  # a plan in flight has drafts, so the length after it is not known
+    num_blocks: int = 0
     blocks: BlockTable = field(default_factory=_no_blocks)
     hashes: list[bytes] = field(default_factory=list)  # of full blocks, as far as anyone needed them
     num_registered: int = 0  # leading blocks that the prefix cache knows
@@ -47,6 +49,7 @@ class Request:
 
     def __post_init__(self) -> None:
         self.num_prompt = len(self.tokens)
+        self.most_computed = self.num_prompt + self.max_new_tokens - 1
 
     @property
     def num_new(self) -> int:
@@ -58,14 +61,12 @@ class Request:
         """Tokens that are to be planned; 1 while decoding, 0 if the plans in flight draw its last token."""
         if self.speculating:
             return 0
-        # The last token is never computed: nothing follows it.
         known = len(self.tokens) + self.num_unknown
-        last = self.num_prompt + self.max_new_tokens - 1
-        return (known if known < last else last) - self.num_planned
+        return (known if known < self.most_computed else self.most_computed) - self.num_planned
 
     def add_blocks(self, blocks: Sequence[int]) -> None:
         """Lengthens the block table. Tables handed out before stay as they are."""
-        used = len(self.blocks)
+        used = self.num_blocks
         needed = used + len(blocks)
         if needed > len(self._table):
             table = np.empty(max(needed, 2 * len(self._table), 8), dtype=np.int32)
@@ -73,9 +74,11 @@ class Request:
             self._table = table
         self._table[used:needed] = blocks
         self.blocks = self._table[:needed]
+        self.num_blocks = needed
 
     def take_blocks(self) -> list[int]:
         """Empties the block table; what was in it."""
         blocks: list[int] = self.blocks.tolist()
         self.blocks = self._table = _no_blocks()
+        self.num_blocks = 0
         return blocks

@@ -267,8 +267,7 @@ class Scheduler:
             for index, request in enumerate(decodes):
                 guesses = drafts.get(request.id, ())
                 if guesses and not request.num_unknown:
-                    room = request.num_prompt + request.max_new_tokens - 1 - len(request.tokens)
-                    count = min(len(guesses), room, budget)
+                    count = min(len(guesses), request.most_computed - len(request.tokens), budget)
                     chunks[index] = (request, 1 + count)
                     budget -= count
         if not prompts and not self.waiting:
@@ -293,9 +292,8 @@ class Scheduler:
         missing = 0
         for request, count in chunks:
             end = request.num_planned + count
-            have = len(request.blocks)
-            if end > have * size:
-                missing += -(-end // size) - have
+            if end > request.num_blocks * size:
+                missing += -(-end // size) - request.num_blocks
         return missing
 
     def _preempt_last(self) -> str:
@@ -385,9 +383,8 @@ class Scheduler:
         elif end > known:
             num_drafts = end - known
             tokens += drafts[:num_drafts]
-        missing = -(-end // self.blocks.block_size) - len(request.blocks)
-        if missing > 0:
-            request.add_blocks(self.blocks.allocate(missing))
+        if end > request.num_blocks * self.blocks.block_size:
+            request.add_blocks(self.blocks.allocate(self.blocks.blocks_for(end) - request.num_blocks))
         samples = end >= known + request.num_unknown
         request.num_planned = end
         request.num_unknown += samples
