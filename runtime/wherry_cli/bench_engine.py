@@ -105,8 +105,11 @@ class Plan:
     settings: dict[str, Any] = field(default_factory=dict)
 
     def config(self, model: ModelConfig, uri: str) -> EngineConfig:
-        """The engine's settings, the KV cache no larger than the measurement needs."""
+        """The engine's settings, context and KV cache no larger than the measurement needs."""
         settings = dict(self.settings)
+        if not settings.get("max_model_len"):
+            longest = max(self.context + self.new_tokens, max(self.prompt_tokens) + 1)
+            settings["max_model_len"] = min(longest, model.max_position_embeddings)
         if not settings.get("kv_cache_bytes"):
             dtype = settings.get("dtype", "auto")
             size = 2 if (model.dtype if dtype == "auto" else dtype) == "bfloat16" else 4
