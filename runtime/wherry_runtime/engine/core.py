@@ -39,7 +39,7 @@ log = logging.getLogger(__name__)
 IDLE_BEAT_S = 0.25  # how often an idle loop comes round to show that it is alive
 DEPTH = 2  # steps with the device: the one that computes and the one that follows
 LEAD = 0.25  # share of a step's expected duration before its end at which the next one is planned
-MIN_LEAD_S = 0.004
+MIN_LEAD_S = 0.008
 
 Outcome = RunnerOutcome | Exception
 
