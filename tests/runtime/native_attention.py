@@ -147,7 +147,7 @@ class Layer:
         """The reference in float64 over what the cache keeps: [length, H * D]."""
         shape = self.shape
         heads = qkv.double().view(len(qkv), -1, shape.head_dim)
-        query, key, value = torch.split(heads, [shape.num_heads, shape.num_kv_heads, shape.num_kv_heads], dim=1)  # type: ignore[no-untyped-call]
+        query, key, value = torch.split(heads, [shape.num_heads, shape.num_kv_heads, shape.num_kv_heads], dim=1)
         if self.attention.query_norm is not None and self.attention.key_norm is not None:
             query = reference.rms_norm(query, self.attention.query_norm.weight.double(), 1e-6)
             key = reference.rms_norm(key, self.attention.key_norm.weight.double(), 1e-6)
