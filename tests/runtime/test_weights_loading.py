@@ -129,6 +129,18 @@ def test_a_wrong_checkpoint_is_refused(
     assert failure.value.code == code
 
 
+@pytest.mark.parametrize("value", [float("nan"), float("-inf")])
+def test_weights_that_cannot_be_rounded_are_named(tmp_path: Path, value: float) -> None:
+    BY_NAME["llama-tied"].build(tmp_path)
+    path = shard_files(tmp_path)[0]
+    content = load_file(path)
+    content["model.layers.1.mlp.down_proj.weight"][3, 5] = value
+    save_file(content, path, {"format": "pt"})
+    with pytest.raises(ModelError, match=r"layers\.1\.mlp\.down_proj\.weight: .* not a number") as failure:
+        load_model(tmp_path, read_config(tmp_path), 64, STORAGES["int8"]())
+    assert failure.value.code == "bad_weights"
+
+
 @pytest.mark.parametrize(("quantization", "group"), [("none", 32), ("int8", 16), ("int4", 256), ("int8", -1)], ids=str)
 def test_groups_that_make_no_sense(quantization: Quantization, group: int) -> None:
     with pytest.raises(ModelError, match="group size") as failure:

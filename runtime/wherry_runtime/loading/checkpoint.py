@@ -77,7 +77,7 @@ def fill(slots: Mapping[str, Slot], tensors: Iterator[tuple[str, torch.Tensor]],
     """Puts each tensor into the slot of its name, which converts it to how it is held.
 
     Raises:
-        ModelError: wrong_shape, unexpected_tensors or missing_tensors.
+        ModelError: wrong_shape, bad_weights, unexpected_tensors or missing_tensors.
     """
     missing = dict(slots)
     unexpected = []
@@ -89,13 +89,20 @@ def fill(slots: Mapping[str, Slot], tensors: Iterator[tuple[str, torch.Tensor]],
             shapes = f"{list(tensor.shape)} where config.json asks for {list(slot.shape)}"
             raise ModelError("wrong_shape", f"{directory}: tensor {name} is {shapes}")
         else:
-            slot.fill(tensor)
+            _fill(slot, tensor, f"{directory}: tensor {name}")
     if missing:
         raise ModelError("missing_tensors", f"{directory}: the checkpoint lacks {_some(sorted(missing))}")
     if unexpected:
         raise ModelError(
             "unexpected_tensors", f"{directory}: no place for {_some(unexpected)}; is config.json its own?"
         )
+
+
+def _fill(slot: Slot, tensor: torch.Tensor, what: str) -> None:
+    try:
+        slot.fill(tensor)
+    except ValueError as e:
+        raise ModelError("bad_weights", f"{what}: {e}") from e
 
 
 def _some(names: list[str]) -> str:

@@ -1,5 +1,6 @@
 """A matrix in the layout that the native kernels read: panels of 64 outputs, inputs along them, padded with zeros."""
 
+import math
 from collections.abc import Callable, Iterator
 
 import torch
@@ -52,10 +53,13 @@ class PackedMatrix:
         """Rounds and packs rows [n, K] of any float dtype to where rows `first_row` … first_row + n - 1 are.
 
         Raises:
-            ValueError: rows that the matrix does not have.
+            ValueError: rows that the matrix does not have, or a number that cannot be rounded.
         """
         if rows.shape[1] != self.num_inputs or not 0 <= first_row <= self.num_outputs - rows.shape[0]:
             raise ValueError(f"rows {list(rows.shape)} from {first_row} on, of [{self.num_outputs}, {self.num_inputs}]")
+        # One sum sees any of them, at the speed of memory.
+        if self.format.quantized and not math.isfinite(float(rows.sum(dtype=torch.float32))):
+            raise ValueError(f"a weight is infinite or not a number, which {self.format} cannot hold")
         if not native.fill(self, first_row, rows):
             self.fill_reference(first_row, rows)
 
