@@ -1,5 +1,5 @@
-// Rows of a float matrix into the panels that the linear kernels read, rounded and scaled on the way. The PyTorch code in
-// wherry_runtime/quantization says the same in a few lines, and gives equal bits: so nothing here may be contracted
+// Rows of a float matrix into the panels that the linear kernels read, rounded and scaled on the way. The PyTorch code
+// in wherry_runtime/quantization says the same in a few lines, and gives equal bits: so nothing here may be contracted
 // into fused multiply-adds, and sums go in the order given there.
 #include <algorithm>
 #include <atomic>
@@ -9,7 +9,7 @@
 #include <vector>
 
 // The best of two builds is taken when the library is loaded. AVX2 without FMA, which keeps products and sums apart.
-#if defined(__GNUC__) && !defined(__clang__) && !defined(__SANITIZE_ADDRESS__) && !defined(__SANITIZE_THREAD__)
+#if defined(__GLIBC__) && !defined(__clang__) && !defined(__SANITIZE_ADDRESS__) && !defined(__SANITIZE_THREAD__)
 #define FAST __attribute__((target_clones("avx2", "default")))
 #else
 #define FAST
@@ -131,8 +131,8 @@ INLINE float int4_error(const float* x, int64_t group, float scale, float invers
   return sums[0];
 }
 
-// The largest magnitude goes to -d for each d of a grid (so its sign is the scale's, turned round): the scale with the least
-// squared error wins, the first of equals.
+// The largest magnitude goes to -d for each d of a grid (so its sign is the scale's, turned round): the scale with the
+// least squared error wins, the first of equals.
 constexpr int NUM_TRIED = 8;
 constexpr float GRID[NUM_TRIED] = {-8.0f, -7.0f, -7.5f, -7.75f, -8.25f, -8.5f, -8.75f, -9.25f};
 
@@ -184,13 +184,15 @@ FAST void convert_row(const Job& job, int64_t row, const float* x, uint32_t* wor
 }
 
 // Columns `begin` … `end` - 1 of a panel from scratch [64][stride], which is read a cache line at a time.
-FAST void place_words(const uint32_t* scratch, int64_t stride, int64_t words, int64_t begin, int64_t end, uint32_t* panel) {
+FAST void place_words(const uint32_t* scratch, int64_t stride, int64_t words, int64_t begin, int64_t end,
+                      uint32_t* panel) {
   for (int64_t first = 0; first < words; first += LANES)
     for (int64_t w = first; w < first + LANES && w < words; w++)
       for (int64_t c = begin; c < end; c++) panel[w * PANEL + c] = scratch[c * stride + w];
 }
 
-FAST void place_nibbles(const uint32_t* scratch, int64_t stride, int64_t words, int64_t begin, int64_t end, uint32_t* panel) {
+FAST void place_nibbles(const uint32_t* scratch, int64_t stride, int64_t words, int64_t begin, int64_t end,
+                        uint32_t* panel) {
   if (begin == 0 && end == PANEL) {
     for (int64_t first = 0; first < words; first += LANES)
       for (int64_t w = first; w < first + LANES && w < words; w++)
@@ -233,12 +235,14 @@ using namespace wherry;
 
 // Packs rows `first_row` … `first_row + num_rows - 1` of a matrix whose panels begin at `data` and `scales`.
 //
-// kind: 0 float32, 1 bfloat16, 2 int8, 3 int4, the last two with a scale for each `group` of the `depth` inputs, which are
-// padded with zeros to `padded`, a multiple of 128. Source: rows `source_stride` elements apart, of float32 (dtype 0),
-// bfloat16 (1) or float16 (2), with no alignment asked for. Padding beyond the last row is left as it is.
-extern "C" __attribute__((visibility("default"))) void wherry_pack(int64_t kind, int64_t group, void* data, uint16_t* scales, int64_t depth, int64_t padded,
-                 int64_t first_row, int64_t num_rows, const void* source, int64_t source_dtype, int64_t source_stride, int64_t threads) {
-  Job job{(Kind)kind, group, depth, padded, (uint8_t*)data, scales, first_row, num_rows, (const uint8_t*)source, source_dtype, source_stride};
+// kind: 0 float32, 1 bfloat16, 2 int8, 3 int4, the last two with a scale for each `group` of the `depth` inputs, which
+// are padded with zeros to `padded`, a multiple of 128. Source: rows `source_stride` elements apart, of float32 (dtype
+// 0), bfloat16 (1) or float16 (2), with no alignment asked for. Padding beyond the last row is left as it is.
+extern "C" __attribute__((visibility("default"))) void wherry_pack(
+    int64_t kind, int64_t group, void* data, uint16_t* scales, int64_t depth, int64_t padded, int64_t first_row,
+    int64_t num_rows, const void* source, int64_t source_dtype, int64_t source_stride, int64_t threads) {
+  Job job{(Kind)kind, group,     depth,    padded,                 (uint8_t*)data, scales,
+          first_row,  num_rows,  (const uint8_t*)source, source_dtype,           source_stride};
   int64_t last = (first_row + num_rows + PANEL - 1) / PANEL;
   std::atomic<int64_t> next{first_row / PANEL};
   auto work = [&] {
