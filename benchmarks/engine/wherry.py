@@ -60,7 +60,7 @@ class Wherry:
         for first in range(0, len(windows), TOGETHER):
             group = windows[first : first + TOGETHER]
             blocks = -(-max(map(len, group)) // size)
-            tables = [list(range(i * blocks, (i + 1) * blocks)) for i in range(len(group))]
+            tables = np.arange(len(group) * blocks, dtype=np.int32).reshape(len(group), blocks)
             out: dict[str, list[np.ndarray]] = {str(i): [] for i in range(len(group))}
             for position in range(max(map(len, group))):
                 steps = [
