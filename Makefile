@@ -48,7 +48,7 @@ generate: setup ## Write the generated files again: CRD, reference, golden files
 	@$(BIN)/python -m hack.generate
 
 bench: setup ## Run the benchmarks, which print the tables in docs/
-	@for b in benchmarks/*.py; do $(STEP) "$$b" $(BIN)/python "$$b"; done
+	@for b in $(basename $(notdir $(wildcard benchmarks/[!_]*.py))); do $(STEP) "$$b" $(BIN)/python -m "benchmarks.$$b"; done
 
 docs: setup ## Build the documentation into site/
 	@$(STEP) "docs" $(BIN)/mkdocs build --strict --quiet
