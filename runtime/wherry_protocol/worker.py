@@ -151,3 +151,5 @@ class LoadReport(msgspec.Struct, kw_only=True):
     steps_total: int
     heartbeat_age_s: float
     prefix_queried_tokens_total: int = 0  # prompt tokens looked up in the prefix cache
+    draft_tokens_total: int = 0  # guesses of speculative decoding that were checked
+    accepted_tokens_total: int = 0  # of these, those that held

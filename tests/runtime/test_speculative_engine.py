@@ -111,6 +111,7 @@ async def test_answers_are_the_same(mode: str, settings: dict[str, Any]) -> None
             assert contents(await ask_all(engine, PROMPTS, max_tokens=40, **params)) == right
         drafted, accepted = counts(engine)
         assert drafted > accepted > 50
+        assert (engine.load().draft_tokens_total, engine.load().accepted_tokens_total) == (drafted, accepted)
         assert engine.load().steps_total < plain_steps
 
 

@@ -66,6 +66,17 @@ class TestCost:
         assert cost.of(4) == 1.1
         assert Cost().of(4) == 0.0
 
+    def test_old_measurements_are_hopeful_and_replaced(self) -> None:
+        cost = Cost(hopeful=True)
+        for _ in range(9):
+            cost.note(8, 50.0)
+        assert cost.of(8) == 50.0
+        for _ in range(300):
+            cost.note(1, 1.0)
+        assert 35.0 <= cost.of(8) < 40.0
+        cost.note(8, 10.0)
+        assert cost.of(8) == 10.0
+
     def test_what_is_never_measured_again_is_forgotten(self) -> None:
         cost = Cost()
         cost.note(8, 50.0)

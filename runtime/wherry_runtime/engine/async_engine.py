@@ -159,6 +159,8 @@ class AsyncEngine:
             prefix_queried_tokens_total=core.prefix_queried_tokens if core else 0,
             prefix_hit_tokens_total=core.prefix_hit_tokens if core else 0,
             preemptions_total=core.preemptions if core else 0,
+            draft_tokens_total=core.draft_tokens if core else 0,
+            accepted_tokens_total=core.accepted_tokens if core else 0,
             steps_total=core.steps if core else 0,
             heartbeat_age_s=self.heartbeat_age(),
         )

@@ -143,6 +143,16 @@ class EngineCore:
     def prefix_hit_tokens(self) -> int:
         return self._past[2] + self.scheduler.prefix_hit_tokens
 
+    @property
+    def draft_tokens(self) -> int:
+        """Guesses that were checked."""
+        return self.speculator.counts.drafted if self.speculator is not None else 0
+
+    @property
+    def accepted_tokens(self) -> int:
+        """Guesses that held."""
+        return self.speculator.counts.accepted if self.speculator is not None else 0
+
     def _loop(self) -> None:
         while True:
             self.heartbeat = self._clock()
@@ -270,16 +280,23 @@ class EngineCore:
         if plan.sequences:
             sampling = {s.request_id: self._live[s.request_id] for s in plan.sequences if s.samples}
             before = self._flights[-1].job if self._flights else None
-            self._flights.append(Flight(plan, self._submit(plan.sequences, sampling, before), mode))
+            job = self._submit(plan.sequences, sampling, before, here=mode is not Mode.PLAIN)
+            self._flights.append(Flight(plan, job, mode))
 
-    def _submit(self, sequences: list[SequenceStep], live: Mapping[str, Live], after: Job | None = None) -> Job:
+    def _submit(
+        self, sequences: list[SequenceStep], live: Mapping[str, Live], after: Job | None = None, *, here: bool = False
+    ) -> Job:
+        """Prepares a step and hands it to the device; `here`: with nothing to overlap, computes it right away."""
         job = Job(sequences, live, after)
         try:
             job.prepared = self.runner.prepare(sequences)
         except Exception as e:
             log.exception("a step with %d sequences cannot be prepared", len(sequences))
             job.error = e
-        self._device.submit(job)
+        if here:
+            self._device.run(job)
+        else:
+            self._device.submit(job)
         return job
 
     def _land(self, progress: list[Progress]) -> None:

@@ -81,6 +81,11 @@ class DeviceThread:
     def submit(self, job: Job) -> None:
         self._jobs.put(job)
 
+    def run(self, job: Job) -> None:
+        """Computes a job in the caller's thread, while no other is submitted and not collected."""
+        self._run(job)
+        self._done.put(job)
+
     def collect(self, timeout_s: float | None = None) -> Job | None:
         """The oldest job not collected yet, once it is done; None if that takes longer."""
         try:

@@ -52,6 +52,18 @@ _FROM_LOAD: tuple[tuple[type[Metric], str, str, Callable[[LoadReport], float]], 
         lambda load: load.prefix_hit_tokens_total,
     ),
     (CounterMetricFamily, "num_preemptions", "Requests put back into the queue.", lambda load: load.preemptions_total),
+    (
+        CounterMetricFamily,
+        "spec_decode_num_draft_tokens",
+        "Tokens that speculative decoding guessed and the model checked.",
+        lambda load: load.draft_tokens_total,
+    ),
+    (
+        CounterMetricFamily,
+        "spec_decode_num_accepted_tokens",
+        "Guessed tokens that held; over guessed ones it is the acceptance rate.",
+        lambda load: load.accepted_tokens_total,
+    ),
     (CounterMetricFamily, "engine_steps", "Steps of the engine.", lambda load: load.steps_total),
 )
 

@@ -20,7 +20,7 @@ import torch
 
 from wherry_runtime.engine.live import Live
 from wherry_runtime.engine.rng import NoiseCache
-from wherry_runtime.engine.sampling import scores_of
+from wherry_runtime.engine.sampling import argmax, scores_of
 from wherry_runtime.engine.speculative.estimates import Cost
 from wherry_runtime.scheduling.blocks import BlockManager
 from wherry_runtime.scheduling.plan import BlockTable, SequenceStep
@@ -104,7 +104,9 @@ class DraftModel:
         self._cost = cost
         self._noise = noise
         self._clock = clock
-        self.catching_up_s = 0.0  # of the last `propose`: what reading more than the newest tokens took
+        # Of the last `propose`, as steps like these usually take: in all, and for reading more than the newest tokens.
+        self.usual_s = 0.0
+        self.catching_up_s = 0.0
         self._memories: dict[str, _Memory] = {}  # least recently used first
 
     def lag(self, request_id: str, length: int) -> int:
@@ -130,7 +132,7 @@ class DraftModel:
         Args:
             goes_on: asked after each guess whether to make another.
         """
-        self.catching_up_s = 0.0
+        self.usual_s = self.catching_up_s = 0.0
         budget = self._max_rows
         active: list[Wanted] = []
         steps: list[SequenceStep] = []
@@ -174,9 +176,14 @@ class DraftModel:
         seconds = self._clock() - began
         rows = sum(len(s.tokens) for s in steps)
         sequences = len({s.request_id for s in steps})
-        if rows > 2 * sequences:  # after a run that held altogether there are two tokens to read
-            self.catching_up_s = max(0.0, seconds - self._cost.of(sequences))
         self._cost.note(rows, seconds)
+        usual = self._cost.of(rows)
+        self.usual_s += usual
+        if rows > 2 * sequences:  # after a run that held altogether there are two tokens to read
+            without = self._cost.of(sequences) if self._cost.covers(sequences) else usual * sequences / rows
+            # However unlucky this pass was, reading takes no longer than token by token.
+            self.catching_up_s = max(0.0, min(usual - without, without * rows / sequences))
+            self.usual_s = without + self.catching_up_s
         return continuing
 
     def _guess(self, logits: torch.Tensor, items: list[Wanted]) -> None:
@@ -185,9 +192,11 @@ class DraftModel:
             scores = scores_of(row, item.live, item.guesses.tokens, self._noise)
             if scores is not row:
                 row.copy_(scores)
-        top, ids = logits.topk(2, dim=-1)
-        leads = (top[:, 0] - top[:, 1]).tolist()
-        for item, token, lead in zip(items, ids[:, 0].tolist(), leads, strict=True):
+        tokens = argmax(logits)
+        places = torch.tensor(tokens, device=logits.device)[:, None]
+        leads = logits.gather(-1, places)
+        leads -= logits.scatter_(-1, places, float("-inf")).amax(dim=-1, keepdim=True)
+        for item, token, lead in zip(items, tokens, leads[:, 0].tolist(), strict=True):
             item.guesses.tokens.append(token)
             item.guesses.classes.append(lead_class(lead, greedy=item.live.params.temperature == 0))
 

@@ -12,6 +12,8 @@ CERTAIN = 0.995  # no estimate is higher
 
 SAMPLES = 9  # timings of a number of rows that the median is over
 EXACT_ROWS = 16  # numbers of rows up to this are told apart; above, within an eighth
+OLD = 200  # timings later, a number of rows is measured afresh: what held it up may be over
+HOPE, MOST_HOPE = 0.999, 0.7  # per timing since, how much cheaper an old measurement is taken to be, down to this share
 STALE = 4000  # timings later, a number of rows that did not come up again is forgotten
 
 
@@ -80,9 +82,14 @@ class Acceptance:
 
 
 class Cost:
-    """Seconds that a step with some number of rows takes: medians of what was measured, straight lines between."""
+    """Seconds that a step with some number of rows takes: medians of what was measured, straight lines between.
 
-    def __init__(self) -> None:
+    `hopeful`: what was not measured lately counts as cheaper than it was, so that something that looks nearly as good
+    as what is done now is tried again.
+    """
+
+    def __init__(self, *, hopeful: bool = False) -> None:
+        self._hopeful = hopeful
         self._samples: dict[int, deque[float]] = {}
         self._noted: dict[int, int] = {}  # bucket → when it was measured last, in timings
         self._count = 0
@@ -100,11 +107,17 @@ class Cost:
         samples = self._samples.get(_bucket(rows))
         return samples is None or len(samples) > 1
 
+    def settled(self, rows: int) -> bool:
+        """Whether `rows` was measured more than once: the first time of anything is often slow."""
+        return len(self._samples.get(_bucket(rows), ())) > 1
+
     def note(self, rows: int, seconds: float) -> None:
         bucket = _bucket(rows)
         self._count += 1
-        self._noted[bucket] = self._count
         samples = self._samples.get(bucket)
+        if samples is not None and self._count - self._noted[bucket] > OLD:
+            samples.clear()
+        self._noted[bucket] = self._count
         if samples is None:
             samples = self._samples[bucket] = deque(maxlen=SAMPLES)
             at = bisect_left(self._rows, bucket)
@@ -121,21 +134,28 @@ class Cost:
         Left of all measurements the line begins at `anchor` (rows, seconds), if there is one. Right of them all, it
         goes on as from the first to the last: hopeful where little is known, and put right as soon as it is tried.
         """
-        xs, ys = self._rows, self._seconds
+        xs = self._rows
         at = bisect_left(xs, rows)
         if at < len(xs) and xs[at] == rows:
-            return ys[at]
+            return self._point(at)[1]
         if 0 < at < len(xs):
-            return _between(rows, (xs[at - 1], ys[at - 1]), (xs[at], ys[at]))
+            return _between(rows, self._point(at - 1), self._point(at))
         if anchor is not None and anchor[0] > rows:
             anchor = None
         if not xs:
             return anchor[1] if anchor is not None else 0.0
         if at == 0:
-            return ys[0] if anchor is None else _between(rows, anchor, (xs[0], ys[0]))
-        first = anchor if anchor is not None and anchor[0] < xs[-1] else (xs[0], ys[0])
-        slope = max(0.0, (ys[-1] - first[1]) / (xs[-1] - first[0])) if xs[-1] > first[0] else 0.0
-        return ys[-1] + slope * (rows - xs[-1])
+            return self._point(0)[1] if anchor is None else _between(rows, anchor, self._point(0))
+        first = anchor if anchor is not None and anchor[0] < xs[-1] else self._point(0)
+        last = self._point(len(xs) - 1)
+        slope = max(0.0, (last[1] - first[1]) / (last[0] - first[0])) if last[0] > first[0] else 0.0
+        return last[1] + slope * (rows - last[0])
+
+    def _point(self, index: int) -> tuple[int, float]:
+        rows = self._rows[index]
+        if not self._hopeful:
+            return rows, self._seconds[index]
+        return rows, self._seconds[index] * max(MOST_HOPE, HOPE ** (self._count - self._noted[rows]))
 
     def _forget_stale(self) -> None:
         for bucket in [b for b, noted in self._noted.items() if self._count - noted >= STALE]:

@@ -19,7 +19,8 @@ from wherry_runtime.engine.speculative.estimates import Cost
 
 EARNED = 0.01  # share of plain time that may be lost on trials
 SAVED_STEPS = 8  # of plain time: the account holds no more, so no more is lost when fortunes change
-TRIAL_STEPS = 8
+FIRST_TIME = 3.0  # plain steps that a step is charged at most when steps like it were never timed before
+TRIAL_STEPS = 16
 TRIAL_WORTH = 0.5  # plain steps of savings that allow a trial; debts of the last one are paid back first
 TRIAL_LOSS = 4.0  # plain steps that a trial may lose before it is called off
 WINDOW = 32  # steps over which a gain is averaged
@@ -33,8 +34,8 @@ class Costs:
     """Seconds by rows: of plain steps, of steps that check guesses, and of the draft model's."""
 
     plain: Cost = field(default_factory=Cost)
-    checking: Cost = field(default_factory=Cost)
-    drafting: Cost = field(default_factory=Cost)
+    checking: Cost = field(default_factory=lambda: Cost(hopeful=True))
+    drafting: Cost = field(default_factory=lambda: Cost(hopeful=True))
 
     def step(self, rows: int, running: int) -> float:
         """A step of `running` sequences with `rows` rows, which is more if there are guesses."""
@@ -100,8 +101,8 @@ def choose(candidates: Sequence[Candidate], running: int, costs: Costs, max_roun
     if not best.rounds:
         return best
     mean = sum(c.draft for c in drafting) / len(drafting)
-    one_more = costs.step(running + best.guesses + 1, running) - costs.step(running + best.guesses, running)
-    price = costs.drafting.of(len(drafting)) / len(drafting) + max(0.0, one_more)
+    checked = (costs.step(running + best.guesses, running) - costs.step(running, running)) / max(best.guesses, 1)
+    price = costs.drafting.of(len(drafting)) / len(drafting) + max(0.0, checked)
     return Choice(best.rounds, best.guesses, best.rate, min(1.0, best.rate * price / mean))
 
 
@@ -221,9 +222,14 @@ class Governor:
         self.balance += seconds
         self._spent -= seconds
 
-    def note(self, mode: Mode, running: int, tokens: int, seconds: float) -> None:
-        """Books a step: `tokens` came out of `running` sequences in `seconds`, guessing included."""
+    def note(self, mode: Mode, running: int, tokens: int, seconds: float, *, first: bool = False) -> None:
+        """Books a step: `tokens` came out of `running` sequences in `seconds`, guessing included.
+
+        `first`: no step like it was timed before, so the duration may be a matter of chance.
+        """
         plain = self._costs.plain.of(running)
+        if first:
+            seconds = min(seconds, FIRST_TIME * plain)
         charge = self._invested / WINDOW
         self._invested -= charge
         self.balance -= charge
@@ -239,7 +245,7 @@ class Governor:
             return
         if self.gain >= WORTHWHILE:
             self._trial = False
-        else:
+        elif self._trial or (self.balance < 0 and self.gain < 1):
             self._turn_off(running)
 
     def _turn_on(self) -> None:

@@ -133,9 +133,13 @@ class Speculator:
             self._costs.plain.note(running, seconds)
         else:
             self._costs.checking.note(rows, seconds - self._guessing_s)
+            # What such steps usually take: one that was held up says nothing of speculation.
+            seconds = self._costs.checking.of(rows)
             if self._draft is not None and self._guessing_s:
                 self.governor.invest(self._draft.catching_up_s)
-        self.governor.note(mode, running, drawn, seconds)
+                seconds += self._draft.usual_s
+        first = mode is not Mode.PLAIN and not self._costs.checking.settled(rows)
+        self.governor.note(mode, running, drawn, seconds, first=first)
 
     def pause(self) -> None:
         """No step follows at once: the time until the next one says nothing."""
