@@ -19,7 +19,26 @@ static void pin(int core) {
   pthread_setaffinity_np(pthread_self(), sizeof(set), &set);  // a refusal costs speed only
 }
 
-Pool::Pool(int threads, const std::vector<int>& cores) : threads_(threads) {
+// Keeps the calling thread on a core for as long as this lives. Left where it likes, it may share the core of a thread that
+// it waits for.
+class Pinned {
+ public:
+  explicit Pinned(int core) : pinned_(core >= 0 && !pthread_getaffinity_np(pthread_self(), sizeof(before_), &before_)) {
+    if (pinned_) pin(core);
+  }
+  ~Pinned() {
+    if (pinned_) pthread_setaffinity_np(pthread_self(), sizeof(before_), &before_);
+  }
+  Pinned(const Pinned&) = delete;
+  Pinned& operator=(const Pinned&) = delete;
+
+ private:
+  cpu_set_t before_;
+  const bool pinned_;
+};
+
+Pool::Pool(int threads, const std::vector<int>& cores)
+    : threads_(threads), first_core_(cores.empty() || threads == 1 ? -1 : cores[0]) {
   for (int t = 1; t < threads; t++) {
     int core = t < (int)cores.size() ? cores[t] : -1;
     workers_.emplace_back([this, t, core] { loop(t, core); });
@@ -53,6 +72,7 @@ void Pool::loop(int thread, int core) {
 }
 
 void Pool::run(const std::function<void(int)>& work) {
+  Pinned pinned(first_core_);
   if (threads_ > 1) {
     {
       std::lock_guard<std::mutex> lock(mutex_);

@@ -13,7 +13,7 @@ namespace wherry {
 // The caller is thread 0. Between runs the others spin shortly, then sleep.
 class Pool {
  public:
-  // `cores`: one per thread, or empty to leave placement to the kernel. The caller's own affinity is not touched.
+  // `cores`: one per thread, or empty to leave placement to the kernel. The caller is on its core during `run` only.
   Pool(int threads, const std::vector<int>& cores);
   ~Pool();
   Pool(const Pool&) = delete;
@@ -31,6 +31,7 @@ class Pool {
   void loop(int thread, int core);
 
   const int threads_;
+  const int first_core_;  // of the caller; -1: anywhere
   std::vector<std::thread> workers_;
   const std::function<void(int)>* work_ = nullptr;
   std::mutex mutex_;
