@@ -106,6 +106,19 @@ def test_a_plain_tied_head_is_the_embedding(tmp_path: Path) -> None:
     assert packed.head.packed.format == Format("int8", 128)
 
 
+def test_int4_leaves_finer_what_costs_most() -> None:
+    model = Decoder(read_config(TINY), 64, Storage(torch.float32, CPU, "int4", 64))
+    formats = [
+        {name: str(getattr(layer, name).packed.format) for name in ("qkv", "output", "gate_up", "down")}
+        for layer in model.layers
+    ]
+    coarse, finer = "int4-g64", "int8-g128"
+    assert formats[0] == {"qkv": finer, "output": finer, "gate_up": coarse, "down": coarse}
+    assert all(set(layer.values()) == {coarse} for layer in formats[1:])
+    assert model.head.packed is not None
+    assert str(model.head.packed.format) == finer
+
+
 @pytest.mark.parametrize("storage_name", ["native float32", "int4 g64"])
 @pytest.mark.parametrize(
     ("edit", "code"),

@@ -35,7 +35,7 @@ class Linear:
         parts: checkpoint name (without `.weight`) and output width of each projection.
         num_inputs: width of x.
         bias: whether the projections have biases.
-        role: which of the model's matrices this is; the storage gives each its format.
+        role, first_layer: which of the model's matrices this is; the storage gives each its format.
         shared: a plain weight that another layer holds and fills, for a head tied to the embedding.
 
     Attributes:
@@ -52,6 +52,7 @@ class Linear:
         bias: bool,
         storage: Storage,
         role: Role,
+        first_layer: bool = False,
         shared: torch.Tensor | None = None,
     ) -> None:
         self.num_outputs = sum(width for _, width in parts)
@@ -62,7 +63,7 @@ class Linear:
         self._parts = tuple(parts)
         self._shared = shared is not None
         self._dtype = storage.dtype
-        if (format_ := storage.format(role)) is not None:
+        if (format_ := storage.format(role, first_layer=first_layer)) is not None:
             self.packed = PackedMatrix(format_, self.num_outputs, num_inputs, storage.allocate)
             if bias:
                 padded = -(-self.num_outputs // PANEL) * PANEL

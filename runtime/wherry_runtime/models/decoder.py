@@ -32,7 +32,7 @@ class DecoderLayer:
     def __init__(self, config: ModelConfig, index: int, storage: Storage) -> None:
         def linear(role: Role, parts: list[tuple[str, int]], inputs: int, bias: bool) -> Linear:
             named = [(f"{prefix}.{n}", w) for n, w in parts]
-            return Linear(named, inputs, bias=bias, storage=storage, role=role)
+            return Linear(named, inputs, bias=bias, storage=storage, role=role, first_layer=index == 0)
 
         def norm(name: str, width: int) -> RMSNorm:
             dtype, eps = storage.vector_dtype, config.rms_norm_eps

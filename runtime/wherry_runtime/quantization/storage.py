@@ -13,8 +13,10 @@ from wherry_runtime.quantization.huge_pages import Arena
 log = logging.getLogger(__name__)
 
 Role = Literal["qkv", "output", "gate_up", "down", "head"]
-# Rounding the head to int4 costs as much as rounding everything else: measured in docs/performance/weights.md.
-HEAD_OF_INT4 = Format("int8", 128)
+# What int4 leaves finer, because rounding it costs as much as rounding all the rest: the head, and the first layer's
+# attention. Measured in docs/performance/weights.md.
+FINER = Format("int8", 128)
+FINER_IN_FIRST_LAYER: tuple[Role, ...] = ("qkv", "output")
 DEFAULT_GROUPS: dict[Quantization, int] = {"none": 0, "int8": 128, "int4": 32}
 
 
@@ -47,14 +49,14 @@ class Storage:
         """Of norm weights and biases."""
         return torch.float32 if self.native else self.dtype
 
-    def format(self, role: Role) -> Format | None:
+    def format(self, role: Role, *, first_layer: bool = False) -> Format | None:
         """The packed format of the matrices of one kind; None: a plain tensor of `dtype`."""
         if self.quantization == "none":
             if not self.native:
                 return None
             return Format("bfloat16" if self.dtype is torch.bfloat16 else "float32")
-        if self.quantization == "int4" and role == "head":
-            return HEAD_OF_INT4
+        if self.quantization == "int4" and (role == "head" or (first_layer and role in FINER_IN_FIRST_LAYER)):
+            return FINER
         return Format(self.quantization, self.group or DEFAULT_GROUPS[self.quantization])
 
     def allocate(self, num_bytes: int) -> torch.Tensor:
@@ -70,8 +72,8 @@ class Storage:
 
     def describe(self) -> str:
         """Everything that the bytes held for a checkpoint depend on."""
-        formats = [f"{role} {self.format(role)}" for role in get_args(Role)]
+        formats = [f"{role} {self.format(role, first_layer=f)}" for f in (True, False) for role in get_args(Role)]
         return f"{self.dtype}, vectors {self.vector_dtype}, {', '.join(formats)}"
 
     def __str__(self) -> str:
-        return f"{self.dtype}".removeprefix("torch.") if self.quantization == "none" else str(self.format("qkv"))
+        return f"{self.dtype}".removeprefix("torch.") if self.quantization == "none" else str(self.format("down"))
