@@ -56,8 +56,7 @@ class NativeKVCache:
             scales = groups[..., : 8 * GROUP].contiguous().view(torch.float32).view(*groups.shape[:-1], 2, GROUP, 1)
             groups = groups[..., 8 * GROUP :]
         split = GROUP * dim * element.itemsize
-        keys = groups[..., :split].contiguous().view(element).float()
-        values = groups[..., split:].contiguous().view(element).float()
+        keys, values = (self._floats(part.contiguous()) for part in (groups[..., :split], groups[..., split:]))
         keys = keys.view(*groups.shape[:-1], dim // pair, GROUP, pair).transpose(-3, -2).flatten(-2)
         values = (
             values.view(*groups.shape[:-1], GROUP // pair, padded, pair).transpose(-2, -1).flatten(-3, -2)[..., :dim]
@@ -67,6 +66,12 @@ class NativeKVCache:
             return x.permute(0, 2, 3, 1, 4).reshape(-1, heads, dim)
 
         return in_order(keys * scales[..., 0, :, :]), in_order(values * scales[..., 1, :, :])
+
+    def _floats(self, codes: torch.Tensor) -> torch.Tensor:
+        """Bytes of the layout → float32."""
+        if not self.stored.scaled:
+            return codes.view(self.stored.element).float()
+        return torch.where(codes < 128, 1.0, -1.0) * (codes & 127)  # sign and magnitude
 
 
 def _zeros(num_bytes: int) -> torch.Tensor:

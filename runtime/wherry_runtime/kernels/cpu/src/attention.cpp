@@ -66,8 +66,11 @@ class Tile {
     rows_ = item.tokens * op.group;
     words_ = op.dim / Type::PER_WORD;
     first_position_ = op.step.positions[item.row];
-    for (int64_t r = 0; r < rows_; r++)
-      query_[r] = op.query + (item.row + r / op.group) * op.q_stride + (head * op.group + r % op.group) * words_;
+    for (int64_t r = 0; r < rows_; r++) {
+      auto* from = op.query + (item.row + r / op.group) * op.q_stride + (head * op.group + r % op.group) * words_;
+      int32_t* to = query_ + r / TILE_ROWS * TILE_ROWS * words_ + r % TILE_ROWS;
+      for (int64_t k = 0; k < words_; k++) to[k * TILE_ROWS] = from[k];
+    }
   }
 
   void run() {
@@ -116,29 +119,33 @@ class Tile {
     }
   }
 
-  // Where the keys and values of base … base + 63 are, as words. Beyond what the tile sees, some group that it does see.
+  // Group `index` of the sequence; beyond what the tile sees, the nearest that it does see.
+  const uint8_t* group(int64_t index) const {
+    index = std::clamp(index, low(0) / GROUP, position(rows_ - 1) / GROUP);
+    const int32_t* table = op_.step.block_tables + item_.table;
+    return op_.cache.group(table[index / op_.cache.groups], head_, index % op_.cache.groups);
+  }
+
+  // Where the keys and values of base … base + 63 are, as words, and the next 64.
   void find_keys(int64_t base) {
     const KVLayout& cache = op_.cache;
-    const int32_t* table = op_.step.block_tables + item_.table;
-    int64_t lowest = low(0) / GROUP, highest = position(rows_ - 1) / GROUP;
     for (int g = 0; g < SPAN_GROUPS; g++) {
-      int64_t index = std::clamp(base / GROUP + g, lowest, highest);
-      const uint8_t* group = cache.group(table[index / cache.groups], head_, index % cache.groups);
+      const uint8_t *now = group(base / GROUP + g), *next = group((base + SPAN) / GROUP + g);
       if (cache.format == Format::FLOAT32 || cache.format == Format::BFLOAT16) {
-        keys_[g] = (const int32_t*)(group + cache.keys);
-        values_[g] = (const int32_t*)(group + cache.values);
+        keys_[g] = (const int32_t*)(now + cache.keys);
+        values_[g] = (const int32_t*)(now + cache.values);
+        next_keys_[g] = (const int32_t*)(next + cache.keys);
+        next_values_[g] = (const int32_t*)(next + cache.values);
         continue;
       }
-      keys_[g] = expanded_[g];
-      values_[g] = expanded_[g] + op_.dim * (GROUP / 2);
-      int64_t count = cache.bytes - cache.keys;
-      if (cache.format == Format::FP8) {
-        expand_fp8(group + cache.keys, count, (uint16_t*)expanded_[g]);
-      } else {
-        std::memcpy(key_scales_ + g * GROUP, group, GROUP * sizeof(float));
-        std::memcpy(value_scales_ + g * GROUP, group + GROUP * sizeof(float), GROUP * sizeof(float));
-        expand_int8(group + cache.keys, count, (uint16_t*)expanded_[g]);
+      keys_[g] = next_keys_[g] = expanded_[g];
+      values_[g] = next_values_[g] = expanded_[g] + op_.dim * (GROUP / 2);
+      if (cache.format == Format::INT8) {
+        std::memcpy(key_scales_ + g * GROUP, now, GROUP * sizeof(float));
+        std::memcpy(value_scales_ + g * GROUP, now + GROUP * sizeof(float), GROUP * sizeof(float));
       }
+      const Codes& codes = cache.format == Format::FP8 ? FP8_CODES : INT8_CODES;
+      expand(now + cache.keys, next + cache.keys, cache.bytes - cache.keys, (uint16_t*)expanded_[g], codes);
     }
   }
 
@@ -148,7 +155,16 @@ class Tile {
     alignas(64) int32_t weights[ROWS][SPAN];
     int64_t padded = op_.cache.padded;
     float* sums[ROWS];
-    multiply_keys<Type, ROWS>(query_ + row, keys_, words_, scores);
+    // Each few rows bring a share of what is wanted next nearer, so that memory is never idle: here some groups, elsewhere
+    // others. A group that is not fetched is one that is at hand.
+    const int32_t *keys_ahead[SPAN_GROUPS], *values_ahead[SPAN_GROUPS];
+    int64_t shares = std::min<int64_t>(SPAN_GROUPS, (rows_ + TILE_ROWS - 1) / TILE_ROWS);
+    for (int g = 0; g < SPAN_GROUPS; g++) {
+      bool fetch = g * shares / SPAN_GROUPS == row / TILE_ROWS;
+      keys_ahead[g] = fetch ? next_keys_[g] : keys_[g];
+      values_ahead[g] = fetch ? next_values_[g] : values_[g];
+    }
+    multiply_keys<Type, ROWS>(query_ + row * words_, keys_, keys_ahead, words_, scores);
     for (int r = 0; r < ROWS; r++) {
       sums[r] = chunk_.sums + (row + r) * padded;
       soften(base, row + r, scores[r], weights[r]);
@@ -156,11 +172,11 @@ class Tile {
     int groups = (int)std::min<int64_t>(SPAN_GROUPS, (position(row + ROWS - 1) - base) / GROUP + 1);
     int64_t column = 0;
     for (; column + MOST_COLUMNS * WIDTH <= padded; column += MOST_COLUMNS * WIDTH)
-      multiply_values<Type, ROWS, MOST_COLUMNS>(weights, values_, groups, padded, column, sums);
+      multiply_values<Type, ROWS, MOST_COLUMNS>(weights, values_, values_ahead, groups, padded, column, sums);
     switch ((padded - column) / WIDTH) {
-      case 1: multiply_values<Type, ROWS, 1>(weights, values_, groups, padded, column, sums); break;
-      case 2: multiply_values<Type, ROWS, 2>(weights, values_, groups, padded, column, sums); break;
-      case 3: multiply_values<Type, ROWS, 3>(weights, values_, groups, padded, column, sums); break;
+      case 1: multiply_values<Type, ROWS, 1>(weights, values_, values_ahead, groups, padded, column, sums); break;
+      case 2: multiply_values<Type, ROWS, 2>(weights, values_, values_ahead, groups, padded, column, sums); break;
+      case 3: multiply_values<Type, ROWS, 3>(weights, values_, values_ahead, groups, padded, column, sums); break;
     }
   }
 
@@ -251,8 +267,8 @@ class Tile {
   const Item& item_;
   int64_t head_, rows_, words_, first_position_;
   const Plan& plan_;
-  const int32_t* query_[MOST_ROWS];
-  const int32_t *keys_[SPAN_GROUPS], *values_[SPAN_GROUPS];
+  const int32_t *keys_[SPAN_GROUPS], *values_[SPAN_GROUPS], *next_keys_[SPAN_GROUPS], *next_values_[SPAN_GROUPS];
+  alignas(64) int32_t query_[MOST_ROWS * MAX_HEAD_DIM];  // [rows / TILE_ROWS][words][TILE_ROWS]
   alignas(64) float key_scales_[SPAN], value_scales_[SPAN];
   alignas(64) int32_t expanded_[SPAN_GROUPS][GROUP * MAX_HEAD_DIM];  // two bfloat16 a word: keys, then values
   State chunk_, all_;

@@ -54,25 +54,30 @@ inline fvec power_of_two(fvec x) {
 #endif
 }
 
-// scores [ROWS][64] = q · keys; q [ROWS] of `words` words, keys in four groups [words][16].
+// scores [ROWS][64] = q · keys; q [words][TILE_ROWS], keys in four groups [words][16], `ahead` those wanted next.
 template <class Type, int ROWS>
-inline void multiply_keys(const int32_t* const* q, const int32_t* const* keys, int64_t words, float (*scores)[SPAN]) {
+inline void multiply_keys(const int32_t* q, const int32_t* const* keys, const int32_t* const* ahead, int64_t words,
+                          float (*scores)[SPAN]) {
   for (int first = 0; first < SPAN_VECTORS; first += MOST_COLUMNS) {
-    const int32_t* from[MOST_COLUMNS];
+    const int32_t *from[MOST_COLUMNS], *next[MOST_COLUMNS];
 #pragma GCC unroll 4
     for (int v = 0; v < MOST_COLUMNS; v++) {
       int lane = (first + v) * WIDTH;
       from[v] = keys[lane / GROUP] + lane % GROUP;
+      next[v] = ahead[lane / GROUP] + lane % GROUP;
     }
     fvec sums[ROWS][MOST_COLUMNS] = {};
     for (int64_t k = 0; k < words; k++) {
       ivec key[MOST_COLUMNS];
 #pragma GCC unroll 4
-      for (int v = 0; v < MOST_COLUMNS; v++) key[v] = load<ivec>(from[v] + k * GROUP);
+      for (int v = 0; v < MOST_COLUMNS; v++) {
+        key[v] = load<ivec>(from[v] + k * GROUP);
+        prefetch(next[v] + k * GROUP);
+      }
 #pragma GCC unroll 4
       for (int r = 0; r < ROWS; r++)
 #pragma GCC unroll 4
-        for (int v = 0; v < MOST_COLUMNS; v++) sums[r][v] = Type::dot(sums[r][v], key[v], q[r][k]);
+        for (int v = 0; v < MOST_COLUMNS; v++) sums[r][v] = Type::dot(sums[r][v], key[v], q[k * TILE_ROWS + r]);
     }
 #pragma GCC unroll 4
     for (int r = 0; r < ROWS; r++)
@@ -83,8 +88,8 @@ inline void multiply_keys(const int32_t* const* q, const int32_t* const* keys, i
 
 // sums [ROWS][COLUMNS vectors] += weights · values, over `groups` groups of values [16 / PER_WORD][padded] words.
 template <class Type, int ROWS, int COLUMNS>
-inline void multiply_values(const int32_t (*weights)[SPAN], const int32_t* const* values, int groups, int64_t padded,
-                            int64_t column, float* const* to) {
+inline void multiply_values(const int32_t (*weights)[SPAN], const int32_t* const* values, const int32_t* const* ahead,
+                            int groups, int64_t padded, int64_t column, float* const* to) {
   constexpr int WORDS = GROUP / Type::PER_WORD;
   fvec sums[ROWS][COLUMNS];
 #pragma GCC unroll 4
@@ -92,11 +97,14 @@ inline void multiply_values(const int32_t (*weights)[SPAN], const int32_t* const
 #pragma GCC unroll 4
     for (int v = 0; v < COLUMNS; v++) sums[r][v] = load<fvec>(to[r] + column + v * WIDTH);
   for (int g = 0; g < groups; g++) {
-    const int32_t* from = values[g] + column;
-    for (int k = 0; k < WORDS; k++, from += padded) {
+    const int32_t *from = values[g] + column, *next = ahead[g] + column;
+    for (int k = 0; k < WORDS; k++, from += padded, next += padded) {
       ivec value[COLUMNS];
 #pragma GCC unroll 4
-      for (int v = 0; v < COLUMNS; v++) value[v] = load<ivec>(from + v * WIDTH);
+      for (int v = 0; v < COLUMNS; v++) {
+        value[v] = load<ivec>(from + v * WIDTH);
+        prefetch(next + v * WIDTH);
+      }
 #pragma GCC unroll 4
       for (int r = 0; r < ROWS; r++)
 #pragma GCC unroll 4

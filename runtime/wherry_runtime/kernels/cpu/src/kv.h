@@ -6,7 +6,7 @@
 //   bfloat16  keys [D / 2][16][2] bfloat16, values [8][Dp][2] bfloat16: pairs of dimensions, and pairs of keys, in one word
 //   fp8       the same with E4M3 (Micikevicius et al., 2022, https://arxiv.org/abs/2209.05433), saturating at 448
 //   int8      scales of the 16 keys float32, scales of the 16 values float32, then as fp8: value = q · scale,
-//             scale = max |x| / 127 of one token's head
+//             scale = max |x| / 127 of one token's head; a code is the sign in the highest bit and |q| below
 // Dp is D rounded up to 16. Zero bytes are zero keys and values in every type.
 #pragma once
 #include <cstdint>

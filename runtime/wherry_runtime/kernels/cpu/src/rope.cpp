@@ -66,9 +66,11 @@ static void to_fp8(f32x16 x, uint8_t* out) {
   for (int i = 0; i < LANES; i++) out[i] = (uint8_t)code[i];
 }
 
+// Sign and magnitude of each lane rounded, ties to even.
 static void to_int8(f32x16 x, uint8_t* out) {
-  i32x16 q = round_to_int(x);
-  for (int i = 0; i < LANES; i++) out[i] = (uint8_t)q[i];
+  i32x16 size = round_to_int(abs(x)), code = size > 127 ? splat((int32_t)127) : size;  // NaN gives the lowest integer: 0
+  code = (code < 0 ? splat((int32_t)0) : code) | (((i32x16)x >> 24) & 0x80);
+  for (int i = 0; i < LANES; i++) out[i] = (uint8_t)code[i];
 }
 
 // max |x| / 127, or NaN if x is not finite: then so is everything that looks at this token.
