@@ -1,13 +1,28 @@
-"""Native argmax and sampling against engine/sampling.py."""
+"""Sampling on the native kernels against engine/sampling.py on PyTorch."""
+
+import math
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
+from wherry_protocol.worker import SamplingParams
+from wherry_runtime.engine.live import Live
 from wherry_runtime.engine.rng import gumbel_noise
-from wherry_runtime.engine.sampling import keep_likely
-from wherry_runtime.kernels.cpu import library, sampling
+from wherry_runtime.engine.sampling import (
+    BadLogitsError,
+    Place,
+    Sampled,
+    TorchSampler,
+    accept,
+    keep_likely,
+    sample,
+)
+from wherry_runtime.kernels.cpu import library
 from wherry_runtime.kernels.cpu.library import Pool, Program, Step
+from wherry_runtime.kernels.cpu.sampling import NativeSampler
+from wherry_runtime.scheduling.request import Request
 
 pytestmark = pytest.mark.skipif(not library.available(), reason="the native library is not built")
 
@@ -15,59 +30,58 @@ pytestmark = pytest.mark.skipif(not library.available(), reason="the native libr
 NEAR_TIE = 1e-5
 
 
-class Sampler:
-    """The three calls over rows of `vocab_size` logits."""
+class Native:
+    """A head that only looks for the likeliest, and the sampler behind it."""
 
     def __init__(self, rows: int, vocab_size: int, threads: int = 2) -> None:
-        self.logits = torch.full((rows, -(-vocab_size // 64) * 64), 1e9)  # columns beyond must not count
+        self.buffer = torch.full((rows, -(-vocab_size // 64) * 64), 1e9)  # columns beyond must not count
         self.vocab_size = vocab_size
-        self.tokens = torch.zeros(rows, dtype=torch.int64)
-        self.finite = torch.zeros(rows, dtype=torch.uint8)
-        tensor = sampling.params_tensor(rows)
-        self.params = sampling.params_of(tensor)
-        scratch, work = sampling.scratch(rows, vocab_size), sampling.work(threads, vocab_size)
-        stride = self.logits.shape[1]
-        numbers = [vocab_size, stride]
-        self.program = Program(Pool(threads))
-        self.program.add("argmax", [self.logits, scratch, self.tokens, self.finite], numbers)
-        self.program.add("sample_filter", [self.logits, tensor, scratch, work], [*numbers, work.shape[1]])
-        self.program.add("sample_draw", [self.logits, tensor, scratch, self.tokens], numbers)
+        self.head = Program(Pool(threads))
+        self.sampler = NativeSampler(self.head, self.buffer, vocab_size)
 
-    def run(self, logits: torch.Tensor) -> list[int]:
+    def sample(self, logits: torch.Tensor, places: list[Place]) -> list[Sampled | BadLogitsError]:
         rows = len(logits)
-        self.logits[:rows, : self.vocab_size] = logits
-        self.program.run(Step(rows, sampled_rows=np.arange(rows)))
-        return self.tokens[:rows].tolist()
+        view = self.buffer[:rows, : self.vocab_size]
+        view.copy_(logits)
+        self.head.run(Step(rows, sampled_rows=np.arange(rows)))
+        return sample(view, places, self.sampler)
+
+    def tokens(self, logits: torch.Tensor, places: list[Place]) -> list[int]:
+        return tokens_of(self.sample(logits, places))
 
 
-def expected(row: torch.Tensor, params: "np.void") -> tuple[int, torch.Tensor]:
-    """The reference's token, and what it is the highest of."""
-    temperature = float(params["temperature"])
-    if not temperature:
-        return int(row.argmax()), row
-    scores = keep_likely(row / temperature, int(params["top_k"]), float(params["top_p"]), float(params["min_p"]))
-    sums = scores + gumbel_noise(int(params["seed"]), int(params["position"]), len(row))
-    return int(sums.argmax()), sums
+def tokens_of(results: list[Sampled | BadLogitsError]) -> list[int]:
+    assert all(isinstance(r, Sampled) for r in results)
+    return [r.token for r in results if isinstance(r, Sampled)]
 
 
-def check(tokens: list[int], logits: torch.Tensor, params: "np.ndarray[tuple[int], np.dtype[np.void]]") -> int:
-    """How many rows differ, each by a near tie only."""
+def new_live(seed: int = 5, tokens: int = 4, answer: int = 0, **params: Any) -> Live:
+    """A request with a prompt of `tokens`, and an answer so far."""
+    stop_ids = params.pop("stop_ids", frozenset())
+    live = Live(Request(f"r{seed}", [*range(tokens)], 1000), SamplingParams(**params), seed, stop_ids)
+    for token in range(answer):
+        live.note_token(token)
+    return live
+
+
+def places(count: int, seed: int, **params: Any) -> list[Place]:
+    generator = np.random.default_rng(seed)
+    seeds = generator.integers(-(1 << 62), 1 << 62, count).tolist()
+    return [Place(new_live(s, t, **params)) for s, t in zip(seeds, generator.integers(1, 3000, count), strict=True)]
+
+
+def check(tokens: list[int], logits: torch.Tensor, where: list[Place]) -> int:
+    """How many rows differ from the reference, each by a near tie only."""
     different = 0
-    for token, row, setting in zip(tokens, logits, params, strict=False):
-        wanted, sums = expected(row, setting)
+    expected = tokens_of(sample(logits.clone(), where, TorchSampler()))
+    for token, wanted, row, place in zip(tokens, expected, logits, where, strict=True):
         if token != wanted:
             different += 1
-            assert sums[wanted] - sums[token] < NEAR_TIE, (token, wanted, setting)
+            params = place.live.params
+            scores = keep_likely(row / params.temperature, params.top_k, params.top_p, params.min_p)
+            sums = scores + gumbel_noise(place.live.seed, place.live.num_tokens, len(row))
+            assert sums[wanted] - sums[token] < NEAR_TIE, (token, wanted, params)
     return different
-
-
-def fill(params: "np.ndarray[tuple[int], np.dtype[np.void]]", seed: int, **settings: float) -> None:
-    generator = np.random.default_rng(seed)
-    params["top_p"] = 1.0
-    params["seed"] = generator.integers(0, 1 << 64, len(params), dtype=np.uint64)
-    params["position"] = generator.integers(0, 100_000, len(params))
-    for name, value in {"temperature": 1.0, "top_k": 0, "min_p": 0.0, **settings}.items():
-        params[name] = value
 
 
 class TestArgmax:
@@ -76,90 +90,171 @@ class TestArgmax:
     def test_first_of_the_highest(self, vocab_size: int, rows: int) -> None:
         if rows * vocab_size > 3_000_000:
             rows = 16
-        sampler = Sampler(rows, vocab_size)
+        native = Native(rows, vocab_size)
+        where = places(rows, 1, temperature=0.0)
         for _ in range(2):
             logits = torch.randint(-50, 50, (rows, vocab_size)).float()  # many ties
             highest = logits.amax(dim=-1, keepdim=True)
-            assert sampler.run(logits) == (logits == highest).int().argmax(dim=-1).tolist()
-            assert sampler.finite.all()
+            assert native.tokens(logits, where) == (logits == highest).int().argmax(dim=-1).tolist()
 
-    def test_what_is_not_finite(self) -> None:
-        sampler = Sampler(6, 5000)
+    @pytest.mark.parametrize("temperature", [0.0, 1.0])
+    def test_what_is_not_finite(self, temperature: float) -> None:
+        native = Native(6, 5000)
         logits = torch.randn(6, 5000)
-        logits[0, 4999] = float("nan")
-        logits[1, 17] = float("inf")
-        logits[2] = float("-inf")
-        logits[3, 5:] = float("-inf")
-        logits[4, :] = float("nan")
-        sampler.params["temperature"] = 1.0
-        sampler.run(logits)
-        assert sampler.finite.tolist() == [0, 0, 0, 1, 0, 1]
-        assert all(0 <= t < 5000 for t in sampler.tokens.tolist())
+        logits[0, 4999] = math.nan
+        logits[1, 17] = math.inf
+        logits[2] = -math.inf
+        logits[3, 5:] = -math.inf
+        logits[4, :] = math.nan
+        where = places(6, 1, temperature=temperature)
+        results = native.sample(logits, where)
+        expected = sample(logits.clone(), where, TorchSampler())
+        assert [isinstance(r, BadLogitsError) for r in results] == [True, True, True, False, True, False]
+        assert [str(r) for r in results] == [str(r) for r in expected]
 
 
-SETTINGS = [
+SETTINGS: list[dict[str, Any]] = [
     {},
     {"temperature": 0.0},
+    {"temperature": 1e-300},
+    {"temperature": 1e-19},
     {"temperature": 0.3},
     {"temperature": 2.0},
+    {"temperature": 100.0},
     {"top_k": 1},
     {"top_k": 50},
     {"top_k": 5000, "temperature": 1.5},
+    {"top_k": 8191},
+    {"top_k": 8192},
     {"top_p": 0.9},
     {"top_p": 0.1},
     {"top_p": 0.999, "temperature": 3.0},
     {"min_p": 0.05},
     {"top_k": 40, "top_p": 0.95, "min_p": 0.02, "temperature": 0.7},
-    {"top_k": 1 << 40, "top_p": 0.0, "min_p": 1.0},
+    {"top_k": 1 << 31, "top_p": 1e-9, "min_p": 1.0},
 ]
 
 
 class TestDraw:
     @pytest.mark.parametrize("settings", SETTINGS, ids=str)
     @pytest.mark.parametrize("spread", [0.5, 3.0])
-    def test_tokens_are_the_references(self, settings: dict[str, float], spread: float) -> None:
-        rows = 64
-        sampler = Sampler(rows, 8192)
-        fill(sampler.params, 1, **settings)
-        logits = torch.randn(rows, 8192, generator=torch.Generator().manual_seed(2)) * spread
-        tokens = sampler.run(logits)
-        assert sampler.finite.all()
-        assert check(tokens, logits, sampler.params) <= 1
-        if settings.get("temperature") != 0.0 and not {"top_k", "top_p"} & set(settings):
+    def test_tokens_are_the_references(self, settings: dict[str, Any], spread: float) -> None:
+        native = Native(64, 8192)
+        where = places(64, 1, **settings)
+        logits = torch.randn(64, 8192, generator=torch.Generator().manual_seed(2)) * spread
+        tokens = native.tokens(logits, where)
+        assert check(tokens, logits, where) <= 1
+        if settings.get("temperature", 1) >= 0.3 and not {"top_k", "top_p"} & set(settings):
             assert len(set(tokens)) > 1
 
     @pytest.mark.parametrize("vocab_size", [1, 9, 320, 4097, 151936])
-    def test_sizes(self, vocab_size: int) -> None:
-        sampler = Sampler(4, vocab_size, threads=3)
-        fill(sampler.params, 3, top_p=0.95)
+    @pytest.mark.parametrize("settings", [{"top_p": 0.95}, {"top_k": 7}, {}], ids=str)
+    def test_sizes(self, vocab_size: int, settings: dict[str, Any]) -> None:
+        native = Native(4, vocab_size, threads=3)
+        where = places(4, 3, **settings)
         logits = torch.randn(4, vocab_size) * 2
-        check(sampler.run(logits), logits, sampler.params)
+        check(native.tokens(logits, where), logits, where)
+
+    @pytest.mark.parametrize("settings", [{"top_k": 3}, {"top_p": 0.5}, {"min_p": 1.0}, {}], ids=str)
+    def test_ties(self, settings: dict[str, Any]) -> None:
+        """Those with the k-th stay, and so do those at the edge of the nucleus."""
+        native = Native(64, 5000)
+        logits = torch.full((64, 5000), -8.0)
+        logits[:, 100:4900:100] = 2.0
+        where = places(64, 3, **settings)
+        tokens = native.tokens(logits, where)
+        assert check(tokens, logits, where) <= 1
+        assert len(set(tokens)) > 20
 
     def test_many_rows(self) -> None:
         """Near ties are rare: none or so in thousands of draws."""
-        sampler = Sampler(64, 1000)
+        native = Native(64, 1000)
         different = 0
         for seed in range(40):
-            fill(sampler.params, seed)
+            where = places(64, seed)
             logits = torch.randn(64, 1000, generator=torch.Generator().manual_seed(seed)) * 2
-            different += check(sampler.run(logits), logits, sampler.params)
+            different += check(native.tokens(logits, where), logits, where)
         assert different <= 2
 
     def test_a_row_never_depends_on_the_others(self) -> None:
         rows = 20
         logits = torch.randn(rows, 5000) * 2
-        many = Sampler(rows, 5000, threads=3)
-        fill(many.params, 7, top_p=0.9)
-        many.params["temperature"][::3] = 0.0
-        tokens = many.run(logits)
-        one = Sampler(1, 5000, threads=1)
+        where = places(rows, 7, top_p=0.9)
+        where[::3] = places(len(where[::3]), 8, temperature=0.0)
+        where[1] = Place(new_live(9, 30, 4, presence_penalty=1.5))
+        tokens = Native(rows, 5000, threads=3).tokens(logits, where)
+        one = Native(1, 5000, threads=1)
         for row in range(rows):
-            one.params[0] = many.params[row]
-            assert one.run(logits[row : row + 1]) == [tokens[row]]
+            assert one.tokens(logits[row : row + 1], where[row : row + 1]) == [tokens[row]]
 
     def test_masked_tokens_are_never_drawn(self) -> None:
-        sampler = Sampler(32, 300)
-        fill(sampler.params, 9, temperature=5.0)
         logits = torch.zeros(32, 300)
-        logits[:, 3:] = float("-inf")
-        assert set(sampler.run(logits)) == {0, 1, 2}
+        logits[:, 3:] = -math.inf
+        assert set(Native(32, 300).tokens(logits, places(32, 9, temperature=5.0))) == {0, 1, 2}
+
+
+ADJUSTED: list[dict[str, Any]] = [
+    {"temperature": 0.0, "repetition_penalty": 1.5, "answer": 6},
+    {"temperature": 0.0, "logit_bias": {17: 100.0}, "logprobs": 3},
+    {"temperature": 0.9, "presence_penalty": 0.5, "frequency_penalty": 0.7, "answer": 9, "logprobs": 0},
+    {"temperature": 0.7, "top_k": 9, "repetition_penalty": 1.3, "min_tokens": 5, "stop_ids": frozenset([3, 4, 5])},
+    {"temperature": 0.0, "min_tokens": 5, "stop_ids": frozenset([2, 9])},
+    {"temperature": 1.0, "logit_bias": {5: 9.0, 6: 9.0}, "top_p": 0.8, "logprobs": 20},
+    {"temperature": 0.0, "logprobs": 2},
+    {"temperature": 0.0},
+    {},
+]
+
+
+def test_penalties_biases_and_log_probabilities() -> None:
+    where = [Place(new_live(seed, **params)) for seed, params in enumerate(ADJUSTED)]
+    native = Native(len(where), 400)
+    for step in range(20):
+        logits = torch.randn(len(where), 400, generator=torch.Generator().manual_seed(step)) * 3
+        results = native.sample(logits, where)
+        assert results == sample(logits.clone(), where, TorchSampler())
+        for place, token in zip(where, tokens_of(results), strict=True):
+            place.live.note_token(token)
+
+
+def test_everything_forbidden_still_draws_a_token() -> None:
+    stop_ids = frozenset([0, 1])
+    for temperature in (0.0, 1.0):
+        live = new_live(1, min_tokens=50, stop_ids=stop_ids, temperature=temperature, top_p=0.5, top_k=1)
+        assert Native(1, 2).tokens(torch.zeros(1, 2), [Place(live)])[0] in (0, 1)
+
+
+@pytest.mark.parametrize(
+    "params",
+    [{"temperature": 0.0}, {}, {"temperature": 0.8, "presence_penalty": 0.4, "frequency_penalty": 0.9, "logprobs": 2}],
+    ids=str,
+)
+def test_checking_guesses_draws_what_steps_without_them_draw(params: dict[str, Any]) -> None:
+    native = Native(8, 60)
+    table = torch.randn(60, 60, generator=torch.Generator().manual_seed(4)) * 2
+    drafted, plain = new_live(3, **params), new_live(3, **params)
+    newest, answer = 3, []
+    for _ in range(40):
+        (drawn,) = native.sample(table[newest][None], [Place(plain)])
+        assert isinstance(drawn, Sampled)
+        answer.append(drawn)
+        newest = drawn.token
+        plain.note_token(newest)
+    newest, left = 3, list(answer)
+    for step in range(100):
+        if not left:
+            break
+        guesses = [(d.token + (i == step % 4)) % 60 for i, d in enumerate(left[: min(5, len(left) - 1)])]
+        rows = torch.stack([table[t] for t in [newest, *guesses]])
+        results = native.sample(rows, [Place(drafted, guesses[:i]) for i in range(len(guesses) + 1)])
+        run = accept(results, drafted, guesses).tokens if guesses else tokens_and(results)
+        assert run == left[: len(run)]
+        assert run
+        for item in run:
+            drafted.note_token(item.token)
+        newest, left = run[-1].token, left[len(run) :]
+    assert not left
+
+
+def tokens_and(results: list[Sampled | BadLogitsError]) -> list[Sampled]:
+    return [r for r in results if isinstance(r, Sampled)]

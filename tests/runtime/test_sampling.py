@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from wherry_protocol.worker import SamplingParams
 from wherry_runtime.engine.live import Live
 from wherry_runtime.engine.rng import gumbel, gumbel_noise, words
-from wherry_runtime.engine.sampling import BadLogitsError, Sampled, keep_likely, sample
+from wherry_runtime.engine.sampling import BadLogitsError, Place, Sampled, TorchSampler, keep_likely, sample
 from wherry_runtime.scheduling.request import Request
 
 
@@ -33,9 +33,13 @@ def live(
 
 
 def draw(logits: torch.Tensor, row: Live) -> Sampled:
-    (result,) = sample(logits.clone()[None], [row])
+    (result,) = sample_rows(logits.clone()[None], [row])
     assert isinstance(result, Sampled)
     return result
+
+
+def sample_rows(logits: torch.Tensor, rows: list[Live]) -> list[Sampled | BadLogitsError]:
+    return sample(logits, [Place(row) for row in rows], TorchSampler())
 
 
 PINNED = [149215387, 49592932, 2628306354, 1037445899, 1569730169]
@@ -149,6 +153,13 @@ def test_greedy_takes_the_likeliest_whatever_the_seed() -> None:
         assert draw(logits, live(seed=seed, temperature=0)).token == int(logits.argmax())
 
 
+@pytest.mark.parametrize("temperature", [1e-300, 1e-40, 1e-21, 1e-20, 1e-6])
+def test_tiny_temperatures_take_the_likeliest(temperature: float) -> None:
+    logits = torch.randn(50, generator=torch.Generator().manual_seed(1)) * 100
+    for filters in ({}, {"top_p": 0.5}, {"top_k": 3, "min_p": 0.1}):
+        assert draw(logits, live(temperature=temperature, **filters)).token == int(logits.argmax())
+
+
 def test_a_row_does_not_depend_on_its_batch() -> None:
     generator = torch.Generator().manual_seed(5)
     logits = torch.randn(6, 300, generator=generator)
@@ -160,10 +171,10 @@ def test_a_row_does_not_depend_on_its_batch() -> None:
         live(seed=5, logit_bias={9: 50.0}, repetition_penalty=1.5),
         live(seed=6, min_tokens=5, stop_ids=frozenset([0])),
     ]
-    together = sample(logits.clone(), rows)
-    alone = [sample(logits[i : i + 1].clone(), [row])[0] for i, row in enumerate(rows)]
+    together = sample_rows(logits.clone(), rows)
+    alone = [sample_rows(logits[i : i + 1].clone(), [row])[0] for i, row in enumerate(rows)]
     assert together == alone
-    backwards = sample(logits.flip(0).clone(), rows[::-1])
+    backwards = sample_rows(logits.flip(0).clone(), rows[::-1])
     assert backwards[::-1] == alone
 
 
@@ -209,7 +220,7 @@ def test_penalties_equal_their_definition(
         logit_bias=bias,
     )
     buffer = torch.tensor([logits])
-    sample(buffer, [row])  # adjusts in place
+    sample_rows(buffer, [row])  # adjusts in place
     assert buffer[0].tolist() == pytest.approx(reference_adjust(logits, prompt, answer, row.params), abs=1e-4)
 
 
@@ -240,7 +251,7 @@ def test_logprobs_are_of_the_untouched_logits() -> None:
 def test_output_that_is_not_finite_fails_its_request_only(bad: float) -> None:
     logits = torch.zeros(3, 8)
     logits[1, 4] = bad
-    results = sample(logits, [live(), live(logprobs=3), live(temperature=0)])
+    results = sample_rows(logits, [live(), live(logprobs=3), live(temperature=0)])
     assert isinstance(results[1], BadLogitsError)
     assert isinstance(results[0], Sampled)
     assert isinstance(results[2], Sampled)

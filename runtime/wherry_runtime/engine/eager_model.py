@@ -1,5 +1,7 @@
 """A model on PyTorch, operation by operation."""
 
+from collections.abc import Iterator
+
 import numpy as np
 import torch
 
@@ -13,6 +15,8 @@ from wherry_runtime.models.decoder import Decoder
 class EagerModel:
     """The reference of the native backend; what runs on CUDA, and where there are no native kernels."""
 
+    sampler = None
+
     def __init__(self, model: Decoder, cache: PagedKVCache) -> None:
         self.decoder = model
         self.cache = cache
@@ -22,10 +26,10 @@ class EagerModel:
         self._metadata = MetadataBuilder(cache.block_size, cache.padding_block, dtype, self._device)
         self._windows = set(model.config.windows) or {None}
 
-    def logits(self, prepared: Prepared) -> torch.Tensor:
-        """Computes a step: [S, vocab_size] float32."""
+    def logits(self, prepared: Prepared) -> Iterator[torch.Tensor]:
+        """Computes a step: [S, vocab_size] float32, all in one part."""
         ops = EagerOps(self._batch(prepared), self.cache, self.decoder.rope)
-        return self.decoder.logits(ops, self.decoder.hidden(ops)).float()
+        yield self.decoder.logits(ops, self.decoder.hidden(ops)).float()
 
     def _batch(self, prepared: Prepared) -> Batch:
         sequences = prepared.sequences

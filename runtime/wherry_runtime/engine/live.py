@@ -13,6 +13,9 @@ import msgspec
 from wherry_protocol.worker import ErrorEvent, FinishReason, SamplingParams
 from wherry_runtime.scheduling.request import Request
 
+# Below, logits divided by it may overflow; noise no longer matters long before.
+LEAST_TEMPERATURE = 1e-20
+
 
 @dataclass(slots=True, frozen=True)
 class RawLogprobs:
@@ -39,13 +42,13 @@ class Live:
     answer_counts: Counter[int] = field(default_factory=Counter)
     seen: set[int] = field(default_factory=set)  # tokens of prompt and answer
     penalized: bool = field(init=False)
-    _adjusts_always: bool = field(init=False)
+    greedy: bool = field(init=False)  # takes the likeliest token
 
     def __post_init__(self) -> None:
         params = self.params
         self.num_tokens = len(self.request.tokens)
         self.penalized = bool(params.presence_penalty or params.frequency_penalty or params.repetition_penalty != 1.0)
-        self._adjusts_always = self.penalized or bool(params.logit_bias)
+        self.greedy = params.temperature < LEAST_TEMPERATURE
         if params.repetition_penalty != 1.0:
             self.seen.update(self.request.tokens)
 
@@ -54,20 +57,10 @@ class Live:
         return self.request.id
 
     @property
-    def too_short_to_end(self) -> bool:
-        """Whether the next token must not be a stop token."""
-        return self.num_tokens - self.request.num_prompt < self.params.min_tokens
-
-    @property
-    def adjusted(self) -> bool:
-        """Whether logits change before temperature: penalties, biases or tokens not allowed yet."""
-        return self._adjusts_always or self.too_short_to_end
-
-    @property
     def filtered(self) -> bool:
         """Whether unlikely tokens are cut off before drawing."""
         params = self.params
-        return params.temperature > 0 and (params.top_k > 0 or params.top_p < 1.0 or params.min_p > 0.0)
+        return not self.greedy and (params.top_k > 0 or params.top_p < 1.0 or params.min_p > 0.0)
 
     def note_token(self, token: int) -> None:
         """Remembers a drawn token for sampling. Called by the thread that samples."""

@@ -4,7 +4,7 @@ A step has two halves. `prepare` is host work that needs no token: the step loop
 computing. `run` is the device's thread's: it starts when the last tokens are known.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Protocol
 
 import numpy as np
@@ -14,7 +14,7 @@ from wherry_runtime.attention.metadata import sort_sequences
 from wherry_runtime.engine.live import Live
 from wherry_runtime.engine.prepared import Prepared
 from wherry_runtime.engine.rng import gumbel_noise
-from wherry_runtime.engine.sampling import Noise
+from wherry_runtime.engine.sampling import Noise, Sampler, TorchSampler
 from wherry_runtime.engine.speculative.rows import Outcome, draw, one_by_one
 from wherry_runtime.scheduling.plan import SequenceStep
 
@@ -34,17 +34,29 @@ class Model(Protocol):
     @property
     def cache(self) -> Cache: ...
 
-    def logits(self, prepared: Prepared) -> torch.Tensor:
-        """Computes a step and writes its keys and values: [S, vocab_size] float32, valid until the next call."""
+    @property
+    def sampler(self) -> Sampler | None:
+        """The backend's own, if it has one: for logits that the model computed last."""
+
+    def logits(self, prepared: Prepared) -> Iterator[torch.Tensor]:
+        """Computes a step and writes its keys and values.
+
+        Yields:
+            [S, vocab_size] float32 in parts of some rows, at least one, each valid until the next is asked for.
+        """
 
 
 class ModelRunner:
-    """A model and its KV cache. `prepare` may run in one thread while `run` does in another."""
+    """A model and its KV cache. `prepare` may run in one thread while `run` does in another.
 
-    def __init__(self, model: Model) -> None:
+    Args:
+        noise: may be one that remembers.
+    """
+
+    def __init__(self, model: Model, noise: Noise = gumbel_noise) -> None:
         self.model = model
         self.cache = model.cache
-        self.noise: Noise = gumbel_noise  # may be one that remembers
+        self._sampler = model.sampler or TorchSampler(noise)
 
     def prepare(self, sequences: list[SequenceStep]) -> Prepared:
         """What can be known of a step ahead. Does not look at the tokens' values, which may still be `UNKNOWN`."""
@@ -75,10 +87,7 @@ class ModelRunner:
     def run(self, prepared: Prepared, live: Mapping[str, Live]) -> dict[str, Outcome]:
         """Computes the ranges and draws the next tokens: request id → token or tokens, if it samples. Blocks."""
         with torch.inference_mode():
-            logits = self.model.logits(prepared)
-            if not prepared.ids:
-                return {}
-            return draw(logits, prepared.sequences, live, self.noise)
+            return draw(self.model.logits(prepared), prepared.sequences, live, self._sampler)
 
     def step(self, sequences: list[SequenceStep], live: Mapping[str, Live]) -> dict[str, Outcome]:
         """Both halves."""
@@ -91,5 +100,7 @@ class ModelRunner:
             [S, vocab_size] float32 logits after the last token of each sequence that samples, and these sequences' ids.
         """
         prepared = self.prepare(sequences)
+        whole = len(prepared.ids)
         with torch.inference_mode():
-            return self.model.logits(prepared), prepared.ids
+            parts = [part if len(part) == whole else part.clone() for part in self.model.logits(prepared)]
+        return parts[0] if len(parts) == 1 else torch.cat(parts), prepared.ids

@@ -5,6 +5,9 @@ argmax, and others draw after temperature, top-k, top-p and min-p, in this order
 computed from itself alone, so a request's tokens do not depend on the rest of its batch. Work that no request asked
 for is not done.
 
+What changes logits is done here, on PyTorch. The rest is a backend's `Sampler`: `TorchSampler` is the reference, and
+`kernels.cpu.sampling.NativeSampler` does the same on the native kernels.
+
 Guesses are checked by drawing as if there were none: the noise of a draw depends on seed and position alone, so what
 the model draws after a guess that came true is what it would have drawn there anyway. Answers are therefore the same
 token by token with and without guesses, whoever made them (drafter-invariant speculative decoding: Daliri et al., 2025,
@@ -14,6 +17,7 @@ https://arxiv.org/abs/2408.07978).
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 
@@ -50,89 +54,112 @@ class Drawn:
     tainted: bool = False
 
 
-def verify(
-    logits: torch.Tensor, rows: Sequence[Live], guesses: Sequence[Sequence[int]], noise: Noise = gumbel_noise
-) -> list[Drawn | BadLogitsError]:
-    """Draws tokens for each request until one differs from its guess, or ends the answer, or no guess is left.
+@dataclass(slots=True, frozen=True)
+class Place:
+    """Where a token is drawn: after a request's tokens and `ahead`, guesses at what follows them."""
 
-    Args:
-        logits: [S + all guesses, vocab_size] float32: for each request the row after its newest token, then those after
-            each of its guesses. Overwritten.
-        rows: the S requests.
-        guesses: of each request; they must fit into what its answer may have left, less one.
-
-    Returns:
-        For each request at least one token, or the error to fail it with. A run ends before numbers that are not
-        finite, even if that is at once: a step without guesses then tells whether they are the request's own.
-    """
-    finite = torch.isfinite(logits.amax(dim=-1)).tolist()
-    likeliest = argmax(logits)
-    results: list[Drawn | BadLogitsError] = []
-    first = 0
-    for live, run in zip(rows, guesses, strict=True):
-        end = first + len(run) + 1
-        if finite[first] or len(run):
-            drawn = _draw_run(logits[first:end], finite[first:end], likeliest[first:end], live, run, noise)
-            results.append(Drawn(drawn, tainted=not all(finite[first + len(drawn) : end])))
-        else:
-            results.append(_not_finite())
-        first = end
-    return results
+    live: Live
+    ahead: Sequence[int] = ()
 
 
-def _draw_run(
-    logits: torch.Tensor, finite: list[bool], likeliest: list[int], live: Live, run: Sequence[int], noise: Noise
-) -> list[Sampled]:
-    """`verify` for one request: logits [len(run) + 1, vocab_size]."""
-    drawn: list[Sampled] = []
-    plain = live.params.temperature == 0
-    for index in range(len(run) + 1):
-        if not finite[index]:
-            break
-        raw = logits[index].log_softmax(dim=-1) if live.params.logprobs is not None else None
-        if plain and not _adjusted(live, index):
-            token = likeliest[index]
-        else:
-            (token,) = argmax(scores_of(logits[index], live, run[:index], noise)[None])
-        drawn.append(Sampled(token, None if raw is None else _pick(raw, token, live)))
-        ends = token in live.stop_ids and not _too_short(live, index)
-        if index == len(run) or token != run[index] or ends:
-            break
-    return drawn
+class Sampler(Protocol):
+    """Draws from a step's logits on some backend."""
+
+    def finite(self, logits: torch.Tensor) -> list[bool]:
+        """Which rows can be drawn from: with no NaN nor +infinity, and not only -infinity.
+
+        Args:
+            logits: [S, vocab_size] float32, what the model computed last, untouched.
+        """
+
+    def draw(self, logits: torch.Tensor, places: Sequence[Place], *, changed: bool) -> list[int]:
+        """A token for each row; any where that is not finite, or where an earlier guess did not come true.
+
+        Args:
+            logits: what `finite` was asked about last, now with penalties, biases and minimum lengths. Overwritten.
+            places: of each row; those of a request in the order of their positions.
+            changed: whether there were any.
+        """
 
 
-def sample(logits: torch.Tensor, rows: list[Live]) -> list[Sampled | BadLogitsError]:
+class TorchSampler:
+    """The reference. `noise` may remember what it computed."""
+
+    def __init__(self, noise: Noise = gumbel_noise) -> None:
+        self._noise = noise
+
+    def finite(self, logits: torch.Tensor) -> list[bool]:
+        flags: list[bool] = torch.isfinite(logits.amax(dim=-1)).tolist()
+        return flags
+
+    def draw(self, logits: torch.Tensor, places: Sequence[Place], *, changed: bool) -> list[int]:
+        drawn = argmax(logits)
+        latest: dict[str, int] = {}  # request → the token after the last guess that came true
+        for index, place in enumerate(places):
+            live = place.live
+            if place.ahead and latest.get(live.id) != place.ahead[-1]:
+                latest.pop(live.id, None)
+                continue
+            if not live.greedy:
+                (drawn[index],) = argmax(_perturbed(logits[index], live, len(place.ahead), self._noise)[None])
+            latest[live.id] = drawn[index]
+        return drawn
+
+
+def sample(logits: torch.Tensor, places: Sequence[Place], sampler: Sampler) -> list[Sampled | BadLogitsError]:
     """Draws one token for each row.
 
     Args:
-        logits: [S, vocab_size] float32; overwritten.
-        rows: the request of each row.
+        logits: [S, vocab_size] float32, what the model computed last; overwritten.
+        places: of each row; those of a request in the order of their positions.
 
     Returns:
-        For each row a token, or the error to fail its request with.
+        For each row a token, or the error to fail its request with. What comes after a guess that did not come true
+        means nothing.
     """
-    finite = torch.isfinite(logits.amax(dim=-1)).tolist()
-    logprobs = _logprobs(logits, rows)
-    for index, live in enumerate(rows):
-        if _adjusted(live, 0):
-            _adjust(logits[index], live)
-    drawn = argmax(logits)
-    for index, live in enumerate(rows):
-        if live.params.temperature > 0 and finite[index]:
-            (drawn[index],) = argmax(_perturbed(logits[index], live, 0, gumbel_noise)[None])
+    finite = sampler.finite(logits)
+    logprobs = _logprobs(logits, places)
+    changed = False
+    for index, place in enumerate(places):
+        if _adjusted(place.live, len(place.ahead)):
+            _adjust(logits[index], place.live, place.ahead)
+            changed = True
+    drawn = sampler.draw(logits, places, changed=changed)
     results: list[Sampled | BadLogitsError] = []
-    for index, live in enumerate(rows):
+    for index, (place, token) in enumerate(zip(places, drawn, strict=True)):
         if not finite[index]:
-            results.append(_not_finite())
+            results.append(BadLogitsError("the model's output is not finite (NaN or infinity)"))
             continue
         raw = logprobs.get(index)
-        results.append(Sampled(drawn[index], None if raw is None else _pick(raw, drawn[index], live)))
+        results.append(Sampled(token, None if raw is None else _pick(raw, token, place.live)))
     return results
 
 
-def _logprobs(logits: torch.Tensor, rows: list[Live]) -> dict[int, torch.Tensor]:
+def accept(results: Sequence[Sampled | BadLogitsError], live: Live, guesses: Sequence[int]) -> Drawn:
+    """Takes a request's tokens until one differs from its guess, or ends the answer, or no guess is left.
+
+    Args:
+        results: what was drawn after the request's newest token, and after each of its guesses.
+        guesses: at least one; they must fit into what the answer may have left, less one.
+
+    Returns:
+        A run that ends before numbers that are not finite, even if that is at once: a step without guesses then tells
+        whether they are the request's own.
+    """
+    run: list[Sampled] = []
+    for index, result in enumerate(results):
+        if isinstance(result, BadLogitsError):
+            break
+        run.append(result)
+        ends = result.token in live.stop_ids and not _too_short(live, index)
+        if index == len(guesses) or result.token != guesses[index] or ends:
+            break
+    return Drawn(run, tainted=any(isinstance(r, BadLogitsError) for r in results[len(run) :]))
+
+
+def _logprobs(logits: torch.Tensor, places: Sequence[Place]) -> dict[int, torch.Tensor]:
     """Row index → [vocab_size] log-softmax of the untouched logits, for rows that want it."""
-    wanted = [i for i, live in enumerate(rows) if live.params.logprobs is not None]
+    wanted = [i for i, place in enumerate(places) if place.live.params.logprobs is not None]
     if not wanted:
         return {}
     return dict(zip(wanted, logits[wanted].log_softmax(dim=-1), strict=True))
@@ -150,10 +177,6 @@ def argmax(scores: torch.Tensor) -> list[int]:
         tokens: list[int] = scores.numpy().argmax(axis=-1).tolist()
         return tokens
     return scores.argmax(dim=-1).tolist()
-
-
-def _not_finite() -> BadLogitsError:
-    return BadLogitsError("the model's output is not finite (NaN or infinity)")
 
 
 def _too_short(live: Live, ahead: int) -> bool:
@@ -197,7 +220,7 @@ def scores_of(row: torch.Tensor, live: Live, ahead: Sequence[int] = (), noise: N
     """
     if _adjusted(live, len(ahead)):
         _adjust(row, live, ahead)
-    return row if live.params.temperature == 0 else _perturbed(row, live, len(ahead), noise)
+    return row if live.greedy else _perturbed(row, live, len(ahead), noise)
 
 
 def _perturbed(row: torch.Tensor, live: Live, ahead: int, noise: Noise) -> torch.Tensor:

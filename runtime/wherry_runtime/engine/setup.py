@@ -13,6 +13,7 @@ from wherry_protocol.engine_config import EngineConfig
 from wherry_runtime.engine.backend import build, use_native
 from wherry_runtime.engine.core import new_scheduler_factory
 from wherry_runtime.engine.resources import Device, cpu_threads
+from wherry_runtime.engine.rng import NoiseCache, gumbel_noise
 from wherry_runtime.engine.runner import ModelRunner
 from wherry_runtime.engine.speculative.setup import load_draft, new_speculator
 from wherry_runtime.engine.speculative.speculator import Speculator
@@ -95,7 +96,8 @@ def load(config: EngineConfig) -> Loaded:
         library.target() if native else "PyTorch",
         *(max_model_len, kv_tokens),
     )
-    runner = ModelRunner(build(model, num_blocks, config.block_size, stored, native=native, threads=threads))
+    noise = NoiseCache() if draft is not None else gumbel_noise  # a guess and its check draw with the same
+    runner = ModelRunner(build(model, num_blocks, config.block_size, stored, native=native, threads=threads), noise)
     return Loaded(
         model_config=model_config,
         max_model_len=max_model_len,
@@ -115,7 +117,7 @@ def load(config: EngineConfig) -> Loaded:
             config.max_queued,
             config.max_itl_ratio,
         ),
-        speculator=new_speculator(config, draft, kv_tokens, runner, threads),
+        speculator=new_speculator(config, draft, kv_tokens, noise, threads),
     )
 
 

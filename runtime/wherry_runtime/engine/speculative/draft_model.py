@@ -19,8 +19,7 @@ import numpy as np
 import torch
 
 from wherry_runtime.engine.live import Live
-from wherry_runtime.engine.rng import NoiseCache
-from wherry_runtime.engine.sampling import argmax, scores_of
+from wherry_runtime.engine.sampling import Noise, argmax, scores_of
 from wherry_runtime.engine.speculative.estimates import Cost
 from wherry_runtime.scheduling.blocks import BlockManager
 from wherry_runtime.scheduling.plan import BlockTable, SequenceStep
@@ -94,7 +93,7 @@ class DraftModel:
         max_length: int,
         max_rows: int,
         cost: Cost,
-        noise: NoiseCache,
+        noise: Noise,
         clock: Callable[[], float] = time.perf_counter,
     ) -> None:
         self.max_length = max_length
@@ -198,7 +197,7 @@ class DraftModel:
         leads -= logits.scatter_(-1, places, float("-inf")).amax(dim=-1, keepdim=True)
         for item, token, lead in zip(items, tokens, leads[:, 0].tolist(), strict=True):
             item.guesses.tokens.append(token)
-            item.guesses.classes.append(lead_class(lead, greedy=item.live.params.temperature == 0))
+            item.guesses.classes.append(lead_class(lead, greedy=item.live.greedy))
 
     def _feed(self, item: Wanted) -> list[SequenceStep]:
         """The last guess as the next token to read."""

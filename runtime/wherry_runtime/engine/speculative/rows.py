@@ -5,13 +5,12 @@ it, which all of a layer's rows write before any of them attends. So a row's num
 the only row of a later step, and answers with guesses are the same as those without.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import torch
 
 from wherry_runtime.engine.live import Live
-from wherry_runtime.engine.rng import gumbel_noise
-from wherry_runtime.engine.sampling import BadLogitsError, Drawn, Noise, Sampled, sample, verify
+from wherry_runtime.engine.sampling import BadLogitsError, Drawn, Place, Sampled, Sampler, accept, sample
 from wherry_runtime.scheduling.plan import SequenceStep
 
 Outcome = Sampled | Drawn | BadLogitsError
@@ -40,29 +39,31 @@ def one_by_one(sequences: list[SequenceStep]) -> list[SequenceStep]:
 
 
 def draw(
-    logits: torch.Tensor, sequences: Sequence[SequenceStep], live: Mapping[str, Live], noise: Noise = gumbel_noise
+    parts: Iterable[torch.Tensor], sequences: Sequence[SequenceStep], live: Mapping[str, Live], sampler: Sampler
 ) -> dict[str, Outcome]:
     """Draws the next tokens of a step.
 
     Args:
-        logits: [S, vocab_size] float32 after each of `sequences` that samples. Overwritten.
+        parts: [S, vocab_size] float32 after each of `sequences` that samples, some rows at a time; each part is
+            overwritten, and done with when the next is asked for.
         sequences: what `one_by_one` made, in row order; those of a request by position.
 
     Returns:
         By request id: `Drawn` for those with guesses.
     """
-    rows: dict[str, list[int]] = {}
-    tokens: dict[str, list[int]] = {}
-    count = 0
+    tokens: dict[str, list[int]] = {}  # of each request: its newest, and guesses
+    places = []
     for sequence in sequences:
         if sequence.samples:
-            rows.setdefault(sequence.request_id, []).append(count)
-            tokens.setdefault(sequence.request_id, []).append(sequence.tokens[-1])
-            count += 1
-    if len(rows) == count:
-        return dict(zip(rows, sample(logits, [live[i] for i in rows]), strict=True))
-    order = [row for own in rows.values() for row in own]
-    if order != list(range(count)):
-        logits = logits[torch.tensor(order, device=logits.device)]
-    results = verify(logits, [live[i] for i in rows], [tokens[i][1:] for i in rows], noise)
-    return dict(zip(rows, results, strict=True))
+            known = tokens.setdefault(sequence.request_id, [])
+            known.append(sequence.tokens[-1])
+            places.append(Place(live[sequence.request_id], known[1:]))
+    results: list[Sampled | BadLogitsError] = []
+    for logits in parts:
+        results += sample(logits, places[len(results) : len(results) + len(logits)], sampler)
+    if len(tokens) == len(places):
+        return dict(zip(tokens, results, strict=True))
+    by_request: dict[str, list[Sampled | BadLogitsError]] = {i: [] for i in tokens}
+    for place, result in zip(places, results, strict=True):
+        by_request[place.live.id].append(result)
+    return {i: own[0] if len(own) == 1 else accept(own, live[i], tokens[i][1:]) for i, own in by_request.items()}

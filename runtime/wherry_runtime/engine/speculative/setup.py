@@ -7,8 +7,8 @@ import torch
 
 from wherry_protocol.engine_config import EngineConfig
 from wherry_runtime.engine.backend import build, use_native
-from wherry_runtime.engine.rng import NoiseCache
 from wherry_runtime.engine.runner import ModelRunner
+from wherry_runtime.engine.sampling import Noise
 from wherry_runtime.engine.speculative.draft_model import DraftModel
 from wherry_runtime.engine.speculative.policy import Costs
 from wherry_runtime.engine.speculative.speculator import Speculator
@@ -93,9 +93,10 @@ def _check(config: EngineConfig) -> None:
 
 
 def new_speculator(
-    config: EngineConfig, draft: Draft | None, kv_tokens: int, target: ModelRunner, threads: int
+    config: EngineConfig, draft: Draft | None, kv_tokens: int, noise: Noise, threads: int
 ) -> Speculator | None:
-    """The speculator that `config` wants, if any. A draft model gets a KV cache for `kv_tokens` tokens."""
+    """The speculator that `config` wants, if any. A draft model gets a KV cache for `kv_tokens` tokens and draws with
+    the model's `noise`."""
     if config.speculative == "none":
         return None
     costs = Costs()
@@ -104,7 +105,6 @@ def new_speculator(
         # The guesses that every sequence may have on top of what the target's cache holds.
         spare = config.max_running * -(-config.max_draft_tokens // config.block_size)
         num_blocks = -(-kv_tokens // config.block_size) + spare
-        noise = target.noise = NoiseCache()
         model = DraftModel(
             ModelRunner(
                 build(draft.model, num_blocks, config.block_size, draft.stored, native=draft.native, threads=threads)

@@ -10,6 +10,7 @@ from wherry_runtime.attention.native import AttentionKernels, NativeKVCache
 from wherry_runtime.engine.prepared import Prepared
 from wherry_runtime.kernels.cpu.library import Pool, Program, Step
 from wherry_runtime.kernels.cpu.recorder import Capacity, Recorder
+from wherry_runtime.kernels.cpu.sampling import NativeSampler
 from wherry_runtime.models.decoder import Decoder
 
 # Rows computed at once. More would read the weights less often, which at this many no longer matters, and take memory.
@@ -35,25 +36,24 @@ class NativeModel:
         hidden = model.hidden(recorder)
         recorder.program = self.head
         self._logits = model.logits(recorder, hidden)
-        self.workspace_bytes = recorder.arena.num_bytes + attention.num_bytes
         self._vocab_size = model.config.vocab_size
+        self.sampler = NativeSampler(self.head, self._logits.buffer, self._vocab_size)
+        self.workspace_bytes = recorder.arena.num_bytes + attention.num_bytes + self.sampler.num_bytes
 
-    def logits(self, prepared: Prepared) -> torch.Tensor:
+    def logits(self, prepared: Prepared) -> Iterator[torch.Tensor]:
         """Computes a step.
 
-        Returns:
-            [S, vocab_size] float32, valid until the next call.
+        Yields:
+            [S, vocab_size] float32, at most `CAPACITY.sampled` rows at a time, all in the same memory.
         """
-        parts = []
         for step in steps(prepared, CAPACITY.rows):
             self.layers.run(step)
             for start in range(0, len(step.sampled_rows), CAPACITY.sampled):
                 rows = step.sampled_rows[start : start + CAPACITY.sampled]
                 self.head.run(Step(step.rows, sampled_rows=rows))
-                logits = self._logits.buffer[: len(rows), : self._vocab_size]
-                # The next rows come into the same buffer, if there are more.
-                parts.append(logits if len(rows) == len(prepared.sampled_rows) else logits.clone())
-        return parts[0] if len(parts) == 1 else torch.cat([self._logits.buffer[:0, : self._vocab_size], *parts])
+                yield self._logits.buffer[: len(rows), : self._vocab_size]
+        if not prepared.sampled_rows:
+            yield self._logits.buffer[:0, : self._vocab_size]
 
 
 def steps(prepared: Prepared, rows: int) -> Iterator[Step]:

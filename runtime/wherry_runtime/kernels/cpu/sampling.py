@@ -1,40 +1,67 @@
-"""What the native sampling kernels read and work in; kernels/cpu/src/sample*.cpp describe their operands.
+"""Sampling on the native kernels; kernels/cpu/src/sample*.cpp describe their operands.
 
-The order of calls is argmax, sample_filter, sample_draw, all on one scratch; rows of temperature 0 keep argmax's token.
-Penalties, bias and minimum lengths are applied to the logits before, by engine/sampling.py.
+The head's program ends with argmax: its tokens are the answer where every row is greedy and no logit was changed, and
+it finds what is not finite while it is at it. Other steps replay one or two short programs more.
 """
+
+import struct
+from collections.abc import Sequence
 
 import numpy as np
 import torch
 
-PARAMS = np.dtype(
-    [
-        ("temperature", "<f8"),  # 0: the likeliest
-        ("top_k", "<i8"),  # 0: off
-        ("top_p", "<f8"),
-        ("min_p", "<f8"),
-        ("seed", "<u8"),
-        ("position", "<i8"),
-    ]
-)
+from wherry_runtime.engine.sampling import Place
+from wherry_runtime.kernels.cpu.library import Program, Step
+
+PARAMS = struct.Struct("<dqddQq")  # `Params` of sample.h: temperature, top_k, top_p, min_p, seed, position
 COLUMNS_PER_ITEM = 4096
+SEED = (1 << 64) - 1
 
 
-def params_tensor(max_rows: int) -> torch.Tensor:
-    """Memory for the settings of `max_rows` rows; `params_of` is the same memory for NumPy."""
-    return torch.zeros(max_rows * PARAMS.itemsize, dtype=torch.uint8)
+class NativeSampler:
+    """Draws from the logits that a model's head left in its buffer.
 
+    Args:
+        head: computes the logits; gets one call more.
+        buffer: [most rows, stride] float32: where it leaves them. Columns beyond `vocab_size` are not looked at.
+    """
 
-def params_of(tensor: torch.Tensor) -> "np.ndarray[tuple[int], np.dtype[np.void]]":
-    """The structured array, to be filled before each step."""
-    return tensor.numpy().view(PARAMS)
+    def __init__(self, head: Program, buffer: torch.Tensor, vocab_size: int) -> None:
+        rows, stride = buffer.shape
+        threads = head.pool.threads
+        pieces = -(-vocab_size // COLUMNS_PER_ITEM)
+        padded = -(-vocab_size // 64) * 64
+        scratch = torch.zeros(rows * 16 * (1 + pieces), dtype=torch.uint8)
+        work = torch.empty(threads, padded, dtype=torch.float32)  # candidates of each thread's row
+        params = torch.zeros(rows * PARAMS.size, dtype=torch.uint8)
+        tokens = torch.zeros(rows, dtype=torch.int64)
+        finite, unused = (torch.zeros(rows, dtype=torch.uint8) for _ in range(2))
+        sizes = [vocab_size, stride]
+        head.add("argmax", [buffer, scratch, tokens, finite], sizes)
+        self._again = Program(head.pool)
+        self._again.add("argmax", [buffer, scratch, tokens, unused], sizes)
+        self._drawing = Program(head.pool)
+        self._drawing.add("sample_filter", [buffer, params, scratch, work], [*sizes, padded])
+        self._drawing.add("sample_draw", [buffer, params, scratch, tokens], sizes)
+        self._params, self._tokens, self._finite = params.numpy().data, tokens.numpy(), finite.numpy()
+        self.num_bytes = scratch.nbytes + work.nbytes + params.nbytes
 
+    def finite(self, logits: torch.Tensor) -> list[bool]:
+        flags: list[bool] = self._finite[: len(logits)].astype(bool).tolist()
+        return flags
 
-def scratch(max_rows: int, vocab_size: int) -> torch.Tensor:
-    """What a row's pieces find, for up to `max_rows` rows."""
-    return torch.zeros(max_rows * 16 * (1 + -(-vocab_size // COLUMNS_PER_ITEM)), dtype=torch.uint8)
-
-
-def work(threads: int, vocab_size: int) -> torch.Tensor:
-    """[threads, Vp] float32: candidates of each thread's row."""
-    return torch.zeros(threads, -(-vocab_size // 64) * 64, dtype=torch.float32)
+    def draw(self, logits: torch.Tensor, places: Sequence[Place], *, changed: bool) -> list[int]:
+        count = len(logits)
+        step = Step(count, sampled_rows=np.arange(count))
+        if changed:
+            self._again.run(step)
+        if not all(place.live.greedy for place in places):
+            for index, place in enumerate(places):
+                live, params = place.live, place.live.params
+                temperature = 0.0 if live.greedy else params.temperature
+                position = live.num_tokens + len(place.ahead)
+                settings = (temperature, params.top_k, params.top_p, params.min_p, live.seed & SEED, position)
+                PARAMS.pack_into(self._params, index * PARAMS.size, *settings)
+            self._drawing.run(step)
+        tokens: list[int] = self._tokens[:count].tolist()
+        return tokens

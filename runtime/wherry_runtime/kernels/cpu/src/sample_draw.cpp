@@ -10,6 +10,7 @@
 namespace wherry::WHERRY_TARGET {
 
 constexpr float MOST_NOISE = 22.9f;  // of what 32 random bits can give
+constexpr int64_t GROUPS = 16;  // of sixteen columns, at a time
 
 // Eight words: block `index` of the stream.
 static void philox(uint64_t key0, uint64_t key1, uint64_t index, uint32_t* out) {
@@ -57,27 +58,52 @@ static f32x16 gumbel(i32x16 words) {
   return -log(-(log(u) + rest / u));
 }
 
-static f32x16 noise_at(const Params& params, int64_t column) {
-  alignas(64) uint32_t words[LANES];
-  philox(params.seed, (uint64_t)params.position, (uint64_t)column / 8, words);
-  philox(params.seed, (uint64_t)params.position, (uint64_t)column / 8 + 1, words + 8);
-  return gumbel(load<i32x16>(words));
+// Words of columns k … k + 15 in `out`.
+static void words_at(const Params& params, int64_t k, uint32_t* out) {
+  philox(params.seed, (uint64_t)params.position, (uint64_t)k / 8, out);
+  philox(params.seed, (uint64_t)params.position, (uint64_t)k / 8 + 1, out + 8);
 }
 
-// The best score + noise in columns begin … end - 1. Columns that cannot beat `sure`, a sum known to occur, get no noise.
+static float noise_at(const Params& params, int64_t column) {
+  alignas(64) uint32_t words[LANES];
+  words_at(params, column / LANES * LANES, words);
+  return gumbel(load<i32x16>(words))[column % LANES];
+}
+
+// Where noise may lift a score to `best`: more than d only comes of words under 2³² e^-d. A little room for rounding; where
+// a score is infinite the comparison is of NaN, and says yes.
+static i32x16 may_win(f32x16 scores, float best, i32x16 words) {
+  f32x16 room = (abs(scores) + std::fabs(best)) * 1e-6f + 1e-4f;
+  return ~(to_float((words >> 1) & 0x7fffffff) * 0x1p-31f >= exp(scores - best + room) + 0x1p-32f);
+}
+
+// The best score + noise in columns begin … end - 1. What cannot beat `sure`, a sum known to occur, or what was found
+// since, gets no words, and what its words cannot lift so far no logarithms.
 static Best draw(const Rows& rows, int64_t row, const Params& params, float sure, int64_t begin, int64_t end) {
-  float temperature = (float)params.temperature;
-  float least = std::max(rows.state(row).floor, sure - MOST_NOISE);
-  f32x16 values = splat(-INFINITY);
-  i32x16 ids = lane_numbers() + (int32_t)begin, now = ids;
-  for (int64_t k = begin; k < end; k += LANES, now += LANES) {
-    f32x16 scores = load_columns(rows.row(row), k, end) / temperature;
-    i32x16 kept = scores >= least;
-    if (!any(kept)) continue;
-    f32x16 sums = kept ? scores + noise_at(params, k) : splat(-INFINITY);
-    i32x16 higher = sums > values;
-    values = higher ? sums : values;
-    ids = higher ? now : ids;
+  float temperature = (float)params.temperature, floor = rows.state(row).floor;
+  f32x16 values = splat(-INFINITY), scores[GROUPS];
+  i32x16 ids = lane_numbers() + (int32_t)begin;
+  alignas(64) uint32_t words[GROUPS * LANES];
+  int64_t columns[GROUPS];
+  for (int64_t first = begin; first < end; first += GROUPS * LANES) {
+    int64_t count = 0;
+    for (int64_t k = first; k < std::min(first + GROUPS * LANES, end); k += LANES) {
+      f32x16 s = load_columns(rows.row(row), k, end) / temperature;
+      if (!any(s >= std::max(floor, sure - MOST_NOISE))) continue;
+      scores[count] = s >= floor ? s : splat(-INFINITY);
+      columns[count++] = k;
+    }
+    // All words first: logarithms in between would wait for each of them.
+    for (int64_t i = 0; i < count; i++) words_at(params, columns[i], words + i * LANES);
+    for (int64_t i = 0; i < count; i++) {
+      i32x16 drawn = load<i32x16>(words + i * LANES);
+      if (!any(may_win(scores[i], sure, drawn))) continue;
+      f32x16 sums = scores[i] + gumbel(drawn);
+      i32x16 higher = sums > values;
+      values = higher ? sums : values;
+      ids = higher ? lane_numbers() + (int32_t)columns[i] : ids;
+      sure = std::max(sure, max(sums));
+    }
   }
   return best_lane(values, ids, 0);
 }
@@ -92,7 +118,7 @@ void sample_draw(const Call& call, Context& context) {
     if (params.temperature <= 0 || !(state.top - state.top == 0)) continue;
     // tokens[row] is argmax's until the row's last piece is done, and that one comes after all reads.
     int64_t likeliest = std::atomic_ref<int64_t>(tokens[row]).load(std::memory_order_relaxed);
-    float sure = state.top / (float)params.temperature + noise_at(params, likeliest / LANES * LANES)[likeliest % LANES];
+    float sure = state.top / (float)params.temperature + noise_at(params, likeliest);
     Best best = draw(rows, row, params, sure, piece * PIECE, std::min((piece + 1) * PIECE, rows.width)), all;
     if (rows.arrive(row, piece, best, &all)) std::atomic_ref<int64_t>(tokens[row]).store(all.id, std::memory_order_relaxed);
   }
