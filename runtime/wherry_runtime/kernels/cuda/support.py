@@ -1,0 +1,46 @@
+"""Whether the kernels can be had, and for what. Imports no Triton, which an installation for CPUs does not have."""
+
+import importlib.util
+import os
+
+import torch
+
+from wherry_runtime.kvcache.formats import KVFormat
+from wherry_runtime.loading.config import ModelConfig
+
+MOST_GROUP = 64  # query heads per key head
+MOST_HEAD_DIM = 256
+HEAD_MULTIPLE = 8  # so that a head begins on 8 bytes whatever the cache's type
+OLDEST = (8, 0)  # compute capability: bfloat16 in tensor cores, asynchronous copies
+
+
+def interpreted() -> bool:
+    """Whether kernels run in Triton's interpreter, on tensors in CPU memory: for tests without a GPU."""
+    return os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on", "yes", "y")
+
+
+def unavailable(device: torch.device) -> str | None:
+    """None, or why there are no kernels for `device`."""
+    if importlib.util.find_spec("triton") is None:
+        return "Triton is not installed; PyTorch's CUDA builds for Linux bring it: pip install torch triton"
+    if interpreted():
+        return None
+    if device.type != "cuda":
+        return f"the device is {device.type}"
+    if torch.version.hip is not None:
+        return "they are made for CUDA, and this is PyTorch for ROCm"
+    if (capability := torch.cuda.get_device_capability(device)) < OLDEST:
+        found, needed = (".".join(map(str, c)) for c in (capability, OLDEST))
+        return f"{torch.cuda.get_device_name(device)} has compute capability {found}; {needed} is needed"
+    return None
+
+
+def unsupported(config: ModelConfig, stored: KVFormat) -> str | None:
+    """None, or why the kernels cannot compute this model with such a KV cache."""
+    if config.head_dim % HEAD_MULTIPLE or config.head_dim > MOST_HEAD_DIM:
+        return f"heads of {config.head_dim} columns; multiples of {HEAD_MULTIPLE} up to {MOST_HEAD_DIM} are known"
+    if (group := config.num_heads // config.num_kv_heads) > MOST_GROUP:
+        return f"{group} query heads share a key head; up to {MOST_GROUP} may"
+    if stored.name not in ("float32", "bfloat16", "float16", "fp8", "int8"):
+        return f"a KV cache in {stored.name}"
+    return None
