@@ -23,16 +23,30 @@ struct Step {
 
 struct Call;
 
+// On a cache line of its own.
+struct alignas(64) Counter {
+  std::atomic<int64_t> taken;
+};
+
 // One thread's view of a call.
 struct Context {
   const Step& step;
   int thread;
   int threads;
-  std::atomic<int64_t>& counter;
+  Counter* counters;  // [threads]
 
-  // The next work item that nobody has taken: items are handed out one by one, so that a thread that is held up (other
-  // work on its core) does not hold up the rest. Call until it returns `items` or more.
-  int64_t take() { return counter.fetch_add(1, std::memory_order_relaxed); }
+  // The next of `items` work items that nobody has taken, or `items`. Each thread has a range of its own, which it works
+  // through in order, so that what comes next is known; then it takes from the others' ranges one by one, so that a thread
+  // that is held up (other work on its core) does not hold up the rest.
+  int64_t take(int64_t items) {
+    for (int i = 0; i < threads; i++) {
+      int64_t owner = (thread + i) % threads, first = items * owner / threads, end = items * (owner + 1) / threads;
+      if (counters[owner].taken.load(std::memory_order_relaxed) >= end - first) continue;
+      int64_t item = first + counters[owner].taken.fetch_add(1, std::memory_order_relaxed);
+      if (item < end) return item;
+    }
+    return items;
+  }
 };
 
 using Kernel = void (*)(const Call&, Context&);

@@ -21,7 +21,7 @@ constexpr int64_t PIECE = 512;  // columns per work item, so that a single row i
 template <class Work>
 static void for_each_piece(Context& context, int64_t width, Work work) {
   int64_t pieces = (width + PIECE - 1) / PIECE;
-  for (int64_t item; (item = context.take()) < context.step.rows * pieces;) {
+  for (int64_t item, items = context.step.rows * pieces; (item = context.take(items)) < items;) {
     int64_t begin = item % pieces * PIECE;
     work(item / pieces, begin, std::min(begin + PIECE, width));
   }

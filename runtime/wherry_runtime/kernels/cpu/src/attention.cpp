@@ -277,7 +277,7 @@ class Tile {
 void attention(const Call& call, Context& context) {
   Attention op(call, context.step);
   Plan plan(call.pointers[2], call.numbers[8]);
-  for (int64_t i; (i = context.take()) < *plan.count * op.kv_heads;) {
+  for (int64_t i, items = *plan.count * op.kv_heads; (i = context.take(items)) < items;) {
     const Item& item = plan.items[i / op.kv_heads];
     if (op.cache.format == Format::FLOAT32)
       Tile<OneFloat>(op, item, i % op.kv_heads, plan).run();

@@ -17,7 +17,7 @@ template <class Convert>
 static void for_each_piece(const Call& call, Context& context, Convert convert) {
   int64_t rows = call.numbers[3] ? context.step.sampled : context.step.rows, depth = call.numbers[0];
   int64_t pieces = (depth + PIECE - 1) / PIECE;
-  for (int64_t item; (item = context.take()) < rows * pieces;) {
+  for (int64_t item, items = rows * pieces; (item = context.take(items)) < items;) {
     int64_t begin = item % pieces * PIECE;
     convert(item / pieces, begin, std::min(begin + PIECE, depth));
   }
@@ -47,6 +47,7 @@ static void quantize_group(const float* x, int64_t size, int8_t* q, float* scale
   i32x16 sums{};
   for (int64_t k = 0; k < size; k += LANES) {
     i32x16 value = round_to_int(load<f32x16>(x + k) * inverse);
+    value = value << 24 >> 24;  // as it is stored; what is no number would overflow the sum
     sums += value;
 #ifdef __AVX512F__
     _mm_storeu_si128((__m128i*)(q + k), _mm512_cvtepi32_epi8((__m512i)value));

@@ -22,7 +22,7 @@ constexpr int PANEL = 64;
 constexpr int VECTORS = PANEL / WIDTH;
 constexpr int BLOCK = 64;            // words along K per block: 16 KiB of weights stay in L1 while all rows use them
 constexpr int CHUNK = 96;            // rows whose sums are kept at hand
-constexpr int PREFETCH_AHEAD = 2048;  // bytes
+constexpr int64_t LINE = 64, ALONE_AHEAD = 2048;  // bytes
 
 // Vectors of a panel that a tile takes at once: all four of 32 registers' targets, two of those with 16.
 constexpr int COLUMNS = WIDTH == 16 ? VECTORS : 2;
@@ -63,7 +63,7 @@ struct Linear {
   void for_each_item(Context& context, Compute compute) const {
     alignas(64) float sums[CHUNK * PANEL];
     int64_t chunks = (rows + CHUNK - 1) / CHUNK;
-    for (int64_t item; (item = context.take()) < panels * chunks;) {
+    for (int64_t item, items = panels * chunks; (item = context.take(items)) < items;) {
       int64_t panel = item / chunks, chunk = item % chunks;
       int64_t first = rows * chunk / chunks, count = rows * (chunk + 1) / chunks - first;
       std::memset(sums, 0, sizeof(float) * PANEL * count);
@@ -73,19 +73,37 @@ struct Linear {
   }
 };
 
-// Calls tile.template operator()<n>(first row) for tiles of n ≤ MOST rows each, as even as they can be.
+// What one of several passes over a block of weights brings nearer while it computes: its share of the next block, so that
+// memory is busy all the time. A pass that is alone goes through memory as fast as that can, and looks less far ahead.
+class Ahead {
+ public:
+  // Pass `index` of `passes` over the `bytes` at `block`, each of `steps` calls to fetch().
+  Ahead(const void* block, int64_t bytes, int64_t index, int64_t passes, int64_t steps)
+      : at_((const char*)block + (passes == 1 ? ALONE_AHEAD : bytes + bytes * index / passes / LINE * LINE)),
+        lines_((int)((bytes / LINE + passes * steps - 1) / (passes * steps))) {}
+
+  void fetch() {
+    for (int i = 0; i < lines_; i++, at_ += LINE) prefetch_l2(at_);
+  }
+
+ private:
+  const char* at_;
+  int lines_;
+};
+
+// Calls tile.template operator()<n>(first row, index, tiles) for tiles of n ≤ MOST rows each, as even as they can be.
 template <int MOST, class Tile>
 inline void for_each_tile(int64_t rows, Tile tile) {
   int64_t tiles = (rows + MOST - 1) / MOST;
   for (int64_t i = 0; i < tiles; i++) {
     int64_t first = rows * i / tiles;
     switch (rows * (i + 1) / tiles - first) {
-      case 1: tile.template operator()<1>(first); break;
-      case 2: tile.template operator()<2>(first); break;
-      case 3: tile.template operator()<3>(first); break;
-      case 4: if constexpr (MOST >= 4) tile.template operator()<4>(first); break;
-      case 5: if constexpr (MOST >= 5) tile.template operator()<5>(first); break;
-      case 6: if constexpr (MOST >= 6) tile.template operator()<6>(first); break;
+      case 1: tile.template operator()<1>(first, i, tiles); break;
+      case 2: tile.template operator()<2>(first, i, tiles); break;
+      case 3: tile.template operator()<3>(first, i, tiles); break;
+      case 4: if constexpr (MOST >= 4) tile.template operator()<4>(first, i, tiles); break;
+      case 5: if constexpr (MOST >= 5) tile.template operator()<5>(first, i, tiles); break;
+      case 6: if constexpr (MOST >= 6) tile.template operator()<6>(first, i, tiles); break;
     }
   }
 }

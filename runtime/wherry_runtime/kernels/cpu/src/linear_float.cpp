@@ -9,7 +9,8 @@ constexpr int MOST_ROWS = 6;
 
 // sums [ROWS][64] += x [ROWS][words] · weights [words][64], for COLUMNS vectors of the panel.
 template <class Type, int ROWS>
-static void tile(const int32_t* x, int64_t stride, const int32_t* weights, int64_t words, float* sums) {
+static void tile(const int32_t* x, int64_t stride, const int32_t* weights, int64_t words, float* sums,
+                 Ahead ahead) {
   fvec total[ROWS][COLUMNS];
 #pragma GCC unroll 8
   for (int r = 0; r < ROWS; r++)
@@ -18,10 +19,8 @@ static void tile(const int32_t* x, int64_t stride, const int32_t* weights, int64
   for (int64_t k = 0; k < words; k++) {
     ivec w[COLUMNS];
 #pragma GCC unroll 4
-    for (int v = 0; v < COLUMNS; v++) {
-      prefetch((const char*)(weights + k * PANEL + v * WIDTH) + PREFETCH_AHEAD);
-      w[v] = load<ivec>(weights + k * PANEL + v * WIDTH);
-    }
+    for (int v = 0; v < COLUMNS; v++) w[v] = load<ivec>(weights + k * PANEL + v * WIDTH);
+    ahead.fetch();
 #pragma GCC unroll 8
     for (int r = 0; r < ROWS; r++) {
       int32_t word = x[r * stride + k];
@@ -37,6 +36,7 @@ static void tile(const int32_t* x, int64_t stride, const int32_t* weights, int64
 
 template <class Type>
 static void linear(const Call& call, Context& context) {
+  constexpr int HALVES = VECTORS / COLUMNS;
   Linear op(call, context.step);
   auto* x = (const int32_t*)call.pointers[0];
   auto* weights = (const int32_t*)call.pointers[1];
@@ -45,9 +45,12 @@ static void linear(const Call& call, Context& context) {
     for (int64_t k = 0; k < words; k += BLOCK) {
       const int32_t* block = weights + (panel * words + k) * PANEL;
       int64_t count = std::min<int64_t>(BLOCK, words - k);
-      for_each_tile<MOST_ROWS>(rows, [&]<int ROWS>(int64_t row) {
-        for (int v = 0; v < VECTORS; v += COLUMNS)
-          tile<Type, ROWS>(x + (first + row) * stride + k, stride, block + v * WIDTH, count, sums + row * PANEL + v * WIDTH);
+      for_each_tile<MOST_ROWS>(rows, [&]<int ROWS>(int64_t row, int64_t index, int64_t tiles) {
+        for (int h = 0; h < HALVES; h++) {
+          int column = h * COLUMNS * WIDTH;
+          tile<Type, ROWS>(x + (first + row) * stride + k, stride, block + column, count, sums + row * PANEL + column,
+                           Ahead(block, count * PANEL * sizeof(int32_t), index * HALVES + h, tiles * HALVES, count));
+        }
       });
     }
   });

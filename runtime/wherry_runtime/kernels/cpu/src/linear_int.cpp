@@ -29,13 +29,6 @@ struct Int4 {
   }
 };
 
-// Int4 that `unpack` has spread over a byte each.
-struct Unpacked {
-  static constexpr int BYTES = 256;
-  static constexpr int ZERO = Int4::ZERO;
-  static ivec at(const uint8_t* weights, int64_t k, int vector) { return Int8::at(weights, k, vector); }
-};
-
 struct Operands {
   const int8_t* x;
   int64_t x_stride, group, groups;  // groups: along the whole of K
@@ -46,7 +39,7 @@ struct Operands {
 // sums [ROWS][64] += the products of `count` groups from `group` on, for COLUMNS vectors of the panel from `vector` on.
 template <class Type, int ROWS>
 static void tile(const Operands& in, int64_t row, int64_t group, int64_t count, const uint8_t* weights,
-                 const uint16_t* scales, int vector, float* sums) {
+                 const uint16_t* scales, int vector, float* sums, Ahead ahead) {
   fvec total[ROWS][COLUMNS];
   const int32_t* x[ROWS];
 #pragma GCC unroll 4
@@ -68,9 +61,7 @@ static void tile(const Operands& in, int64_t row, int64_t group, int64_t count, 
       ivec w[COLUMNS];
 #pragma GCC unroll 4
       for (int v = 0; v < COLUMNS; v++) w[v] = Type::at(weights, k, vector + v);
-#pragma GCC unroll 4
-      for (int line = 0; line < Type::BYTES * COLUMNS / VECTORS; line += 64)
-        prefetch(weights + k * Type::BYTES + line + PREFETCH_AHEAD);
+      ahead.fetch();
 #pragma GCC unroll 4
       for (int r = 0; r < ROWS; r++) {
         ivec word = ivec{} + x[r][k];
@@ -97,21 +88,13 @@ static void tile(const Operands& in, int64_t row, int64_t group, int64_t count, 
 template <class Type>
 static void block(const Operands& in, int64_t first, int64_t rows, int64_t group, int64_t count, const uint8_t* weights,
                   const uint16_t* scales, float* sums) {
-  for_each_tile<MOST_ROWS>(rows, [&]<int ROWS>(int64_t row) {
-    for (int v = 0; v < VECTORS; v += COLUMNS)
-      tile<Type, ROWS>(in, first + row, group, count, weights, scales, v, sums + row * PANEL);
+  constexpr int HALVES = VECTORS / COLUMNS;
+  int64_t steps = count * in.group / PER_WORD, bytes = steps * Type::BYTES;
+  for_each_tile<MOST_ROWS>(rows, [&]<int ROWS>(int64_t row, int64_t index, int64_t tiles) {
+    for (int h = 0; h < HALVES; h++)
+      tile<Type, ROWS>(in, first + row, group, count, weights, scales, h * COLUMNS, sums + row * PANEL,
+                       Ahead(weights, bytes, index * HALVES + h, tiles * HALVES, steps));
   });
-}
-
-static void unpack(const uint8_t* weights, int64_t words, uint8_t* to) {
-  for (int64_t k = 0; k < words; k++) {
-    for (int half = 0; half < 2; half++) {
-      prefetch(weights + k * Int4::BYTES + half * 64 + PREFETCH_AHEAD);
-      u8x64 pair = load<u8x64>(weights + k * Int4::BYTES + half * 64);
-      store(to + k * Unpacked::BYTES + half * 64, pair & 15);
-      store(to + k * Unpacked::BYTES + (half + 2) * 64, pair >> 4);
-    }
-  }
 }
 
 template <class Type>
@@ -124,18 +107,12 @@ static void linear(const Call& call, Context& context) {
   auto* weights = (const uint8_t*)call.pointers[1];
   auto* scales = (const uint16_t*)call.pointers[4];
   int64_t per_block = std::max<int64_t>(1, BLOCK * PER_WORD / group);
-  alignas(64) uint8_t unpacked[BLOCK * Unpacked::BYTES];
   op.for_each_item(context, [&](int64_t panel, int64_t first, int64_t rows, float* sums) {
     for (int64_t g = 0; g < groups; g += per_block) {
       int64_t count = std::min(per_block, groups - g), words = group / PER_WORD;
       const uint8_t* w = weights + (panel * op.depth / PER_WORD + g * words) * Type::BYTES;
       const uint16_t* s = scales + (panel * groups + g) * PANEL;
-      if (Type::BYTES == Int4::BYTES && rows > MOST_ROWS) {  // unpack once for all rows
-        unpack(w, count * words, unpacked);
-        block<Unpacked>(in, first, rows, g, count, unpacked, s, sums);
-      } else {
-        block<Type>(in, first, rows, g, count, w, s, sums);
-      }
+      block<Type>(in, first, rows, g, count, w, s, sums);
     }
   });
 }

@@ -26,7 +26,7 @@ void rms_norm(const Call& call, Context& context) {
   bool gather = call.numbers[3];
   auto* weight = (const float*)call.pointers[1];
   int64_t rows = gather ? step.sampled : step.rows;
-  for (int64_t row; (row = context.take()) < rows;) {
+  for (int64_t row, items = rows; (row = context.take(items)) < items;) {
     auto* x = (const float*)call.pointers[0] + (gather ? step.sampled_rows[row] : row) * call.numbers[1];
     float* out = (float*)call.pointers[2] + row * call.numbers[2];
     float scale = 1.0f / std::sqrt(sum_of_squares(x, width) / (float)width + (float)call.scalars[0]);

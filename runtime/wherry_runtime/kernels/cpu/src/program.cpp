@@ -13,20 +13,20 @@ namespace wherry {
 struct Program {
   Pool* pool;
   std::vector<Call> calls;
-  std::unique_ptr<std::atomic<int64_t>[]> counters;
+  std::unique_ptr<Counter[]> counters;  // [calls][threads]
 };
 
 // `seconds`: null, or where to write how long each call took, the barrier after it included.
 static void replay(Program& program, const Step& step, double* seconds) {
   using Clock = std::chrono::steady_clock;
   size_t count = program.calls.size();
-  if (!program.counters) program.counters.reset(new std::atomic<int64_t>[count]);
-  for (size_t i = 0; i < count; i++) program.counters[i].store(0, std::memory_order_relaxed);
   int threads = program.pool->threads();
+  if (!program.counters) program.counters.reset(new Counter[count * threads]);
+  for (size_t i = 0; i < count * threads; i++) program.counters[i].taken.store(0, std::memory_order_relaxed);
   program.pool->run([&](int thread) {
     for (size_t i = 0; i < count; i++) {
       auto start = seconds ? Clock::now() : Clock::time_point();
-      Context context{step, thread, threads, program.counters[i]};
+      Context context{step, thread, threads, &program.counters[i * threads]};
       program.calls[i].kernel(program.calls[i], context);
       program.pool->barrier();
       if (seconds && thread == 0) seconds[i] = std::chrono::duration<double>(Clock::now() - start).count();

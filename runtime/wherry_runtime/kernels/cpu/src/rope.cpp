@@ -156,7 +156,7 @@ void rope_and_cache(const Call& call, Context& context) {
   int64_t group = op.heads / op.kv_heads, dim = op.dim;
   auto* query_norm = (const float*)call.pointers[1];
   auto* key_norm = (const float*)call.pointers[2];
-  for (int64_t item; (item = context.take()) < context.step.rows * op.kv_heads;) {
+  for (int64_t item, items = context.step.rows * op.kv_heads; (item = context.take(items)) < items;) {
     int64_t row = item / op.kv_heads, head = item % op.kv_heads, position = context.step.positions[row];
     auto* qkv = (const float*)call.pointers[0] + row * call.numbers[5];
     auto* cos = (const float*)call.pointers[3] + position * (dim / 2);

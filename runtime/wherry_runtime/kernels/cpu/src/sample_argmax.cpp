@@ -26,7 +26,7 @@ static Best scan(const float* row, int64_t begin, int64_t end) {
 
 void argmax(const Call& call, Context& context) {
   Rows rows(call, 1);
-  for (int64_t item; (item = context.take()) < context.step.sampled * rows.pieces;) {
+  for (int64_t item, items = context.step.sampled * rows.pieces; (item = context.take(items)) < items;) {
     int64_t row = item / rows.pieces, piece = item % rows.pieces;
     Best best = scan(rows.row(row), piece * PIECE, std::min((piece + 1) * PIECE, rows.width)), all;
     if (!rows.arrive(row, piece, best, &all)) continue;

@@ -111,7 +111,7 @@ static Best draw(const Rows& rows, int64_t row, const Params& params, float sure
 void sample_draw(const Call& call, Context& context) {
   Rows rows(call, 2);
   auto* tokens = (int64_t*)call.pointers[3];
-  for (int64_t item; (item = context.take()) < context.step.sampled * rows.pieces;) {
+  for (int64_t item, items = context.step.sampled * rows.pieces; (item = context.take(items)) < items;) {
     int64_t row = item / rows.pieces, piece = item % rows.pieces;
     const Params& params = ((const Params*)call.pointers[1])[row];
     const RowState& state = rows.state(row);

@@ -75,7 +75,7 @@ struct Filter {
 void sample_filter(const Call& call, Context& context) {
   Rows rows(call, 2);
   float* work = (float*)call.pointers[3] + context.thread * call.numbers[2];
-  for (int64_t r; (r = context.take()) < context.step.sampled;) {
+  for (int64_t r, items = context.step.sampled; (r = context.take(items)) < items;) {
     const Params& params = ((const Params*)call.pointers[1])[r];
     RowState& state = rows.state(r);
     bool finite = state.top - state.top == 0;

@@ -133,5 +133,7 @@ inline f32x16 exp(f32x16 x) {
 }
 
 inline void prefetch(const void* address) { _mm_prefetch((const char*)address, _MM_HINT_T0); }
+// Not into the first level: it waits for memory in the far longer queue of the second.
+inline void prefetch_l2(const void* address) { _mm_prefetch((const char*)address, _MM_HINT_T1); }
 
 }  // namespace wherry::WHERRY_TARGET
