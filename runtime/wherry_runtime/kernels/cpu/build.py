@@ -1,12 +1,13 @@
 """Compiles the native library. The wheel's build hook, `make setup` and the sanitizer tests all come here.
 
-    python -m wherry_runtime.kernels.cpu.build [--sanitize address,undefined] [--output FILE]
+    python -m wherry_runtime.kernels.cpu.build [--sanitize address,undefined] [--emulate-amx] [--output FILE]
 
 Nothing but a C++20 compiler is needed, no headers of PyTorch or Python. Objects are kept beside the library by a digest
 of everything that went into them, so an edit compiles only what it touches.
 """
 
 import argparse
+import fcntl
 import hashlib
 import os
 import platform
@@ -23,10 +24,16 @@ LIBRARY = HERE / "libwherry_cpu.so"
 
 # Compiled once, for any x86-64 processor of this century's second decade.
 COMMON = ("pool.cpp", "program.cpp", "target.cpp", "pack.cpp", "bandwidth.cpp")
+COMMON_FLAGS = ("-march=x86-64-v2",)
 AVX2 = ("-mavx2", "-mfma", "-mf16c")
 AVX512 = (*AVX2, "-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mavx512vnni", "-mprefer-vector-width=512")
 TARGETS = {"avx2": AVX2, "avx512": AVX512, "avx512bf16": (*AVX512, "-mavx512bf16")}
-WARNINGS = ("-Wall", "-Wextra", "-Wno-psabi", "-Wno-ignored-attributes", "-Wno-maybe-uninitialized")
+# Compiled for AMX alone; what they do not replace, that target takes from avx512bf16.
+AMX_SOURCES = ("entries_amx.cpp", "linear_amx_float.cpp", "linear_amx_int.cpp")
+AMX = (*TARGETS["avx512bf16"], "-mamx-tile", "-mamx-int8", "-mamx-bf16")
+# GCC takes the undefined vectors inside its own intrinsics for mistakes of ours: https://gcc.gnu.org/PR105593
+NO_WARNINGS = ("-Wno-psabi", "-Wno-ignored-attributes", "-Wno-maybe-uninitialized", "-Wno-uninitialized")
+WARNINGS = ("-Wall", "-Wextra", *NO_WARNINGS)
 FLAGS = (
     "-std=c++20",
     "-O3",
@@ -57,19 +64,40 @@ def compiler() -> str:
     raise BuildError("no C++ compiler was found; on Debian: apt-get install g++")
 
 
-def _units() -> list[tuple[Path, tuple[str, ...]]]:
-    """Each source with the flags of what it is compiled for."""
+def knows_amx(command: str) -> bool:
+    """Whether this compiler and its assembler have AMX (GCC 11 on); without it the library has the other targets."""
+    program = 'void f() { asm("tdpbf16ps %tmm2, %tmm1, %tmm0"); }'
+    arguments = [*AMX, "-x", "c++", "-c", "-", "-o", os.devnull]
+    return not subprocess.run(
+        [command, *arguments], input=program.encode(), capture_output=True, check=False
+    ).returncode
+
+
+def _units(amx: Sequence[str]) -> list[tuple[Path, tuple[str, ...]]]:
+    """Each source with the flags of what it is compiled for. `amx`: the definitions that go with AMX, or nothing."""
     units: list[tuple[Path, tuple[str, ...]]] = []
     for source in sorted(SOURCES.glob("*.cpp")):
-        if source.name in COMMON:
-            units.append((source, ("-march=x86-64-v2",)))
+        if source.name == "target.cpp":
+            units.append((source, (*COMMON_FLAGS, *amx)))
+        elif source.name in COMMON:
+            units.append((source, COMMON_FLAGS))
+        elif source.name in AMX_SOURCES:
+            units += [(source, (*AMX, *amx, "-DWHERRY_TARGET=amx"))] if amx else []
         else:
             units += [(source, (*flags, f"-DWHERRY_TARGET={target}")) for target, flags in TARGETS.items()]
     return units
 
 
-def build(output: Path = LIBRARY, extra: Sequence[str] = (), objects: Path | None = None) -> Path:
+def build(
+    output: Path = LIBRARY, extra: Sequence[str] = (), objects: Path | None = None, *, emulate_amx: bool = False
+) -> Path:
     """Compiles what changed and links `output`.
+
+    Args:
+        output: the library.
+        extra: more flags, such as a sanitizer's.
+        objects: where what is compiled is kept; libraries may share it.
+        emulate_amx: target `amx` computes with plain C++ what the instructions would: for tests.
 
     Raises:
         BuildError: with the compiler's own words.
@@ -77,6 +105,17 @@ def build(output: Path = LIBRARY, extra: Sequence[str] = (), objects: Path | Non
     command = compiler()
     objects = objects or output.parent / ".objects"
     objects.mkdir(parents=True, exist_ok=True)
+    emulation = ("-DWHERRY_EMULATE_AMX",) if emulate_amx else ()
+    units = _units(("-DWHERRY_AMX", *emulation) if knows_amx(command) else ())
+    with open(objects / "lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # another build would clear away what this one has not linked yet
+        _build(command, units, extra, objects, output)
+    return output
+
+
+def _build(
+    command: str, units: list[tuple[Path, tuple[str, ...]]], extra: Sequence[str], objects: Path, output: Path
+) -> None:
     headers = b"".join(p.read_bytes() for p in sorted(SOURCES.glob("*.h")))
     version = subprocess.run([command, "--version"], capture_output=True, check=True).stdout
 
@@ -92,17 +131,19 @@ def build(output: Path = LIBRARY, extra: Sequence[str] = (), objects: Path | Non
         return target
 
     with ThreadPoolExecutor(max_workers=os.cpu_count()) as pool:
-        parts = list(pool.map(compile_one, _units()))
-    linked = objects / "linked"  # says of which parts the library is made
+        parts = list(pool.map(compile_one, units))
+    # Each library's record says of which objects it is made; what is in none of them goes.
+    record = objects / f"{hashlib.sha256(bytes(output.resolve())).hexdigest()[:16]}.linked"
     names = "\n".join(part.name for part in parts)
-    if not output.exists() or not linked.exists() or linked.read_text() != names:
+    if not output.exists() or not record.exists() or record.read_text() != names:
         partial = output.with_suffix(f".{os.getpid()}.tmp")
         _run([command, "-shared", "-pthread", *extra, *map(str, parts), "-o", str(partial)])
         partial.replace(output)
-        linked.write_text(names)
-    for stale in set(objects.glob("*.o")) - set(parts):
-        stale.unlink()
-    return output
+        record.write_text(names)
+    used = {name for record in objects.glob("*.linked") for name in record.read_text().splitlines()}
+    for stale in objects.glob("*.o"):
+        if stale.name not in used:
+            stale.unlink()
 
 
 def _run(command: list[str]) -> None:
@@ -117,10 +158,11 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m wherry_runtime.kernels.cpu.build", description=__doc__)
     parser.add_argument("--output", type=Path, default=LIBRARY)
     parser.add_argument("--sanitize", default="", help="such as address,undefined: instrumented, for tests")
+    parser.add_argument("--emulate-amx", action="store_true", help="the target amx without its instructions, for tests")
     arguments = parser.parse_args()
     extra = (f"-fsanitize={arguments.sanitize}", "-g", "-fno-omit-frame-pointer") if arguments.sanitize else ()
     try:
-        build(arguments.output, extra)
+        build(arguments.output, extra, emulate_amx=arguments.emulate_amx)
     except BuildError as e:
         print(f"the native kernels were not built, so the engine will run on PyTorch alone: {e}", file=sys.stderr)  # noqa: T201
         return 1
