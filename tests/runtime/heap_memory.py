@@ -4,11 +4,13 @@ asked for and no larger, so that a byte too far is seen. In huge pages and behin
     pytest -p tests.runtime.heap_memory
 """
 
+from typing import Any
+
 import torch
 
 from wherry_runtime.kernels.cpu import recorder
 from wherry_runtime.kvcache import native
-from wherry_runtime.quantization.huge_pages import Arena
+from wherry_runtime.quantization import huge_pages
 
 ALIGNMENT = 64  # of every tensor that PyTorch allocates on the CPU, and what kernels may count on
 
@@ -20,7 +22,7 @@ def zeros(num_bytes: int) -> torch.Tensor:
     return memory
 
 
-def allocate(_: Arena, num_bytes: int) -> torch.Tensor:
+def allocate(_: huge_pages.Arena, num_bytes: int) -> torch.Tensor:
     return zeros(num_bytes)
 
 
@@ -28,9 +30,24 @@ def aligned(dtype: torch.dtype, rows: int, columns: int) -> torch.Tensor:
     return zeros(rows * columns * dtype.itemsize).view(dtype).view(rows, columns)
 
 
+def take(_: recorder.Arena, *arguments: Any) -> torch.Tensor:
+    """New memory every time; `dtype`, rows and columns come last."""
+    dtype, rows, columns = arguments[-3:]
+    return aligned(dtype, rows, columns)
+
+
+def give_back(_: recorder.Arena, *arguments: Any) -> None:
+    """It goes with its last tensor."""
+
+
 def pytest_configure() -> None:
-    Arena.allocate = allocate  # type: ignore[method-assign]
-    native._zeros = zeros
-    recorder.aligned = aligned
-    recorder.Arena.take = lambda _, dtype, rows, columns: aligned(dtype, rows, columns)  # type: ignore[method-assign]
-    recorder.Arena.give_back = lambda _, buffer: None  # type: ignore[method-assign]
+    for owner, name, replacement in (
+        (huge_pages.Arena, "allocate", allocate),
+        (native, "_zeros", zeros),
+        (recorder, "aligned", aligned),
+        (recorder.Arena, "take", take),
+        (recorder.Arena, "give_back", give_back),
+    ):
+        if not hasattr(owner, name):
+            raise RuntimeError(f"{owner}.{name} is not there any more: who allocates this memory now?")
+        setattr(owner, name, replacement)
