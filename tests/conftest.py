@@ -1,6 +1,13 @@
-"""Options of every test."""
+"""Options of every test, and what must be set before anything is imported."""
+
+import os
+from pathlib import Path
 
 import pytest
+
+# Without a GPU, Triton's kernels run in its interpreter. Triton asks when it is first imported, by whomever.
+if not Path("/dev/nvidiactl").exists():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

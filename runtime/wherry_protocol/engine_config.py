@@ -58,7 +58,8 @@ class EngineConfig(msgspec.Struct, kw_only=True, frozen=True):
     ] = 0
     prefix_cache: Annotated[bool, msgspec.Meta(description="reuse the KV cache of equal prefixes")] = True
     backend: Annotated[
-        Backend, msgspec.Meta(description="what computes: native CPU kernels, PyTorch, or the faster one that can")
+        Backend,
+        msgspec.Meta(description="what computes: our own kernels (native), PyTorch, or the faster one that can"),
     ] = "auto"
     speculative: Annotated[
         Speculative,

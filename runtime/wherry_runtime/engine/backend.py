@@ -1,4 +1,7 @@
-"""Which backend computes a model: the native CPU kernels where they can, PyTorch everywhere else."""
+"""Which backend computes a model: our own kernels for the device where they can, PyTorch everywhere else.
+
+On a CPU these are the native kernels, on CUDA those in Triton; `native` as a setting asks for the device's.
+"""
 
 import logging
 
@@ -10,6 +13,7 @@ from wherry_runtime.engine.eager_model import EagerModel
 from wherry_runtime.engine.runner import Model
 from wherry_runtime.kernels.cpu import library
 from wherry_runtime.kernels.cpu.model import NativeModel
+from wherry_runtime.kernels.cuda import support as cuda_support
 from wherry_runtime.kvcache.formats import KVFormat
 from wherry_runtime.kvcache.native import GROUP, NativeKVCache
 from wherry_runtime.kvcache.paged import PagedKVCache
@@ -28,7 +32,7 @@ def use_native(
     Raises:
         ModelError: bad_setting, when they were asked for and cannot.
     """
-    if wanted == "pytorch" or (wanted == "auto" and device.type != "cpu"):
+    if wanted == "pytorch" or device.type == "cuda" or (wanted == "auto" and device.type != "cpu"):
         return False
     reason = _why_not(config, dtype, stored, block_size, device)
     if reason is None:
@@ -36,6 +40,23 @@ def use_native(
     if wanted == "native":
         raise ModelError("bad_setting", f"the native kernels cannot run this model: {reason}")
     log.warning("the model runs on PyTorch, which is slower than the native kernels: %s", reason)
+    return False
+
+
+def use_cuda(wanted: Backend, config: ModelConfig, stored: KVFormat, device: torch.device) -> bool:
+    """Whether the CUDA kernels are to compute the model.
+
+    Raises:
+        ModelError: bad_setting, when they were asked for and cannot.
+    """
+    if wanted == "pytorch" or device.type != "cuda":
+        return False
+    reason = cuda_support.unavailable(device) or cuda_support.unsupported(config, stored)
+    if reason is None:
+        return True
+    if wanted == "native":
+        raise ModelError("bad_setting", f"the CUDA kernels cannot run this model: {reason}")
+    log.warning("the model runs on PyTorch, which is slower than the CUDA kernels: %s", reason)
     return False
 
 
@@ -58,9 +79,36 @@ def _why_not(
     return unsupported(config)
 
 
-def build(model: Decoder, num_blocks: int, block_size: int, stored: KVFormat, *, native: bool, threads: int) -> Model:
-    """The model with a KV cache of its own, ready to compute."""
+def build(
+    model: Decoder,
+    num_blocks: int,
+    block_size: int,
+    stored: KVFormat,
+    *,
+    native: bool,
+    threads: int,
+    cuda: bool = False,
+    max_decodes: int = 64,
+) -> Model:
+    """The model with a KV cache of its own, ready to compute.
+
+    `max_decodes`: rows of the largest step without prompts, which CUDA graphs are recorded for.
+    """
     if native:
         return NativeModel(model, NativeKVCache(model.config, num_blocks, block_size, stored=stored), threads)
     cache = PagedKVCache(model.config, num_blocks, block_size, dtype=stored, device=model.storage.device)
+    if cuda:
+        # Imported here: Triton comes with PyTorch's CUDA builds only.
+        from wherry_runtime.kernels.cuda.model import CudaModel
+
+        return CudaModel(model, cache, max_decodes)
+    if model.storage.quantization != "none":
+        log.warning("%s weights save memory but are slow on PyTorch, which unpacks them anew", model.storage)
     return EagerModel(model, cache)
+
+
+def cuda_workspace(model: Decoder, block_size: int, stored: KVFormat, max_rows: int) -> int:
+    """Bytes of GPU memory that a step of `max_rows` rows takes besides weights and KV cache, found by computing one."""
+    from wherry_runtime.kernels.cuda.memory import workspace_bytes
+
+    return workspace_bytes(model, block_size, stored, max_rows)

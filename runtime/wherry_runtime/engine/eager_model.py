@@ -13,7 +13,7 @@ from wherry_runtime.models.decoder import Decoder
 
 
 class EagerModel:
-    """The reference of the native backend; what runs on CUDA, and where there are no native kernels."""
+    """The reference of the other backends, and what runs where none of them can."""
 
     sampler = None
 

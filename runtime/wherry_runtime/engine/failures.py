@@ -7,8 +7,16 @@ import torch
 from wherry_protocol.worker import ErrorEvent
 from wherry_runtime.engine.sampling import BadLogitsError
 
-# PyTorch has a type for an accelerator's memory only; the CPU's allocator raises a plain RuntimeError.
-_CPU_ALLOCATOR = ("can't allocate memory", "not enough memory", "cannot allocate memory", "std::bad_alloc")
+# PyTorch has a type for an accelerator's memory that its own allocator gives out. The CPU's allocator raises a plain
+# RuntimeError, and so does what libraries take on a GPU for themselves.
+_ALLOCATORS = (
+    "can't allocate memory",
+    "not enough memory",
+    "cannot allocate memory",
+    "std::bad_alloc",
+    "cuda error: out of memory",
+    "cublas_status_alloc_failed",
+)
 
 
 def is_out_of_memory(error: Exception) -> bool:
@@ -16,7 +24,7 @@ def is_out_of_memory(error: Exception) -> bool:
     if isinstance(error, MemoryError | torch.OutOfMemoryError):
         return True
     text = str(error).lower()
-    return isinstance(error, RuntimeError | OSError) and any(part in text for part in _CPU_ALLOCATOR)
+    return isinstance(error, RuntimeError | OSError) and any(part in text for part in _ALLOCATORS)
 
 
 def release_memory() -> None:

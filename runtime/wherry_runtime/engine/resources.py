@@ -25,11 +25,14 @@ class Device:
         """CUDA where there is a usable one, else CPU."""
         return Device(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
 
-    def memory_for_cache(self) -> int:
-        """Bytes that the KV cache may take, now that the model is loaded."""
+    def memory_for_cache(self, workspace: int = 0) -> int:
+        """Bytes that the KV cache may take, now that the model is loaded.
+
+        `workspace`: what a step takes besides, where that is known; only a GPU's is.
+        """
         if self.torch.type == "cuda":
             free, _ = torch.cuda.mem_get_info(self.torch)
-            return int(free * GPU_FRACTION)
+            return max(0, int((free - workspace) * GPU_FRACTION))
         return int(available_memory() * KV_FRACTION)
 
     def release_memory(self) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from wherry_protocol.engine_config import EngineConfig
-from wherry_runtime.engine.backend import build, use_native
+from wherry_runtime.engine.backend import build, cuda_workspace, use_cuda, use_native
 from wherry_runtime.engine.core import new_scheduler_factory
 from wherry_runtime.engine.resources import Device, cpu_threads
 from wherry_runtime.engine.rng import NoiseCache, gumbel_noise
@@ -76,6 +76,7 @@ def load(config: EngineConfig) -> Loaded:
     template = _chat_template(tokenizer, find_template(directory, tokenizer.settings))
     stored = choose_format(config.kv_cache_dtype, dtype)
     native = use_native(config.backend, model_config, dtype, stored, config.block_size, device.torch)
+    cuda = use_cuda(config.backend, model_config, stored, device.torch)
     try:
         storage = Storage(dtype, device.torch, config.quantization, config.quantization_group, native)
     except ValueError as e:
@@ -84,7 +85,9 @@ def load(config: EngineConfig) -> Loaded:
     model = load_model(directory, model_config, wanted, storage, cache_root)
     draft = load_draft(config, model_config, tokenizer, wanted, device.torch)
     beside = draft.bytes_per_token if draft is not None else 0
-    num_blocks = _num_blocks(config, wanted, bytes_per_token(model_config, stored, native=native), device, beside)
+    workspace = cuda_workspace(model, config.block_size, stored, min(config.max_batched_tokens, wanted)) if cuda else 0
+    token_bytes = bytes_per_token(model_config, stored, native=native)
+    num_blocks = _num_blocks(config, wanted, token_bytes, device, beside, workspace)
     kv_tokens = num_blocks * config.block_size
     max_model_len = wanted
     if kv_tokens < wanted and not config.max_model_len:
@@ -93,11 +96,15 @@ def load(config: EngineConfig) -> Loaded:
     log.info(
         "%s: %s, %s parameters, %s on %s (%s), context %d, KV cache %d tokens",
         *(config.model_name, model_config.family, f"{model.num_parameters():,}", storage, device.torch),
-        library.target() if native else "PyTorch",
+        library.target() if native else "Triton" if cuda else "PyTorch",
         *(max_model_len, kv_tokens),
     )
     noise = NoiseCache() if draft is not None else gumbel_noise  # a guess and its check draw with the same
-    runner = ModelRunner(build(model, num_blocks, config.block_size, stored, native=native, threads=threads), noise)
+    rows = config.max_running * (1 if config.speculative == "none" else 1 + config.max_draft_tokens)
+    built = build(
+        *(model, num_blocks, config.block_size, stored), native=native, threads=threads, cuda=cuda, max_decodes=rows
+    )
+    runner = ModelRunner(built, noise)
     return Loaded(
         model_config=model_config,
         max_model_len=max_model_len,
@@ -144,16 +151,18 @@ def _model_length(config: EngineConfig, model_config: ModelConfig) -> int:
     return config.max_model_len or own
 
 
-def _num_blocks(config: EngineConfig, max_model_len: int, token_bytes: int, device: Device, beside: int) -> int:
+def _num_blocks(
+    config: EngineConfig, max_model_len: int, token_bytes: int, device: Device, beside: int, workspace: int
+) -> int:
     """KV cache blocks: what was asked for or what memory allows, but no more than a full batch can use.
 
-    `beside`: bytes that a token takes in a second cache as long as this one.
+    `beside`: bytes that a token takes in a second cache as long as this one. `workspace`: see `Device`.
 
     Raises:
         ModelError: kv_cache_too_small, when there is no room for a single block.
     """
     per_block = token_bytes * config.block_size
-    memory = config.kv_cache_bytes or device.memory_for_cache() * token_bytes // (token_bytes + beside)
+    memory = config.kv_cache_bytes or device.memory_for_cache(workspace) * token_bytes // (token_bytes + beside)
     useful = config.max_running * -(-max_model_len // config.block_size)
     num_blocks = min(memory // per_block, useful)
     if num_blocks < 1:

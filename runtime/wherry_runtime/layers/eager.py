@@ -1,4 +1,4 @@
-"""A model's operations in PyTorch, computed as they are called: the reference, and what runs on CUDA."""
+"""A model's operations in PyTorch, computed as they are called: the reference, and what runs where nothing else can."""
 
 from dataclasses import dataclass
 

@@ -50,8 +50,6 @@ def load_model(
     Raises:
         ModelError: what is wrong with the checkpoint; see `checkpoint`.
     """
-    if storage.quantization != "none" and not storage.native:
-        log.warning("%s weights without native kernels save memory but are slow: PyTorch unpacks them anew", storage)
     cache = WeightCache(cache_root, directory, storage) if cache_root is not None and storage.packs else None
     with torch.inference_mode():
         if cache is not None and (cached := _from_cache(cache, config, num_positions, storage)) is not None:

@@ -1,8 +1,8 @@
 """What a model's step is written in.
 
-A model calls these operations in order and never looks inside a value, so one description serves two ways of running
-it: PyTorch computes each operation when it is called (`layers.eager`), and the native backend records the calls once
-and replays them for every step (`kernels.cpu.recorder`).
+A model calls these operations in order and never looks inside a value, so one description serves three ways of running
+it: PyTorch computes each operation when it is called (`layers.eager`), the native backend records the calls once and
+replays them for every step (`kernels.cpu.recorder`), and on CUDA they launch kernels (`kernels.cuda.ops`).
 """
 
 from dataclasses import dataclass

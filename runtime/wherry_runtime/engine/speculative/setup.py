@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 
 from wherry_protocol.engine_config import EngineConfig
-from wherry_runtime.engine.backend import build, use_native
+from wherry_runtime.engine.backend import build, use_cuda, use_native
 from wherry_runtime.engine.runner import ModelRunner
 from wherry_runtime.engine.sampling import Noise
 from wherry_runtime.engine.speculative.draft_model import DraftModel
@@ -36,6 +36,7 @@ class Draft:
     model: Decoder
     stored: KVFormat
     native: bool
+    cuda: bool
     max_length: int
 
     @property
@@ -76,7 +77,8 @@ def load_draft(
     stored = choose_format(config.kv_cache_dtype, dtype)
     native = use_native(config.backend, draft, dtype, stored, config.block_size, device)
     storage = Storage(dtype, device, config.quantization, config.quantization_group, native)
-    return Draft(draft, load_model(directory, draft, length, storage), stored, native, length)
+    cuda = use_cuda(config.backend, draft, stored, device)
+    return Draft(draft, load_model(directory, draft, length, storage), stored, native, cuda, length)
 
 
 def _check(config: EngineConfig) -> None:
@@ -105,10 +107,15 @@ def new_speculator(
         # The guesses that every sequence may have on top of what the target's cache holds.
         spare = config.max_running * -(-config.max_draft_tokens // config.block_size)
         num_blocks = -(-kv_tokens // config.block_size) + spare
+        built = build(
+            *(draft.model, num_blocks, config.block_size, draft.stored),
+            native=draft.native,
+            threads=threads,
+            cuda=draft.cuda,
+            max_decodes=config.max_running,
+        )
         model = DraftModel(
-            ModelRunner(
-                build(draft.model, num_blocks, config.block_size, draft.stored, native=draft.native, threads=threads)
-            ),
+            ModelRunner(built),
             num_blocks,
             config.block_size,
             max_length=draft.max_length,

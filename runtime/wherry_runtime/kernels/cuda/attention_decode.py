@@ -216,7 +216,7 @@ def decode_attention(
         BLOCK_DIM=block(head_dim),
         BLOCK_SIZE=block_size,
         PART=PART,
-        TILE=TILE if head_dim <= 128 else TILE // 2,
+        TILE=TILE if head_dim <= 128 and query.dtype is not torch.float32 else TILE // 2,
         WINDOW=attention.window or 0,
         IS_FP8=cache.kind == FP8,
         IS_INT8=cache.kind == INT8,

@@ -125,6 +125,7 @@ def prefill_attention(
         out: [T, num_heads · head_dim], contiguous.
     """
     head_dim = attention.head_dim
+    wide = query.dtype is torch.float32  # multiplied outside of tensor cores, in more registers
     prefill_kernel[(tiles.shape[0], attention.num_kv_heads)](
         *(query, query.stride(0), cache.elements, cache.scales, step, tiles, out),
         math.log2(math.e) / math.sqrt(head_dim),
@@ -135,12 +136,12 @@ def prefill_attention(
         HEAD_DIM=head_dim,
         BLOCK_DIM=block(head_dim),
         BLOCK_SIZE=block_size,
-        TILE=TILE if head_dim <= 128 else TILE // 2,
+        TILE=16 if wide else TILE if head_dim <= 128 else TILE // 2,
         WINDOW=attention.window or 0,
         IS_FP8=cache.kind == FP8,
         IS_INT8=cache.kind == INT8,
         OPERAND=operand_type(query.dtype),
-        num_warps=4,
+        num_warps=8 if wide or head_dim > 128 else 4,
         num_stages=2,
         **FUSED,
     )

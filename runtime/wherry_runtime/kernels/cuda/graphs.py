@@ -1,11 +1,8 @@
 """Steps that are recorded once and replayed: CUDA graphs."""
 
-import logging
 from collections.abc import Callable, Sequence
 
 import torch
-
-log = logging.getLogger(__name__)
 
 BUCKETS = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 192, 256)
 
@@ -18,7 +15,7 @@ def buckets_up_to(rows: int) -> tuple[int, ...]:
 class Direct:
     """Computes a step whenever it is asked for: where there are no graphs, and to test what goes into them."""
 
-    def __init__(self, compute: Callable[[int], torch.Tensor], buckets: Sequence[int]) -> None:
+    def __init__(self, compute: Callable[[int], torch.Tensor]) -> None:
         self._compute = compute
 
     def replay(self, bucket: int) -> torch.Tensor:

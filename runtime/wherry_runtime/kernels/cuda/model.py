@@ -14,6 +14,7 @@ from wherry_runtime.kernels.cuda.attention_prefill import tokens_per_tile
 from wherry_runtime.kernels.cuda.graphs import Direct, Graphs, buckets_up_to
 from wherry_runtime.kernels.cuda.ops import CudaOps, Fixed
 from wherry_runtime.kernels.cuda.rope_cache import CacheView
+from wherry_runtime.kernels.cuda.sampling import CudaSampler
 from wherry_runtime.kernels.cuda.staging import Staging
 from wherry_runtime.kernels.cuda.step import Packed, Step, pack
 from wherry_runtime.kvcache.paged import PagedKVCache
@@ -32,11 +33,10 @@ class CudaModel:
         max_decodes: rows that graphs are made for; 0: no graphs.
     """
 
-    sampler = None
-
     def __init__(self, model: Decoder, cache: PagedKVCache, max_decodes: int = 64) -> None:
         config = model.config
         self.decoder = model
+        self.sampler = CudaSampler()
         self.cache = cache
         self._device = cache.layers[0].device
         self._windows = tuple(sorted(set(config.windows) or {None}, key=lambda w: w or 0))
@@ -103,10 +103,15 @@ class CudaModel:
                 self._staging.copy(empty[bucket].numbers, self._memory)
             return compute(bucket)
 
+        self._graphs: Direct | Graphs = Direct(compute)
         if self._device.type != "cuda":
-            self._graphs: Direct | Graphs = Direct(compute, self._buckets)
             return
         began = time.monotonic()
-        with torch.inference_mode():
-            self._graphs = Graphs(record, self._buckets)
+        try:
+            with torch.inference_mode():
+                self._graphs = Graphs(record, self._buckets)
+        except torch.OutOfMemoryError as error:
+            log.warning("no memory for CUDA graphs, so steps take longer to launch; give the KV cache less: %s", error)
+            self._buckets = ()
+            return
         log.info("recorded steps of up to %d sequences in %.1f s", rows, time.monotonic() - began)

@@ -207,7 +207,8 @@ def multiply(
     """
     if matrix.scales is None:
         raise TypeError(f"{matrix.format} weights are not quantized")
-    if x.shape[0] > MOST_ROWS:
+    # float32 is not multiplied by tensor cores, and a large tile of it has no room in registers.
+    if x.shape[0] > (FEW_ROWS if x.dtype is torch.float32 else MOST_ROWS):
         return _multiply_widened(x, matrix, bias, residual)
     num_rows, num_outputs = x.shape[0], matrix.num_outputs
     out = torch.empty(num_rows, num_outputs, dtype=x.dtype, device=x.device)
@@ -235,7 +236,7 @@ def multiply(
         HAS_BIAS=bias is not None,
         HAS_RESIDUAL=residual is not None,
         OPERAND=operand_type(x.dtype),
-        num_warps=4,
+        num_warps=4 if block_rows == FEW_ROWS else 8,
         num_stages=4,
         **FUSED,
     )

@@ -13,7 +13,7 @@ from wherry_runtime.kernels.cuda.elements import FP8, FUSED, INT8, block, cache_
 from wherry_runtime.kvcache.paged import PagedKVCache
 from wherry_runtime.models.ops import Attention
 
-HEADS_AT_ONCE = 4
+HEADS_AT_ONCE = 8
 
 
 @triton.jit
@@ -148,6 +148,6 @@ def rope_and_cache(
         NORMED=normed,
         IS_FP8=cache.kind == FP8,
         IS_INT8=cache.kind == INT8,
-        num_warps=2,
+        num_warps=4,
         **FUSED,
     )

@@ -2,6 +2,7 @@
 
 import importlib.util
 import os
+import shutil
 
 import torch
 
@@ -11,6 +12,7 @@ from wherry_runtime.loading.config import ModelConfig
 MOST_GROUP = 64  # query heads per key head
 MOST_HEAD_DIM = 256
 HEAD_MULTIPLE = 8  # so that a head begins on 8 bytes whatever the cache's type
+COMPILERS = ("gcc", "clang")
 OLDEST = (8, 0)  # compute capability: bfloat16 in tensor cores, asynchronous copies
 
 
@@ -32,6 +34,8 @@ def unavailable(device: torch.device) -> str | None:
     if (capability := torch.cuda.get_device_capability(device)) < OLDEST:
         found, needed = (".".join(map(str, c)) for c in (capability, OLDEST))
         return f"{torch.cuda.get_device_name(device)} has compute capability {found}; {needed} is needed"
+    if not os.environ.get("CC") and not any(map(shutil.which, COMPILERS)):
+        return "there is no C compiler, which Triton needs to reach CUDA's driver; install gcc or clang, or set CC"
     return None
 
 

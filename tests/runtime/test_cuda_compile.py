@@ -1,0 +1,41 @@
+"""The interpreter takes what the compiler refuses, so every kernel is compiled too, for GPUs that need not be here."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("triton")
+
+CHECKOUT = Path(__file__).resolve().parents[2]
+SHARED = 99 << 10  # bytes that a program can have on GPUs with the least: compute capability 8.6 and 8.9
+STACK = 128  # bytes: some registers
+KERNELS = {
+    "add_parts_kernel",
+    "combine_kernel",
+    "decode_kernel",
+    "multiply_kernel",
+    "perturb_kernel",
+    "prefill_kernel",
+    "rms_norm_kernel",
+    "rope_cache_kernel",
+    "silu_mul_kernel",
+    "widen_kernel",
+}
+
+
+@pytest.mark.parametrize(("architecture", "models"), [(80, [3]), (90, [1])])
+def test_kernels_compile_and_fit(tmp_path: Path, architecture: int, models: list[int]) -> None:
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    environment |= {"TRITON_CACHE_DIR": str(tmp_path), "PYTHONPATH": "", "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-W", "error", "-m", "tests.runtime.cuda_compile", *map(str, (architecture, *models))]
+    done = subprocess.run(command, cwd=CHECKOUT, env=environment, capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0, done.stderr
+    kernels = [json.loads(line) for line in done.stdout.splitlines()]
+    assert {k["name"] for k in kernels} == KERNELS - (set() if 3 in models else {"add_parts_kernel"})
+    assert all(k["architecture"] == architecture for k in kernels)
+    assert not [k for k in kernels if k["shared"] > SHARED]
+    assert not [k for k in kernels if k["stack"] > STACK], "registers are spilled"
