@@ -19,7 +19,7 @@ FILES = [f"test_kernels_{name}.py" for name in ("attention", "elementwise", "sam
 AMX = ["test_kernels_linear.py", "test_kernels_amx.py"]
 SANITIZERS = ("-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-O1", "-g1", "-fno-omit-frame-pointer")
 # The slowest, which touch memory just as the rest does.
-ALIKE = ("192-1000", "512-300", "8-8-32", "8-2-128", "4-1-256", "151936")
+ALIKE: tuple[str, ...] = ("192-1000", "512-300", "8-8-32", "8-2-128", "4-1-256", "151936")
 ALIKE += ("test_threads", "test_chunks", "test_company", "test_sixty_four", "test_many_rows")
 
 pytestmark = [
