@@ -132,7 +132,7 @@ async def test_the_engine_answers_as_on_pytorch(checkpoint: Path, monkeypatch: p
 
     async def answers(**more: Any) -> list[list[int]]:
         async with running(checkpoint, **settings, **more) as engine:
-            return [a.ids for way in ways for a in await ask_all(engine, prompts, max_tokens=6, **way)]
+            return [a.ids for way in ways for a in await ask_all(engine, prompts, max_tokens=4, **way)]
 
     expected = await answers(backend="pytorch")
     built: list[object] = []

@@ -141,7 +141,7 @@ def test_quantized_products(format_: Format, outputs: int, inputs: int) -> None:
     x, residual, bias = randn(MOST_ROWS + 1, inputs), randn(MOST_ROWS + 1, outputs, seed=2), randn(192, seed=3)
     plain = x.double() @ weights.double().T
     few = multiply(x[:FEW_ROWS], packed)
-    for rows in (0, 1, 5, 17, MOST_ROWS + 1):
+    for rows in (0, 3, 17):
         found = multiply(x[:rows], packed)
         torch.testing.assert_close(found.double(), plain[:rows], atol=1e-4, rtol=0)
         if rows <= FEW_ROWS:

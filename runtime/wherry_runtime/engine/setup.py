@@ -89,10 +89,7 @@ def load(config: EngineConfig) -> Loaded:
     token_bytes = bytes_per_token(model_config, stored, native=native)
     num_blocks = _num_blocks(config, wanted, token_bytes, device, beside, workspace)
     kv_tokens = num_blocks * config.block_size
-    max_model_len = wanted
-    if kv_tokens < wanted and not config.max_model_len:
-        log.warning("the KV cache holds %d tokens, so the context is that and not the model's %d", kv_tokens, wanted)
-        max_model_len = kv_tokens
+    max_model_len = _fitting(config, wanted, kv_tokens)
     log.info(
         "%s: %s, %s parameters, %s on %s (%s), context %d, KV cache %d tokens",
         *(config.model_name, model_config.family, f"{model.num_parameters():,}", storage, device.torch),
@@ -100,11 +97,9 @@ def load(config: EngineConfig) -> Loaded:
         *(max_model_len, kv_tokens),
     )
     noise = NoiseCache() if draft is not None else gumbel_noise  # a guess and its check draw with the same
-    rows = config.max_running * (1 if config.speculative == "none" else 1 + config.max_draft_tokens)
-    built = build(
-        *(model, num_blocks, config.block_size, stored), native=native, threads=threads, cuda=cuda, max_decodes=rows
-    )
-    runner = ModelRunner(built, noise)
+    rows = config.max_running * (1 + (0 if config.speculative == "none" else config.max_draft_tokens))
+    size, kernels = config.block_size, {"native": native, "cuda": cuda}
+    runner = ModelRunner(build(model, num_blocks, size, stored, **kernels, threads=threads, max_decodes=rows), noise)
     return Loaded(
         model_config=model_config,
         max_model_len=max_model_len,
@@ -116,13 +111,8 @@ def load(config: EngineConfig) -> Loaded:
         chat_template=template,
         runner=runner,
         new_scheduler=new_scheduler_factory(
-            num_blocks,
-            config.block_size,
-            config.prefix_cache,
-            config.max_running,
-            config.max_batched_tokens,
-            config.max_queued,
-            config.max_itl_ratio,
+            *(num_blocks, config.block_size, config.prefix_cache, config.max_running),
+            *(config.max_batched_tokens, config.max_queued, config.max_itl_ratio),
         ),
         speculator=new_speculator(config, draft, kv_tokens, noise, threads),
     )
@@ -149,6 +139,14 @@ def _model_length(config: EngineConfig, model_config: ModelConfig) -> int:
     if config.max_model_len > own:
         raise ModelError("bad_setting", f"max_model_len {config.max_model_len} is more than the model's context, {own}")
     return config.max_model_len or own
+
+
+def _fitting(config: EngineConfig, wanted: int, kv_tokens: int) -> int:
+    """The context that the KV cache has room for, if none was asked for."""
+    if kv_tokens >= wanted or config.max_model_len:
+        return wanted
+    log.warning("the KV cache holds %d tokens, so the context is that and not the model's %d", kv_tokens, wanted)
+    return kv_tokens
 
 
 def _num_blocks(

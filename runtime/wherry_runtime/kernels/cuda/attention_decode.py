@@ -13,8 +13,8 @@ import torch
 import triton
 import triton.language as tl
 
-from wherry_runtime.kernels.cuda.attention_tile import attend_tile
-from wherry_runtime.kernels.cuda.elements import FP8, FUSED, INT8, block, operand_type
+from wherry_runtime.kernels.cuda.attention_tile import attend_keys, shape_of
+from wherry_runtime.kernels.cuda.elements import FUSED, block, operand_type
 from wherry_runtime.kernels.cuda.rope_cache import CacheView
 from wherry_runtime.models.ops import Attention
 
@@ -40,17 +40,10 @@ def decode_kernel(
     levels,
     factor,
     HEADS: tl.constexpr,
-    KV_HEADS: tl.constexpr,
     BLOCK_GROUP: tl.constexpr,
-    WIDTH: tl.constexpr,
-    HEAD_DIM: tl.constexpr,
     BLOCK_DIM: tl.constexpr,
-    BLOCK_SIZE: tl.constexpr,
     PART: tl.constexpr,
-    TILE: tl.constexpr,
-    WINDOW: tl.constexpr,
-    IS_FP8: tl.constexpr,
-    IS_INT8: tl.constexpr,
+    SHAPE: tl.constexpr,
     OPERAND: tl.constexpr,
 ):
     """Items program_id(0), program_id(0) + num_programs(0), … of key head program_id(1).
@@ -59,7 +52,9 @@ def decode_kernel(
     mean of values to sums [items, HEADS, HEAD_DIM], and log2 of its summed weights to levels [items, HEADS].
     """
     kv_head = tl.program_id(1)
-    GROUP: tl.constexpr = HEADS // KV_HEADS
+    GROUP: tl.constexpr = HEADS // SHAPE[0]
+    HEAD_DIM: tl.constexpr = SHAPE[2]
+    WINDOW: tl.constexpr = SHAPE[5]
     member = tl.arange(0, BLOCK_GROUP)
     head = kv_head * GROUP + member
     column = tl.arange(0, BLOCK_DIM)
@@ -77,35 +72,10 @@ def decode_kernel(
         if WINDOW > 0:
             low = tl.maximum(low, length - WINDOW)
         high = tl.minimum((part + 1) * PART, length)
-        top = tl.full([BLOCK_GROUP], float("-inf"), tl.float32)
-        total = tl.zeros([BLOCK_GROUP], tl.float32)
-        acc = tl.zeros([BLOCK_GROUP, BLOCK_DIM], tl.float32)
-        for start in range(low // TILE * TILE, high, TILE):
-            key = start + tl.arange(0, TILE)
-            visible = (key >= low) & (key < high)
-            top, total, acc = attend_tile(
-                queries,
-                cache,
-                scales,
-                step,
-                table,
-                key,
-                visible,
-                visible[None, :],
-                kv_head,
-                factor,
-                top,
-                total,
-                acc,
-                KV_HEADS,
-                WIDTH,
-                HEAD_DIM,
-                BLOCK_DIM,
-                BLOCK_SIZE,
-                IS_FP8,
-                IS_INT8,
-                OPERAND,
-            )
+        own = length - 1 + member * 0
+        top, total, acc = attend_keys(
+            queries, cache, scales, step, table, kv_head, own, low, high, factor, SHAPE, OPERAND
+        )
         place = (item * HEADS + head).to(tl.int64)
         target = sums + place[:, None] * HEAD_DIM + column[None, :]
         tl.store(target, acc / total[:, None], mask=inside)
@@ -204,22 +174,16 @@ def decode_attention(
     """
     heads, head_dim = attention.num_heads, attention.head_dim
     group = heads // attention.num_kv_heads
+    tile = TILE if head_dim <= 128 and query.dtype is not torch.float32 else TILE // 2
     decode_kernel[(max(1, programs), attention.num_kv_heads)](
         *(query, query.stride(0), cache.elements, cache.scales, step, tables, lengths),
         *(work.work, work.first_items, work.first_parts, partials.sums, partials.levels),
         math.log2(math.e) / math.sqrt(head_dim),
         HEADS=heads,
-        KV_HEADS=attention.num_kv_heads,
         BLOCK_GROUP=block(group),
-        WIDTH=cache.elements.shape[-1],
-        HEAD_DIM=head_dim,
         BLOCK_DIM=block(head_dim),
-        BLOCK_SIZE=block_size,
         PART=PART,
-        TILE=TILE if head_dim <= 128 and query.dtype is not torch.float32 else TILE // 2,
-        WINDOW=attention.window or 0,
-        IS_FP8=cache.kind == FP8,
-        IS_INT8=cache.kind == INT8,
+        SHAPE=shape_of(attention, cache, block_size, tile),
         OPERAND=operand_type(query.dtype),
         num_warps=4,
         num_stages=2,

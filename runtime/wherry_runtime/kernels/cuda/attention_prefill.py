@@ -10,8 +10,8 @@ import torch
 import triton
 import triton.language as tl
 
-from wherry_runtime.kernels.cuda.attention_tile import attend_tile
-from wherry_runtime.kernels.cuda.elements import FP8, FUSED, INT8, block, operand_type
+from wherry_runtime.kernels.cuda.attention_tile import attend_keys, shape_of
+from wherry_runtime.kernels.cuda.elements import FUSED, block, operand_type
 from wherry_runtime.kernels.cuda.rope_cache import CacheView
 from wherry_runtime.models.ops import Attention
 
@@ -30,16 +30,9 @@ def prefill_kernel(
     out,
     factor,
     HEADS: tl.constexpr,
-    KV_HEADS: tl.constexpr,
     ROWS: tl.constexpr,
-    WIDTH: tl.constexpr,
-    HEAD_DIM: tl.constexpr,
     BLOCK_DIM: tl.constexpr,
-    BLOCK_SIZE: tl.constexpr,
-    TILE: tl.constexpr,
-    WINDOW: tl.constexpr,
-    IS_FP8: tl.constexpr,
-    IS_INT8: tl.constexpr,
+    SHAPE: tl.constexpr,
     OPERAND: tl.constexpr,
 ):
     """Tile program_id(0) of queries, key head program_id(1).
@@ -47,7 +40,9 @@ def prefill_kernel(
     tiles: int32 [tiles, 4]: the tile's first row, its tokens, the first one's position, and where the block table is.
     """
     kv_head = tl.program_id(1)
-    GROUP: tl.constexpr = HEADS // KV_HEADS
+    GROUP: tl.constexpr = HEADS // SHAPE[0]
+    HEAD_DIM: tl.constexpr = SHAPE[2]
+    WINDOW: tl.constexpr = SHAPE[5]
     tile = tiles + tl.program_id(0) * 4
     first_row = tl.load(tile).to(tl.int64)
     count = tl.load(tile + 1)
@@ -65,38 +60,7 @@ def prefill_kernel(
     if WINDOW > 0:
         low = tl.maximum(0, position - WINDOW + 1)
     high = position + count
-    top = tl.full([ROWS], float("-inf"), tl.float32)
-    total = tl.zeros([ROWS], tl.float32)
-    acc = tl.zeros([ROWS, BLOCK_DIM], tl.float32)
-    for start in range(low // TILE * TILE, high, TILE):
-        key = start + tl.arange(0, TILE)
-        visible = (key >= low) & (key < high)
-        seen = visible[None, :] & (key[None, :] <= own[:, None])
-        if WINDOW > 0:
-            seen = seen & (key[None, :] > own[:, None] - WINDOW)
-        top, total, acc = attend_tile(
-            queries,
-            cache,
-            scales,
-            step,
-            table,
-            key,
-            visible,
-            seen,
-            kv_head,
-            factor,
-            top,
-            total,
-            acc,
-            KV_HEADS,
-            WIDTH,
-            HEAD_DIM,
-            BLOCK_DIM,
-            BLOCK_SIZE,
-            IS_FP8,
-            IS_INT8,
-            OPERAND,
-        )
+    _, total, acc = attend_keys(queries, cache, scales, step, table, kv_head, own, low, high, factor, SHAPE, OPERAND)
     mean = acc / tl.where(token < count, total, 1.0)[:, None]
     target = out + ((first_row + token)[:, None] * HEADS + head[:, None]) * HEAD_DIM + column[None, :]
     tl.store(target, mean, mask=inside)
@@ -126,20 +90,14 @@ def prefill_attention(
     """
     head_dim = attention.head_dim
     wide = query.dtype is torch.float32  # multiplied outside of tensor cores, in more registers
+    tile = 16 if wide else TILE if head_dim <= 128 else TILE // 2
     prefill_kernel[(tiles.shape[0], attention.num_kv_heads)](
         *(query, query.stride(0), cache.elements, cache.scales, step, tiles, out),
         math.log2(math.e) / math.sqrt(head_dim),
         HEADS=attention.num_heads,
-        KV_HEADS=attention.num_kv_heads,
         ROWS=ROWS,
-        WIDTH=cache.elements.shape[-1],
-        HEAD_DIM=head_dim,
         BLOCK_DIM=block(head_dim),
-        BLOCK_SIZE=block_size,
-        TILE=16 if wide else TILE if head_dim <= 128 else TILE // 2,
-        WINDOW=attention.window or 0,
-        IS_FP8=cache.kind == FP8,
-        IS_INT8=cache.kind == INT8,
+        SHAPE=shape_of(attention, cache, block_size, tile),
         OPERAND=operand_type(query.dtype),
         num_warps=8 if wide or head_dim > 128 else 4,
         num_stages=2,

@@ -43,6 +43,51 @@ def widen(word, shift: tl.constexpr, scale, INT4: tl.constexpr):
     return tl.fma(value, scale * 256.0, scale * -384.0)
 
 
+@triton.jit
+def load_inputs(x, x_stride, row, column, num_rows, INPUTS: tl.constexpr, OPERAND: tl.constexpr):
+    """x [rows, columns] as four of [rows, columns / 4]: the inputs of the first to fourth byte of each word."""
+    mask = (row < num_rows)[:, None] & (column < INPUTS)[None, :]
+    values = tl.load(x + row.to(tl.int64)[:, None] * x_stride + column[None, :], mask=mask, other=0.0).to(OPERAND)
+    even, odd = tl.split(tl.reshape(values, [values.shape[0], values.shape[1] // 4, 2, 2]))
+    first, third = tl.split(even)
+    second, fourth = tl.split(odd)
+    return first, second, third, fourth
+
+
+@triton.jit
+def store_sums(
+    y,
+    bias,
+    residual,
+    residual_stride,
+    out,
+    row,
+    column,
+    mask,
+    OUTPUTS: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    HAS_RESIDUAL: tl.constexpr,
+):
+    """Writes y [rows, columns] with bias and residual, if there are any."""
+    if HAS_BIAS:
+        y += tl.load(bias + column, mask=column < OUTPUTS, other=0.0)[None, :]
+    if HAS_RESIDUAL:
+        beside = residual + row.to(tl.int64)[:, None] * residual_stride + column[None, :]
+        y += tl.load(beside, mask=mask, other=0.0).to(tl.float32)
+    tl.store(out + row.to(tl.int64)[:, None] * OUTPUTS + column[None, :], y, mask=mask)
+
+
+@triton.jit
+def add_products(
+    acc, first, second, third, fourth, word, SHIFT: tl.constexpr, scale, INT4: tl.constexpr, OPERAND: tl.constexpr
+):
+    """acc plus the products with the weights from bit SHIFT on of each byte of the words."""
+    acc = tl.dot(first, widen(word, SHIFT, scale, INT4).to(OPERAND), acc, input_precision="ieee")
+    acc = tl.dot(second, widen(word, 8 + SHIFT, scale, INT4).to(OPERAND), acc, input_precision="ieee")
+    acc = tl.dot(third, widen(word, 16 + SHIFT, scale, INT4).to(OPERAND), acc, input_precision="ieee")
+    return tl.dot(fourth, widen(word, 24 + SHIFT, scale, INT4).to(OPERAND), acc, input_precision="ieee")
+
+
 @triton.jit(do_not_specialize=["num_rows"])
 def multiply_kernel(
     x,
@@ -91,22 +136,11 @@ def multiply_kernel(
         scale = tl.load(place).to(tl.float32)
         if INT4:
             scale_high = tl.load(place + 32).to(tl.float32)
-        column = start + tl.arange(0, CHUNK)
-        mask = (row < num_rows)[:, None] & (column < INPUTS)[None, :]
-        values = tl.load(x + row.to(tl.int64)[:, None] * x_stride + column[None, :], mask=mask, other=0.0).to(OPERAND)
-        # The inputs of each of the four bytes: [rows, CHUNK / 4, 2, 2], bytes 0 and 2 before 1 and 3.
-        even, odd = tl.split(tl.reshape(values, [BLOCK_ROWS, CHUNK // 4, 2, 2]))
-        first, third = tl.split(even)
-        second, fourth = tl.split(odd)
-        acc = tl.dot(first, widen(word, 0, scale, INT4).to(OPERAND), acc, input_precision="ieee")
-        acc = tl.dot(second, widen(word, 8, scale, INT4).to(OPERAND), acc, input_precision="ieee")
-        acc = tl.dot(third, widen(word, 16, scale, INT4).to(OPERAND), acc, input_precision="ieee")
-        acc = tl.dot(fourth, widen(word, 24, scale, INT4).to(OPERAND), acc, input_precision="ieee")
+        inputs = start + tl.arange(0, CHUNK)
+        first, second, third, fourth = load_inputs(x, x_stride, row, inputs, num_rows, INPUTS, OPERAND)
+        acc = add_products(acc, first, second, third, fourth, word, 0, scale, INT4, OPERAND)
         if INT4:
-            acc_high = tl.dot(first, widen(word, 4, scale_high, INT4).to(OPERAND), acc_high, input_precision="ieee")
-            acc_high = tl.dot(second, widen(word, 12, scale_high, INT4).to(OPERAND), acc_high, input_precision="ieee")
-            acc_high = tl.dot(third, widen(word, 20, scale_high, INT4).to(OPERAND), acc_high, input_precision="ieee")
-            acc_high = tl.dot(fourth, widen(word, 28, scale_high, INT4).to(OPERAND), acc_high, input_precision="ieee")
+            acc_high = add_products(acc_high, first, second, third, fourth, word, 4, scale_high, INT4, OPERAND)
     for half in tl.static_range(2 if INT4 else 1):
         y = acc if half == 0 else acc_high
         column = panel * 64 + half * 32 + word_column
@@ -115,12 +149,7 @@ def multiply_kernel(
             place = (split.to(tl.int64) * num_rows + row[:, None]) * OUTPUTS + column[None, :]
             tl.store(parts + place, y, mask=mask)
         else:
-            if HAS_BIAS:
-                y += tl.load(bias + column, mask=column < OUTPUTS, other=0.0)[None, :]
-            if HAS_RESIDUAL:
-                beside = residual + row.to(tl.int64)[:, None] * residual_stride + column[None, :]
-                y += tl.load(beside, mask=mask, other=0.0).to(tl.float32)
-            tl.store(out + row.to(tl.int64)[:, None] * OUTPUTS + column[None, :], y, mask=mask)
+            store_sums(y, bias, residual, residual_stride, out, row, column, mask, OUTPUTS, HAS_BIAS, HAS_RESIDUAL)
 
 
 @triton.jit(do_not_specialize=["num_rows"])

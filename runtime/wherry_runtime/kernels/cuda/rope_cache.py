@@ -17,6 +17,45 @@ HEADS_AT_ONCE = 8
 
 
 @triton.jit
+def keep(
+    cache,
+    scales,
+    place,
+    keeps,
+    first,
+    second,
+    pair,
+    HALF: tl.constexpr,
+    WIDTH: tl.constexpr,
+    IS_FP8: tl.constexpr,
+    IS_INT8: tl.constexpr,
+):
+    """Writes heads, whose halves are `first` and `second` [heads, pairs], to `place` [heads] where it `keeps`."""
+    target = cache + place[:, None] * WIDTH + pair[None, :]
+    mask = keeps[:, None] & (pair[None, :] < HALF)
+    if IS_FP8:
+        tl.store(target, to_fp8(first), mask=mask)
+        tl.store(target + HALF, to_fp8(second), mask=mask)
+    elif IS_INT8:
+        top = tl.maximum(tl.max(tl.abs(first), axis=1), tl.max(tl.abs(second), axis=1))
+        # The maximum passes over NaN; this sum does not, nor over infinity.
+        finite = tl.sum(first * 0.0 + second * 0.0, axis=1) == 0.0
+        scale = tl.where(finite, top / 127.0, 0.0)
+        inverse = tl.where(scale > 0.0, 1.0 / tl.where(scale > 0.0, scale, 1.0), 0.0)[:, None]
+        # Adding 1.5 · 2²³ rounds to nearest, ties to even.
+        low_codes = tl.where(finite[:, None], first, 0.0) * inverse + 12582912.0 - 12582912.0
+        high_codes = tl.where(finite[:, None], second, 0.0) * inverse + 12582912.0 - 12582912.0
+        tl.store(target, low_codes.to(tl.int8), mask=mask)
+        tl.store(target + HALF, high_codes.to(tl.int8), mask=mask)
+        # `scales` is the cache as float32: the last four bytes of a head.
+        word = scales + place * (WIDTH // 4) + 2 * HALF // 4
+        tl.store(word, tl.where(finite, scale, float("nan")), mask=keeps)
+    else:
+        tl.store(target, first, mask=mask)
+        tl.store(target + HALF, second, mask=mask)
+
+
+@triton.jit
 def rope_cache_kernel(
     qkv,
     qkv_stride,
@@ -70,30 +109,11 @@ def rope_cache_kernel(
     tl.store(place + HALF, second, mask=inside & is_query)
 
     slot = tl.load(slots + row).to(tl.int64)
-    first_kept = tl.where(slot >= 0, HEADS, HEADS + 2 * KV_HEADS)
-    kept = inside & (head[:, None] >= first_kept)
-    target = (slot * (2 * KV_HEADS) + head[:, None] - HEADS) * WIDTH + pair[None, :]
-    if IS_FP8:
-        tl.store(cache + target, to_fp8(first), mask=kept)
-        tl.store(cache + target + HALF, to_fp8(second), mask=kept)
-    elif IS_INT8:
-        top = tl.maximum(tl.max(tl.abs(first), axis=1), tl.max(tl.abs(second), axis=1))
-        # The maximum passes over NaN; this sum does not, nor over infinity.
-        finite = tl.sum(first * 0.0 + second * 0.0, axis=1) == 0.0
-        scale = tl.where(finite, top / 127.0, 0.0)
-        inverse = tl.where(scale > 0.0, 1.0 / tl.where(scale > 0.0, scale, 1.0), 0.0)[:, None]
-        # Adding 1.5 · 2²³ rounds to nearest, ties to even.
-        low_codes = tl.where(finite[:, None], first, 0.0) * inverse + 12582912.0 - 12582912.0
-        high_codes = tl.where(finite[:, None], second, 0.0) * inverse + 12582912.0 - 12582912.0
-        tl.store(cache + target, low_codes.to(tl.int8), mask=kept)
-        tl.store(cache + target + HALF, high_codes.to(tl.int8), mask=kept)
-        # `scales` is the cache as float32: the last four bytes of a head.
-        word = (slot * (2 * KV_HEADS) + head - HEADS) * (WIDTH // 4) + 2 * HALF // 4
-        keeps = (head >= first_kept) & (head < HEADS + 2 * KV_HEADS)
-        tl.store(scales + word, tl.where(finite, scale, float("nan")), mask=keeps)
-    else:
-        tl.store(cache + target, first, mask=kept)
-        tl.store(cache + target + HALF, second, mask=kept)
+    # From which head on something is kept: none of a row without a slot.
+    kept = tl.where(slot >= 0, HEADS, HEADS + 2 * KV_HEADS)
+    place = slot * (2 * KV_HEADS) + head - HEADS
+    keeps = (head >= kept) & (head < HEADS + 2 * KV_HEADS)
+    keep(cache, scales, place, keeps, first, second, pair, HALF, WIDTH, IS_FP8, IS_INT8)
 
 
 @dataclass(slots=True, frozen=True)
