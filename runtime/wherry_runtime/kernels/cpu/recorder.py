@@ -16,11 +16,13 @@ from wherry_runtime.layers.linear import Linear
 from wherry_runtime.layers.norm import RMSNorm
 from wherry_runtime.models.ops import Attention
 from wherry_runtime.quantization.formats import INPUT_MULTIPLE
+from wherry_runtime.quantization.huge_pages import map_memory
 from wherry_runtime.quantization.packed import PackedMatrix
 
 CACHE_LINE = 64
 # Rows a whole number of pages apart would all meet in the same few sets of the first cache.
 SKEW = 64  # elements
+REGION = 64 << 20  # bytes of address space at a time
 
 
 def aligned(dtype: torch.dtype, rows: int, columns: int) -> torch.Tensor:
@@ -32,39 +34,101 @@ def aligned(dtype: torch.dtype, rows: int, columns: int) -> torch.Tensor:
 
 
 class Arena:
-    """Buffers by what they are for; those that are free are handed out again, as they are."""
+    """Memory for what flows between calls, by first fit: what is free again serves whatever fits in.
+
+    Pages take room once a step was large enough to write to them.
+    """
 
     def __init__(self) -> None:
-        self._free: dict[object, list[torch.Tensor]] = defaultdict(list)
-        self.num_bytes = 0
+        self._regions: list[torch.Tensor] = []
+        self._holes: list[list[tuple[int, int]]] = []  # of each region: free ranges, ascending, never adjacent
+        self._reached: list[int] = []  # of each region: how far it was ever in use
+        self._kept: dict[object, list[torch.Tensor]] = defaultdict(list)
+        self._kept_bytes = 0
 
-    def take(self, purpose: object, dtype: torch.dtype, rows: int, columns: int) -> torch.Tensor:
-        """[rows, columns]; zeros, or what another value of the same purpose and shape left."""
-        free = self._free[purpose, dtype, rows, columns]
-        if free:
+    @property
+    def num_bytes(self) -> int:
+        return self._kept_bytes + sum(self._reached)
+
+    def take_kept(self, purpose: object, rows: int, columns: int) -> torch.Tensor:
+        """[rows, columns] float32: zeros, or what a value of the same purpose and shape left."""
+        if free := self._kept[purpose, rows, columns]:
             return free.pop()
-        self.num_bytes += rows * columns * dtype.itemsize
-        return aligned(dtype, rows, columns)
+        self._kept_bytes += 4 * rows * columns
+        return aligned(torch.float32, rows, columns)
 
-    def give_back(self, purpose: object, buffer: torch.Tensor) -> None:
-        self._free[purpose, buffer.dtype, buffer.shape[0], buffer.shape[1]].append(buffer)
+    def give_back_kept(self, purpose: object, buffer: torch.Tensor) -> None:
+        """Makes what `take_kept` gave free for others of the same purpose."""
+        self._kept[purpose, *buffer.shape].append(buffer)
+
+    def take(self, dtype: torch.dtype, rows: int, columns: int) -> torch.Tensor:
+        """[rows, columns] with whatever was left there."""
+        size = _rounded(rows * columns * dtype.itemsize)
+        index, hole = next(
+            ((i, h) for i, holes in enumerate(self._holes) for h in holes if h[1] - h[0] >= size), (-1, (0, 0))
+        )
+        if index < 0:
+            self._regions.append(map_memory(max(REGION, size)))
+            index, hole = len(self._regions) - 1, (0, len(self._regions[-1]))
+            self._holes.append([hole])
+            self._reached.append(0)
+        start, end = hole
+        place = self._holes[index].index(hole)
+        self._holes[index][place : place + 1] = [(start + size, end)] if end - start > size else []
+        self._reached[index] = max(self._reached[index], start + size)
+        data = self._regions[index][start : start + rows * columns * dtype.itemsize]
+        return data.view(dtype).view(rows, columns)
+
+    def give_back(self, buffer: torch.Tensor) -> None:
+        """Makes what `take` gave free for others."""
+        address, size = buffer.data_ptr(), _rounded(buffer.nbytes)
+        for region, holes in zip(self._regions, self._holes, strict=True):
+            start = address - region.data_ptr()
+            if 0 <= start < len(region):
+                holes.append((start, start + size))
+                holes.sort()
+                holes[:] = _merged(holes)
+                return
+        raise ValueError("memory of another arena")
+
+
+def _rounded(size: int) -> int:
+    return -(-size // CACHE_LINE) * CACHE_LINE
+
+
+def _merged(ranges: list[tuple[int, int]]) -> list[tuple[int, int]]:
+    """Ascending ranges, with those that touch made one."""
+    merged: list[tuple[int, int]] = []
+    for start, end in ranges:
+        if merged and merged[-1][1] == start:
+            start = merged.pop()[0]
+        merged.append((start, end))
+    return merged
 
 
 class Value:
     """Rows of `width` float32 columns, and zeros from there to the stride: what matrix products read as padding.
 
-    A buffer serves values of one width only, so its padding stays zero.
+    Memory is shared with whatever comes after. Where there is padding, only with values of the same width, so that it
+    stays zero; and logits keep theirs, as they are read after the step.
     """
 
     def __init__(self, arena: Arena, rows: int, width: int, *, sampled: bool) -> None:
         self.width = width
         self.stride = -(-width // INPUT_MULTIPLE) * INPUT_MULTIPLE
         self.sampled = sampled  # whether its rows are those that draw a token
-        self.buffer = arena.take(width, torch.float32, rows, self.stride)
         self._arena = arena
+        self._shared = width == self.stride and not sampled
+        if self._shared:
+            self.buffer = arena.take(torch.float32, rows, self.stride)
+        else:
+            self.buffer = arena.take_kept(width, rows, self.stride)
 
     def __del__(self) -> None:
-        self._arena.give_back(self.width, self.buffer)
+        if self._shared:
+            self._arena.give_back(self.buffer)
+        else:
+            self._arena.give_back_kept(self.width, self.buffer)
 
 
 @dataclass(slots=True, frozen=True)
@@ -141,7 +205,7 @@ class Recorder:
         self.program.add(name, tensors, numbers)
         for buffer in (operand, scales, sums):
             if buffer is not None and buffer is not x.buffer:
-                self.arena.give_back("operand", buffer)
+                self.arena.give_back(buffer)
 
     def _converted(
         self, matrix: PackedMatrix, x: Value
@@ -151,14 +215,14 @@ class Recorder:
         if method == "float32":
             return x.buffer, x.stride, None, None
         dtype = torch.bfloat16 if method == "bfloat16" else torch.int8
-        operand = self.arena.take("operand", dtype, rows, depth + SKEW)
+        operand = self.arena.take(dtype, rows, depth + SKEW)
         numbers = [depth, x.stride, depth + SKEW, int(x.sampled)]
         if method == "bfloat16":
             self.program.add("to_bf16", [x.buffer, operand], numbers)
             return operand, depth + SKEW, None, None
         groups = depth // matrix.format.group
-        scales = self.arena.take("operand", torch.float32, rows, groups)
-        sums = self.arena.take("operand", torch.int32, rows, groups)
+        scales = self.arena.take(torch.float32, rows, groups)
+        sums = self.arena.take(torch.int32, rows, groups)
         self.program.add("quantize_int8", [x.buffer, operand, scales, sums], [*numbers, matrix.format.group])
         return operand, depth + SKEW, scales, sums
 
