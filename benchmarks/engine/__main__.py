@@ -105,6 +105,11 @@ def one_round(
     return runs
 
 
+def as_json(results: dict[str, Any]) -> str:
+    """Without the directories of this machine."""
+    return json.dumps(results, indent=1).replace(f"{models.MODELS}/", "") + "\n"
+
+
 def main() -> None:
     args = arguments()
     wanted = chosen(args.only)
@@ -118,7 +123,7 @@ def main() -> None:
     results: dict[str, Any] = {
         "model": args.model,
         "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
-        "command": "python -m benchmarks.engine " + " ".join(sys.argv[1:]),
+        "command": f"python -m benchmarks.engine --model {args.model} --rounds {args.rounds} --json out.json",
         "machine": bench_machine.describe(torch.device("cpu"), args.threads),
         "bandwidth": [],
         "runs": [],
@@ -134,7 +139,7 @@ def main() -> None:
             results["bandwidth"].append(bench_machine.read_bandwidth(args.threads, torch.device("cpu")))
             results["runs"] += one_round(args, number, wanted, step)
             if args.json:
-                args.json.write_text(json.dumps(results, indent=1) + "\n")
+                args.json.write_text(as_json(results))
     Console().print(Markdown(report.tables(results)))
     if args.plot:
         args.plot.write_text(report.picture(results))
