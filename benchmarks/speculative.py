@@ -6,6 +6,9 @@
 One engine without speculation and one for each mode are loaded side by side and take turns, round after round, so that
 whatever else the machine does hits them alike; a ratio is the median over rounds of two neighbouring runs. The first
 rounds, in which a mode learns what pays here, are not counted (`--warm`). Answers are checked to be the same tokens.
+
+`asleep` is the share of steps that speculation did not look at, because it does not pay; `upkeep` the share of time
+that it takes besides guessing, measured in a round of its own.
 """
 
 import argparse
@@ -13,9 +16,11 @@ import asyncio
 import json
 import statistics
 import time
-from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -52,6 +57,8 @@ class Result:
     ratio: float  # to no speculation, in the same round
     acceptance: float  # of the tokens guessed
     depth: float  # mean guesses of a run, over all steps of all sequences: 0 where it is off
+    asleep: float  # of all steps
+    upkeep: float  # of all time, besides guessing
     same: bool  # tokens equal to those without speculation
 
 
@@ -93,18 +100,53 @@ def speculator_of(engine: AsyncEngine) -> Speculator | None:
 
 @dataclass
 class Tally:
-    """What a speculator had counted at some point."""
+    """What an engine had counted at some point."""
 
-    drafted: int
-    accepted: int
-    depths: Counter[int]
+    drafted: int = 0
+    accepted: int = 0
+    steps: int = 0
+    slept: int = 0
 
     @classmethod
     def of(cls, engine: AsyncEngine) -> "Tally":
-        speculator = speculator_of(engine)
-        if speculator is None:
-            return cls(0, 0, Counter())
-        return cls(speculator.counts.drafted, speculator.counts.accepted, Counter(speculator.depths))
+        core, speculator = engine._core, speculator_of(engine)
+        if core is None or speculator is None:
+            return cls()
+        return cls(speculator.counts.drafted, speculator.counts.accepted, core.steps, speculator.governor.slept)
+
+
+@contextmanager
+def timed_upkeep(speculator: Speculator) -> Iterator[list[float]]:
+    """Seconds of each call that a step makes besides those that guess."""
+    spent: list[float] = []
+
+    def timed(call: Callable[..., Any]) -> Callable[..., Any]:
+        def run(*args: Any) -> Any:
+            began = time.perf_counter()
+            result = call(*args)
+            spent.append(time.perf_counter() - began)
+            return result
+
+        return run
+
+    names = ("dozes", "next_mode", "observe", "forget")
+    for name in names:
+        setattr(speculator, name, timed(getattr(speculator, name)))
+    try:
+        yield spent
+    finally:
+        for name in names:
+            delattr(speculator, name)
+
+
+async def upkeep(engine: AsyncEngine, asked: list[Prompt], params: SamplingParams) -> float:
+    """Share of the time of all answers at once that speculation takes besides guessing."""
+    speculator = speculator_of(engine)
+    if speculator is None:
+        return 0.0
+    with timed_upkeep(speculator) as spent:
+        seconds, _ = await answers(engine, asked, params)
+    return sum(spent) / seconds
 
 
 async def measure(
@@ -138,10 +180,11 @@ async def measure(
             same[mode] = same[mode] and tokens == right
         progress.advance(task)
     progress.remove_task(task)
+    after = {mode: Tally.of(engine) for mode, engine in engines.items()}
     results = []
     produced = args.rounds * batch * args.new_tokens
     for mode, engine in engines.items():
-        then, now = before[mode], Tally.of(engine)
+        then, now = before[mode], after[mode]
         drafted, accepted = now.drafted - then.drafted, now.accepted - then.accepted
         ratio = statistics.median(a / b for a, b in zip(rates[mode], rates["none"], strict=True))
         results.append(
@@ -154,6 +197,8 @@ async def measure(
                 ratio,
                 accepted / drafted if drafted else 0.0,
                 drafted / (produced - accepted),  # a step of a sequence gives one token besides those accepted
+                (now.slept - then.slept) / max(now.steps - then.steps, 1),
+                await upkeep(engine, asked, params),
                 same[mode],
             )
         )
@@ -194,14 +239,16 @@ async def run(args: argparse.Namespace, progress: Progress) -> list[Result]:
 
 def show(results: list[Result], console: Console) -> None:
     """Ratios as a table, and the figures that are held against goals."""
-    table = Table("text", "temperature", "batch", "off, tok/s", "mode", "ratio", "accepted", "depth", "same tokens")
+    columns = ("text", "temperature", "batch", "off, tok/s", "mode", "ratio", "accepted", "depth", "asleep", "upkeep")
+    table = Table(*columns, "same tokens")
     off = {(r.text, r.temperature, r.batch): r.tokens_per_s for r in results if r.mode == "none"}
     for r in results:
         if r.mode != "none":
             rate = off[r.text, r.temperature, r.batch]
             table.add_row(
                 *(r.text, f"{r.temperature:g}", str(r.batch), f"{rate:.0f}", r.mode, f"{r.ratio:.2f}"),
-                *(f"{r.acceptance:.0%}", f"{r.depth:.1f}", "yes" if r.same else "no"),
+                *(f"{r.acceptance:.0%}", f"{r.depth:.1f}", f"{r.asleep:.0%}", f"{r.upkeep:.1%}"),
+                "yes" if r.same else "no",
             )
     console.print(table)
     for mode in dict.fromkeys(r.mode for r in results if r.mode != "none"):

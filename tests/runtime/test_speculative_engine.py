@@ -38,6 +38,7 @@ def always(monkeypatch: pytest.MonkeyPatch) -> None:
     def max_rounds(args: tuple[int, Costs, int, int]) -> int:
         return args[2]
 
+    monkeypatch.setattr(Speculator, "dozes", lambda self, running: False)
     monkeypatch.setattr(Speculator, "next_mode", lambda self, running: Mode.SPECULATE)
     monkeypatch.setattr(speculator_module, "choose", choose)
     monkeypatch.setattr(speculator_module, "trim", lambda chances, *_: [len(run) for run in chances])

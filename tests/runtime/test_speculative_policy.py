@@ -8,6 +8,8 @@ import pytest
 
 from wherry_runtime.engine.speculative.estimates import CERTAIN, Acceptance, Cost
 from wherry_runtime.engine.speculative.policy import (
+    LONGEST_SLEEP,
+    TRIAL_STEPS,
     Candidate,
     Costs,
     Governor,
@@ -242,11 +244,13 @@ class World:
         plain_s = 10.0 + 0.2 * running
         tokens_before, seconds_before = self.tokens, self.seconds
         for _ in range(steps):
-            mode = self.governor.next_mode(running)
+            dozes = self.governor.dozes(running)
+            mode = Mode.PLAIN if dozes else self.governor.next_mode(running)
             jitter = 1 + self.noise * self.random.random()
             if mode is Mode.PLAIN:
                 tokens, seconds = running, plain_s * jitter
-                self.costs.plain.note(running, seconds)
+                if not dozes:
+                    self.costs.plain.note(running, seconds)
             else:
                 self.speculated += 1
                 tokens = running
@@ -256,7 +260,8 @@ class World:
                             break
                         tokens += 1
                 seconds = (plain_s + self.sync + self.row * running * self.depth) * jitter
-            self.governor.note(mode, running, tokens, seconds)
+            if not dozes:
+                self.governor.note(mode, running, tokens, seconds)
             self.tokens += tokens
             self.seconds += seconds
         fair = (self.tokens - tokens_before) / running * plain_s * (1 + self.noise / 2)
@@ -294,7 +299,7 @@ class TestGovernor:
         assert not world.governor.on
         assert 8 < world.speculated < 300
         world.accepted, world.row = 0.9, 0.1
-        world.run(1500, 4)
+        world.run(LONGEST_SLEEP + 500, 4)
         assert world.governor.on
         assert world.run(500, 4) > 2.0
 
@@ -307,15 +312,45 @@ class TestGovernor:
         assert not world.governor.on
         assert world.speculated - before < 60
 
-    def test_fewer_sequences_are_a_reason_to_try_at_once(self) -> None:
-        world = World(accepted=0.2, row=2.0)
-        world.run(500, 32)
-        assert not world.governor.on
-        world.costs.plain.note(1, 10.2)
-        world.costs.plain.note(1, 10.2)
-        world.row = 0.0
-        world.run(20, 2)
+    def test_trials_become_rare_where_it_never_pays(self) -> None:
+        world = World(accepted=0.0, row=1.0)
+        world.run(20_000, 4)
+        before = world.speculated
+        world.run(20_000, 4)
+        assert 0 < world.speculated - before <= 20_000 // LONGEST_SLEEP * TRIAL_STEPS
+
+    def test_fewer_sequences_are_a_reason_to_try_as_soon_as_the_last_trial_is_paid_for(self) -> None:
+        world = World(accepted=0.0, row=2.0)
+        world.run(20_000, 32)
+        while world.governor.on:
+            world.run(1, 32)
+        world.row, world.accepted = 0.0, 0.5
+        world.run(1000, 2)
         assert world.governor.on
+
+    def test_steps_without_guesses_earn_nothing(self) -> None:
+        """Plain steps were timed while the machine was busy: anything looks better than they do."""
+        world = World(accepted=0.8, row=0.1)
+        world.run(400, 1)
+        governor = world.governor
+        for _ in range(200):
+            if not governor.on:
+                break
+            governor.note(Mode.SPECULATE, 1, 1, 5.0, guessed=False)
+        assert not governor.on
+
+    def test_what_is_not_usual_is_charged_but_does_not_decide(self) -> None:
+        world = World(accepted=0.8, row=0.1)
+        world.run(400, 1)
+        governor = world.governor
+        balance, gain = governor.balance, governor.gain
+        governor.note(Mode.SPECULATE, 1, 1, 10.2, took=15.2)
+        assert governor.balance == pytest.approx(balance - 5.0)
+        governor.note(Mode.SPECULATE, 1, 1, 10.2, took=1e6)  # the machine stood still
+        assert governor.balance > balance - 40.0
+        governor.note_return(1, 12.2)
+        assert governor.balance > balance - 42.1
+        assert governor.gain == pytest.approx(gain, rel=0.1)
 
     def test_an_investment_is_charged_over_time(self) -> None:
         """Reading a long prompt costs the draft model many steps; the answer brings them back."""

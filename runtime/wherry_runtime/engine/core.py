@@ -254,7 +254,9 @@ class EngineCore:
     def _mode(self) -> Mode:
         """Whether the next step is to have guesses. The answer stays until that step is planned."""
         if self._next_mode is None:
-            decoding = self.scheduler.num_decoding if self.speculator is not None else 0
+            decoding = 0
+            if self.speculator is not None and not self.speculator.dozes(len(self.scheduler.running)):
+                decoding = self.scheduler.num_decoding
             # Prompts make a step long anyway, and nobody has measured what guesses cost in it.
             self._next_mode = self.speculator.next_mode(decoding) if self.speculator and decoding else Mode.PLAIN
         return self._next_mode

@@ -192,10 +192,7 @@ class DraftModel:
             if scores is not row:
                 row.copy_(scores)
         tokens = argmax(logits)
-        places = torch.tensor(tokens, device=logits.device)[:, None]
-        leads = logits.gather(-1, places)
-        leads -= logits.scatter_(-1, places, float("-inf")).amax(dim=-1, keepdim=True)
-        for item, token, lead in zip(items, tokens, leads[:, 0].tolist(), strict=True):
+        for item, token, lead in zip(items, tokens, _leads(logits, tokens), strict=True):
             item.guesses.tokens.append(token)
             item.guesses.classes.append(lead_class(lead, greedy=item.live.greedy))
 
@@ -233,6 +230,25 @@ def lead_class(lead: float, *, greedy: bool) -> int:
     """How sure a guess is: by how much its score leads over the runner-up's. NaN counts as unsure."""
     index = bisect_right(LEADS, lead) if lead >= 0 else 0
     return index if greedy else index + len(LEADS) + 1
+
+
+def _leads(scores: torch.Tensor, tokens: list[int]) -> list[float]:
+    """By how much the score of each row's token is above all others. On CPU by NumPy, as in `argmax`.
+
+    Args:
+        scores: [S, vocab_size] float32; overwritten.
+    """
+    if scores.device.type == "cpu":
+        values, rows = scores.numpy(), np.arange(len(tokens))
+        best = values[rows, tokens]
+        values[rows, tokens] = -np.inf
+        with np.errstate(invalid="ignore"):
+            found: list[float] = (best - values.max(axis=-1)).tolist()
+        return found
+    places = torch.tensor(tokens, device=scores.device)[:, None]
+    leads = scores.gather(-1, places)
+    leads -= scores.scatter_(-1, places, float("-inf")).amax(dim=-1, keepdim=True)
+    return leads[:, 0].tolist()
 
 
 def _steps(request_id: str, tokens: list[int], memory: _Memory, complete: bool) -> list[SequenceStep]:

@@ -8,7 +8,8 @@ it and all before it hold, so a step with guesses of chances p₁, p₂ … yiel
 
 `Governor` decides between plain steps and speculating ones by what speculation really brought. It keeps an account in
 seconds: a step is credited with the time that plain steps would have taken for its tokens and charged with the time
-that it took. Plain steps earn a hundredth of their time, which is all that trials may lose.
+that it took. Plain steps earn a hundredth of their time, which is all that trials may lose. While it is off it sleeps:
+steps are neither asked about nor timed until the account is even again, and longer the more trials in a row failed.
 """
 
 from collections.abc import Sequence
@@ -19,7 +20,8 @@ from wherry_runtime.engine.speculative.estimates import Cost
 
 EARNED = 0.01  # share of plain time that may be lost on trials
 SAVED_STEPS = 8  # of plain time: the account holds no more, so no more is lost when fortunes change
-FIRST_TIME = 3.0  # plain steps that a step is charged at most when steps like it were never timed before
+FIRST_TIME = 3.0  # plain steps that a step counts as at most when steps like it were never timed before
+HELD_UP = 3.0  # times what is usual that the account is charged for a step at most: the rest is the machine's doing
 TRIAL_STEPS = 16
 TRIAL_WORTH = 0.5  # plain steps of savings that allow a trial; debts of the last one are paid back first
 TRIAL_LOSS = 4.0  # plain steps that a trial may lose before it is called off
@@ -27,6 +29,8 @@ WINDOW = 32  # steps over which a gain is averaged
 WORTHWHILE = 1.01  # less gain than this is not worth to stay
 REFRESH_EVERY, REFRESH_STEPS = 256, 4  # plain steps in between, to know what they cost now
 EXPLORE_EVERY = 128
+SLEEP, LONGEST_SLEEP = 128, 2048  # plain steps after a failed trial, doubled by each that fails after it
+FEWER_FOR = 16  # steps with at most half as many sequences that end the sleep: not the first ones of many that come
 
 
 @dataclass(slots=True)
@@ -183,6 +187,7 @@ class Governor:
     def __init__(self, costs: Costs) -> None:
         self.balance = 0.0  # seconds
         self.on = True
+        self.slept = 0  # steps, since the start
         self._costs = costs
         self._steps = 0  # since it was turned on or off
         self._trial = True
@@ -190,21 +195,37 @@ class Governor:
         self._fair = self._spent = 0.0  # seconds in the window
         self._off_at = 0  # sequences that ran when it was turned off
         self._invested = 0.0  # seconds not charged yet
+        self._failed = 0  # trials, in a row
+        self._idle = 0  # steps without a guess, in a row
+        self._asleep = 0  # plain steps since it was turned off
+        self._fewer = 0  # of these, the last ones with at most half as many sequences
+        self._rest = 0  # steps to sleep: until the account is even, and in all
+        self._sleep = 0
 
     @property
     def gain(self) -> float:
         """Tokens per second against plain steps, lately."""
         return self._fair / self._spent if self._spent else 1.0
 
+    def dozes(self, running: int) -> bool:
+        """Whether the next step, with up to `running` sequences, is plain for sure; then there is nothing to `note`.
+
+        To be asked once a step. When sleep is over, a few plain steps are measured before the next trial.
+        """
+        if self.on:
+            return False
+        self._asleep += 1
+        self._fewer = self._fewer + 1 if 0 < running * 2 <= self._off_at else 0
+        if self._asleep <= (self._rest if self._fewer >= FEWER_FOR else self._sleep):
+            self.slept += 1
+            return True
+        self.balance = max(self.balance, 0.0)
+        self._turn_on()
+        return False
+
     def next_mode(self, running: int) -> Mode:
-        """For a step of `running` sequences."""
-        if not self._costs.plain.covers(running):
-            return Mode.PLAIN
-        if not self.on:
-            saved = self.balance >= TRIAL_WORTH * self._costs.plain.of(running)
-            if saved or running * 2 <= self._off_at:
-                self._turn_on()
-        if not self.on:
+        """For a step of `running` sequences that does not doze."""
+        if not self.on or not self._costs.plain.covers(running):
             return Mode.PLAIN
         if self._plain_left:
             self._plain_left -= 1
@@ -222,14 +243,34 @@ class Governor:
         self.balance += seconds
         self._spent -= seconds
 
-    def note(self, mode: Mode, running: int, tokens: int, seconds: float, *, first: bool = False) -> None:
+    def note_return(self, running: int, seconds: float) -> None:
+        """Books the first plain step after one that was not: nothing was planned ahead of it."""
+        plain = self._costs.plain.of(running)
+        self.balance -= min(max(seconds - plain, 0.0), HELD_UP * plain)
+
+    def note(
+        self,
+        mode: Mode,
+        running: int,
+        tokens: int,
+        seconds: float,
+        *,
+        took: float = 0.0,
+        first: bool = False,
+        guessed: bool = True,
+    ) -> None:
         """Books a step: `tokens` came out of `running` sequences in `seconds`, guessing included.
 
-        `first`: no step like it was timed before, so the duration may be a matter of chance.
+        Args:
+            seconds: what such a step usually takes.
+            took: what this one did, if that is known to be something else: charged to the account.
+            first: no step like it was timed before, so the duration may be a matter of chance.
+            guessed: it had guesses. If not, speculation has not earned what it may have been faster than usual.
         """
         plain = self._costs.plain.of(running)
         if first:
             seconds = min(seconds, FIRST_TIME * plain)
+        excess = min(max(took - seconds, 0.0), HELD_UP * seconds)
         charge = self._invested / WINDOW
         self._invested -= charge
         self.balance -= charge
@@ -237,7 +278,10 @@ class Governor:
             self.balance = min(self.balance + EARNED * seconds, SAVED_STEPS * plain)
             return
         fair = plain * tokens / running
-        self.balance = min(self.balance + fair - seconds, SAVED_STEPS * plain)
+        self._idle = 0 if guessed else self._idle + 1
+        if not guessed:
+            fair = min(fair, seconds)
+        self.balance = min(self.balance + fair - seconds - excess, SAVED_STEPS * plain)
         keep = 1 - 1 / WINDOW
         self._fair = self._fair * keep + fair
         self._spent = self._spent * keep + seconds + charge
@@ -245,15 +289,25 @@ class Governor:
             return
         if self.gain >= WORTHWHILE:
             self._trial = False
-        elif self._trial or (self.balance < 0 and self.gain < 1):
+            self._failed = 0
+        elif self._trial or self._idle >= WINDOW or (self.balance < 0 and self.gain < 1):
             self._turn_off(running)
 
     def _turn_on(self) -> None:
         self.on = self._trial = True
-        self._steps = 0
+        self._steps = self._idle = 0
         self._fair = self._spent = 0.0
+        self._plain_left = REFRESH_STEPS
 
     def _turn_off(self, running: int) -> None:
         self.on = False
         self._steps = 0
         self._off_at = running
+        self.balance -= self._invested
+        self._invested = 0.0
+        plain = self._costs.plain.of(running)
+        lost = TRIAL_WORTH - self.balance / plain if plain else 0.0  # plain steps
+        self._asleep = self._fewer = 0
+        self._rest = int(max(lost, 0.0) / EARNED)
+        self._sleep = max(self._rest, min(SLEEP << self._failed, LONGEST_SLEEP))
+        self._failed = min(self._failed + 1, 16)

@@ -49,8 +49,8 @@ class _Proposal:
 class Speculator:
     """Proposes guesses and learns from what became of them. Used by one thread at a time.
 
-    Per step: `next_mode`; unless that is plain, `propose`; then `observe` what the step drew. `pause` when there is no
-    next step right after.
+    Per step: `dozes`; unless it does, `next_mode`; unless that is plain, `propose`; then `observe` what the step drew.
+    `pause` when there is no next step right after. While it dozes, a step costs it two comparisons.
 
     Args:
         lookup: whether prompt lookup guesses.
@@ -69,7 +69,6 @@ class Speculator:
     ) -> None:
         self.counts = Counts()
         self.governor = Governor(costs)
-        self.depths: dict[int, int] = {}  # guesses in a run → how many runs, of those that were checked
         self._costs = costs
         self._lookup = lookup
         self._draft = draft
@@ -87,7 +86,12 @@ class Speculator:
         self._failures = 0  # of the draft model, in a row
         self._guessing_s = 0.0  # of the draft model, for the step now
         self._last_end: float | None = None
+        self._last_mode = Mode.PLAIN  # that was observed
         self._answer_length = Ratio(TYPICAL_ANSWER * 4, 4.0, 0.95)
+
+    def dozes(self, running: int) -> bool:
+        """Whether the next step, with up to `running` sequences, is plain for sure. To be asked once a step."""
+        return self.governor.dozes(running)
 
     def next_mode(self, running: int) -> Mode:
         """Whether the next step, of `running` sequences that decode and nothing else, is to have guesses."""
@@ -115,9 +119,13 @@ class Speculator:
 
     def observe(self, mode: Mode, plan: StepPlan, tokens: Mapping[str, Sequence[int]]) -> None:
         """Learns from a step of a mode that was committed: the `tokens` that it drew, by request id."""
+        if not self.governor.on and mode is Mode.PLAIN and self._last_mode is Mode.PLAIN:
+            self._last_end = None
+            return
         now = self._clock()
         seconds = None if self._last_end is None else now - self._last_end
         self._last_end = now
+        before, self._last_mode = self._last_mode, mode
         drawn = 0
         for step in plan.sequences:
             answer = tokens.get(step.request_id, ())
@@ -129,6 +137,10 @@ class Speculator:
         drafts = sum(s.num_drafts for s in plan.sequences)
         if seconds is None or not drawn or rows - drafts != running:  # prompts among them: another kind of step
             return
+        if mode is Mode.PLAIN and before is not Mode.PLAIN:
+            self.governor.note_return(running, seconds)
+            return
+        took = seconds
         if mode is Mode.PLAIN:
             self._costs.plain.note(running, seconds)
         else:
@@ -139,7 +151,9 @@ class Speculator:
                 self.governor.invest(self._draft.catching_up_s)
                 seconds += self._draft.usual_s
         first = mode is not Mode.PLAIN and not self._costs.checking.settled(rows)
-        self.governor.note(mode, running, drawn, seconds, first=first)
+        self.governor.note(mode, running, drawn, seconds, took=took, first=first, guessed=drafts > 0)
+        if mode is Mode.PLAIN:
+            self._last_end = self._clock()  # what was done here is not what plain steps cost while it dozes
 
     def pause(self) -> None:
         """No step follows at once: the time until the next one says nothing."""
@@ -245,7 +259,6 @@ class Speculator:
             accepted += 1
         self.counts.drafted += len(guesses)
         self.counts.accepted += accepted
-        self.depths[len(guesses)] = self.depths.get(len(guesses), 0) + 1
         run = self._runs.get(request_id)
         if run is not None:
             self._acceptance(run).note(request_id, run.guesses.classes[: len(guesses)], accepted)
