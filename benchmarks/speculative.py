@@ -8,7 +8,9 @@ whatever else the machine does hits them alike; a ratio is the median over round
 rounds, in which a mode learns what pays here, are not counted (`--warm`). Answers are checked to be the same tokens.
 
 `asleep` is the share of steps that speculation did not look at, because it does not pay; `upkeep` the share of time
-that it takes besides guessing, measured in a round of its own.
+that it takes besides guessing, measured in a round of its own. `control` is a second engine without
+speculation: how far
+its ratio is from 1 is what chance does here.
 """
 
 import argparse
@@ -208,7 +210,7 @@ async def measure(
 async def run(args: argparse.Namespace, progress: Progress) -> list[Result]:
     engines: dict[str, AsyncEngine] = {}
     try:
-        for mode in ["none", *args.mode]:
+        for mode in ["none", "control", *args.mode]:
             engines[mode] = AsyncEngine(
                 EngineConfig(
                     model_name="m",
@@ -220,7 +222,7 @@ async def run(args: argparse.Namespace, progress: Progress) -> list[Result]:
                     kv_cache_bytes=args.kv_cache_bytes,
                     prefix_cache=False,
                     threads=args.threads,
-                    speculative=mode,
+                    speculative="none" if mode == "control" else mode,
                     draft_model_uri=str(args.draft) if mode in ("draft", "auto") else "",
                     max_draft_tokens=args.max_draft_tokens,
                 )

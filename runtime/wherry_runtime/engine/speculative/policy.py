@@ -29,7 +29,7 @@ WINDOW = 32  # steps over which a gain is averaged
 WORTHWHILE = 1.01  # less gain than this is not worth to stay
 REFRESH_EVERY, REFRESH_STEPS = 256, 4  # plain steps in between, to know what they cost now
 EXPLORE_EVERY = 128
-SLEEP, LONGEST_SLEEP = 128, 2048  # plain steps after a failed trial, doubled by each that fails after it
+SLEEP, LONGEST_SLEEP = 64, 512  # plain steps after a failed trial, doubled by each that fails after it
 FEWER_FOR = 16  # steps with at most half as many sequences that end the sleep: not the first ones of many that come
 
 
