@@ -1,7 +1,10 @@
 """Checkpoints into every kind of storage: each tensor in its place, no memory beyond it, and answers that stay."""
 
-import gc
-from collections.abc import Callable, Iterator
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +17,6 @@ from tests.runtime.random_models import CASES, Case
 from wherry_protocol.engine_config import Quantization
 from wherry_runtime.engine.setup import load
 from wherry_runtime.layers.linear import Linear
-from wherry_runtime.loading import loader
 from wherry_runtime.loading.checkpoint import iterate_tensors, shard_files
 from wherry_runtime.loading.errors import ModelError
 from wherry_runtime.loading.loader import load_model
@@ -26,6 +28,7 @@ from wherry_runtime.quantization.storage import Storage
 from wherry_runtime.scheduling.plan import SequenceStep
 from wherry_runtime.tokenization.tokenizer import Tokenizer
 
+CHECKOUT = Path(__file__).resolve().parents[2]
 CPU = torch.device("cpu")
 BY_NAME = {case.name: case for case in CASES}
 STORAGES: dict[str, Callable[[], Storage]] = {
@@ -161,36 +164,23 @@ def test_groups_that_make_no_sense(quantization: Quantization, group: int) -> No
     assert failure.value.code == "bad_setting"
 
 
-def anonymous_bytes() -> int:
-    """Counted page by page: the sum in /proc/self/status is kept in parts, and late by megabytes."""
-    lines = dict(line.split(":", 1) for line in Path("/proc/self/smaps_rollup").read_text().splitlines()[1:])
-    return int(lines["Anonymous"].split()[0]) * 1024
-
-
-def test_loading_takes_no_memory_beyond_the_packed_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_loading_takes_no_memory_beyond_the_packed_weights(tmp_path: Path) -> None:
     shape = {"hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 4}
     Case("big", "Llama", {**shape, "tie_word_embeddings": True, "dtype": "bfloat16"}).build(tmp_path)
     path = shard_files(tmp_path)[0]
     save_file({name: tensor.bfloat16() for name, tensor in load_file(path).items()}, path, {"format": "pt"})
-    # What the first load ever brings along, threads and their memory, is not what this is about.
-    load_model(tmp_path, read_config(tmp_path), 64, Storage(torch.bfloat16, CPU, "int4", native=True))
-    gc.collect()
-    before = anonymous_bytes()
-    most = 0
-
-    def sampled(directory: Path) -> Iterator[tuple[str, torch.Tensor]]:
-        nonlocal most
-        for pair in iterate_tensors(directory):
-            yield pair
-            most = max(most, anonymous_bytes() - before)
-
-    monkeypatch.setattr(loader, "iterate_tensors", sampled)
-    model = load_model(tmp_path, read_config(tmp_path), 64, Storage(torch.bfloat16, CPU, "int4", native=True))
-    weights = sum(t.nbytes for t in model.state().values())
-    largest = 4 * max(t.numel() for _, t in iterate_tensors(tmp_path))
-    assert model.num_parameters() > 35_000_000
-    assert weights < 0.7 * model.num_parameters()
-    assert most < weights + largest + (8 << 20)  # huge pages that are not full, scratch of the threads
+    done = subprocess.run(
+        [sys.executable, "-m", "tests.runtime.loading_memory", tmp_path],
+        cwd=CHECKOUT,
+        env={**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536"},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    taken = json.loads(done.stdout)
+    assert taken["weights"] < 0.35 * path.stat().st_size
+    # Huge pages that are not full, scratch of the threads.
+    assert taken["most"] < taken["weights"] + taken["largest"] + (8 << 20)
 
 
 def text_tokens(count: int) -> list[int]:
