@@ -21,7 +21,7 @@ from wherry_runtime.engine.speculative.estimates import Cost
 EARNED = 0.01  # share of plain time that may be lost on trials
 SAVED_STEPS = 8  # of plain time: the account holds no more, so no more is lost when fortunes change
 FIRST_TIME = 3.0  # plain steps that a step counts as at most when steps like it were never timed before
-HELD_UP = 3.0  # times what is usual that the account is charged for a step at most: the rest is the machine's doing
+HELD_UP = 1.0  # plain steps charged since it was turned on, at most, for taking longer than usual: chance does that too
 TRIAL_STEPS = 16
 TRIAL_WORTH = 0.5  # plain steps of savings that allow a trial; debts of the last one are paid back first
 TRIAL_LOSS = 4.0  # plain steps that a trial may lose before it is called off
@@ -195,6 +195,7 @@ class Governor:
         self._fair = self._spent = 0.0  # seconds in the window
         self._off_at = 0  # sequences that ran when it was turned off
         self._invested = 0.0  # seconds not charged yet
+        self._charged = 0.0  # seconds beyond what is usual, since it was turned on
         self._failed = 0  # trials, in a row
         self._idle = 0  # steps without a guess, in a row
         self._asleep = 0  # plain steps since it was turned off
@@ -246,7 +247,7 @@ class Governor:
     def note_return(self, running: int, seconds: float) -> None:
         """Books the first plain step after one that was not: nothing was planned ahead of it."""
         plain = self._costs.plain.of(running)
-        self.balance -= min(max(seconds - plain, 0.0), HELD_UP * plain)
+        self.balance -= self._late(seconds - plain, plain)
 
     def note(
         self,
@@ -270,7 +271,7 @@ class Governor:
         plain = self._costs.plain.of(running)
         if first:
             seconds = min(seconds, FIRST_TIME * plain)
-        excess = min(max(took - seconds, 0.0), HELD_UP * seconds)
+        excess = self._late(took - seconds, plain)
         charge = self._invested / WINDOW
         self._invested -= charge
         self.balance -= charge
@@ -293,10 +294,16 @@ class Governor:
         elif self._trial or self._idle >= WINDOW or (self.balance < 0 and self.gain < 1):
             self._turn_off(running)
 
+    def _late(self, seconds: float, plain: float) -> float:
+        """What to charge of time beyond what is usual."""
+        charge = min(max(seconds, 0.0), HELD_UP * plain - self._charged)
+        self._charged += max(charge, 0.0)
+        return max(charge, 0.0)
+
     def _turn_on(self) -> None:
         self.on = self._trial = True
         self._steps = self._idle = 0
-        self._fair = self._spent = 0.0
+        self._fair = self._spent = self._charged = 0.0
         self._plain_left = REFRESH_STEPS
 
     def _turn_off(self, running: int) -> None:
