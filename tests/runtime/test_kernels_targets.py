@@ -107,7 +107,8 @@ def test_every_target(target: str) -> None:
     require_target(target)
     if target == library.target() and "WHERRY_CPU_TARGET" not in os.environ:
         return  # what all other tests run on
-    passes(FILES, WHERRY_CPU_TARGET=target)
+    few_lines = target == "avx512" and library.target() == "avx512bf16"  # differ, all in how bfloat16 is multiplied
+    passes([f for f in FILES if "linear" in f] if few_lines else FILES, WHERRY_CPU_TARGET=target)
 
 
 def test_emulated_amx() -> None:
