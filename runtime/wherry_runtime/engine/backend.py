@@ -34,13 +34,7 @@ def use_native(
     """
     if wanted == "pytorch" or device.type == "cuda" or (wanted == "auto" and device.type != "cpu"):
         return False
-    reason = _why_not(config, dtype, stored, block_size, device)
-    if reason is None:
-        return True
-    if wanted == "native":
-        raise ModelError("bad_setting", f"the native kernels cannot run this model: {reason}")
-    log.warning("the model runs on PyTorch, which is slower than the native kernels: %s", reason)
-    return False
+    return _can(wanted, "native", _why_not(config, dtype, stored, block_size, device))
 
 
 def use_cuda(wanted: Backend, config: ModelConfig, stored: KVFormat, device: torch.device) -> bool:
@@ -51,12 +45,16 @@ def use_cuda(wanted: Backend, config: ModelConfig, stored: KVFormat, device: tor
     """
     if wanted == "pytorch" or device.type != "cuda":
         return False
-    reason = cuda_support.unavailable(device) or cuda_support.unsupported(config, stored)
+    return _can(wanted, "CUDA", cuda_support.unavailable(device) or cuda_support.unsupported(config, stored))
+
+
+def _can(wanted: Backend, kernels: str, reason: str | None) -> bool:
+    """Whether there is no reason against these kernels; PyTorch instead is only for who did not ask for them."""
     if reason is None:
         return True
     if wanted == "native":
-        raise ModelError("bad_setting", f"the CUDA kernels cannot run this model: {reason}")
-    log.warning("the model runs on PyTorch, which is slower than the CUDA kernels: %s", reason)
+        raise ModelError("bad_setting", f"the {kernels} kernels cannot run this model: {reason}")
+    log.warning("the model runs on PyTorch, which is slower than the %s kernels: %s", kernels, reason)
     return False
 
 
