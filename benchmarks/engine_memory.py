@@ -137,7 +137,7 @@ def measured(args: argparse.Namespace, name: str) -> dict[str, int]:
 
 def llama(args: argparse.Namespace, name: str) -> dict[str, int]:
     """llama.cpp with as many running: weights as its file has them, and a cache of 256 tokens for each."""
-    from benchmarks.engine.__main__ import run_job
+    from benchmarks.engine.process import EngineProcess
     from benchmarks.engine.variants import Variant, prepare, weights
 
     variant = Variant("llamacpp", PEER_FORMATS[name], {"huge_pages": False})
@@ -155,12 +155,11 @@ def llama(args: argparse.Namespace, name: str) -> dict[str, int]:
         batches=(RUNNING,),
         prompt_tokens=CONTEXT,
         new_tokens=NEW,
-        repeats=1,
         options=variant.options,
     )
-    found = run_job(job, variant.engine)
-    if "error" in found:
-        raise SystemExit(found["error"])
+    with EngineProcess(job) as engine:
+        engine.ask(kind="prefill", size=PROMPT, number=0)
+        found = engine.ask(kind="decode", size=RUNNING, number=0)
     config = json.loads((directory / "config.json").read_text())
     head = config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"]
     token = 2 * 2 * config["num_hidden_layers"] * config["num_key_value_heads"] * head

@@ -120,7 +120,7 @@ class Logits:
 def load(job: Job) -> Peer | Logits:
     if job.windows:
         return Logits(job)
-    return Plain(job) if job.variant.endswith("plain") else ContinuousBatching(job)
+    return Plain(job) if job.variant.split(",")[0].endswith("plain") else ContinuousBatching(job)
 
 
 if __name__ == "__main__":

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, get_type_hints
 
 from benchmarks.engine import models, peers, report, variants
-from benchmarks.engine.__main__ import run_job
+from benchmarks.engine.process import EngineFailed, EngineProcess
 from benchmarks.engine.variants import Variant
 from benchmarks.engine.workload import Job
 from rich.console import Console
@@ -95,7 +95,11 @@ def score_all(args: argparse.Namespace, wanted: list[Variant]) -> dict[str, dict
                 options=variant.options,
                 windows=str(file),
             )
-            found[variant.label] = run_job(job, variant.engine)
+            try:
+                with EngineProcess(job) as engine:
+                    found[variant.label] = {**engine.loaded, **engine.ask()}
+            except EngineFailed as error:
+                found[variant.label] = {"error": str(error)}
     return found
 
 

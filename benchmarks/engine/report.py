@@ -74,11 +74,11 @@ def name_of(engine: str, variant: str) -> str:
 
 
 def runs_of(results: Results, engine: str, formats: Iterable[str] = ()) -> dict[str, list[dict[str, Any]]]:
-    """Variant → its runs that succeeded, in the order of rounds."""
+    """Variant → its runs, in the order of rounds."""
     wanted = set(formats)
     found: dict[str, list[dict[str, Any]]] = {}
     for run in results["runs"]:
-        if run["engine"] == engine and "error" not in run and (not wanted or run["variant"].split("+")[0] in wanted):
+        if run["engine"] == engine and (not wanted or run["variant"].split("+")[0] in wanted):
             found.setdefault(run["variant"], []).append(run)
     return found
 
@@ -161,7 +161,7 @@ def _own_rows(results: Results) -> list[list[str]]:
     for form, share in BANDWIDTH.items():
         for runs in runs_of(results, "wherry", [form]).values():
             shares = [
-                rate * run["settings"]["read_per_step"] / results["bandwidth"][run["round"]]
+                rate * run["settings"]["read_per_step"] / run["bandwidth"]
                 for run in runs
                 if (rate := _decode(1).rate(run)) is not None and run["settings"].get("read_per_step")
             ]
@@ -184,12 +184,10 @@ def settings_list(results: Results) -> str:
 def tables(results: Results) -> str:
     """Everything of one run, as Markdown."""
     machine = results["machine"]
-    loads = [run["load_average"] for run in results["runs"] if "load_average" in run]
-    rounds = len({run["round"] for run in results["runs"]})
-    bandwidth = span((b / 1e9 for b in results["bandwidth"]), "{:.1f}".format)
+    bandwidth = span((run["bandwidth"] / 1e9 for run in results["runs"] if "bandwidth" in run), "{:.1f}".format)
     ground = (
-        f"{results['date']}, {machine['processor']}, {machine['threads']} threads, {rounds} rounds; read bandwidth "
-        f"{bandwidth} GB/s; load average {span(loads, '{:.1f}'.format)}. Tokens per second, median (lowest to highest):"
+        f"{results['date']}, {machine['processor']}, {machine['threads']} threads; read bandwidth {bandwidth} GB/s. "
+        "Tokens per second, median (lowest to highest):"
     )
     parts = [
         f"`{results['command']}`",

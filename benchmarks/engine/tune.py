@@ -5,11 +5,13 @@ The winners are what `llamacpp.py` and `openvino.py` run with. Trials take turns
 
 import argparse
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from benchmarks.engine import models, report, variants
-from benchmarks.engine.__main__ import job_for, run_job
+from benchmarks.engine.__main__ import complain, job_for
+from benchmarks.engine.turns import Company
 from benchmarks.engine.variants import Variant
 from benchmarks.engine.workload import Job
 from rich.console import Console
@@ -38,23 +40,26 @@ TRIALS: dict[str, dict[str, dict[str, Any]]] = {
 }
 
 
-def with_options(job: Job, options: dict[str, Any]) -> Job:
-    return Job(**{**job.__dict__, "options": {**job.options, **options}})
-
-
-def trials(args: argparse.Namespace, wanted: list[Variant]) -> list[dict[str, Any]]:
-    runs = []
-    plan = [
-        (number, variant, name, options)
-        for number in range(args.rounds)
-        for variant in wanted
-        for name, options in TRIALS.get(variant.engine, {}).items()
+def trials(args: argparse.Namespace, variant: Variant) -> list[Job]:
+    """One for each setting, all of one engine with one format."""
+    job = job_for(args, variant)
+    return [
+        replace(job, variant=f"{variant.name}, {name}", options={**job.options, **options})
+        for name, options in TRIALS[variant.engine].items()
     ]
+
+
+def measure(args: argparse.Namespace, wanted: list[Variant]) -> list[dict[str, Any]]:
+    """The trials of one engine and format take turns with one another."""
+    runs: list[dict[str, Any]] = []
+    figures = [("decode", size) for size in args.batch] + [("prefill", size) for size in args.prefill]
     with Progress(console=Console(stderr=True), transient=True) as progress:
-        for number, variant, name, options in progress.track(plan, description="trying"):
-            result = run_job(with_options(job_for(args, variant, number), options), variant.engine)
-            label = f"{variant.name}, {name}"
-            runs.append({"round": number, "engine": variant.engine, "variant": label, **result})
+        for variant in progress.track(wanted, description="trying"):
+            with Company(trials(args, variant), failed=complain, loading=lambda job: None) as company:
+                for kind, size in figures:
+                    for _ in company.turns(kind, size, args.rounds):
+                        pass
+                runs += company.runs
             save(args, runs)
     return runs
 
@@ -84,7 +89,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--model", default="1.1b", choices=[*models.SHAPES, "tiny"])
     parser.add_argument("--only", nargs="+", help="variants whose label has one of these words")
-    parser.add_argument("--rounds", type=int, default=2)
+    parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--batch", type=int, nargs="+", default=[1, 8])
     parser.add_argument("--prefill", type=int, nargs="+", default=[256])
     parser.add_argument("--prompt-tokens", type=int, default=32)
@@ -95,10 +100,7 @@ def main() -> None:
     wanted = [v for v in variants.every() if not args.only or any(word in v.label for word in args.only)]
     wanted = [v for v in wanted if v.engine in TRIALS]
     variants.prepare(args.model, wanted)
-    runs = trials(args, wanted)
-    for run in (r for r in runs if "error" in r):
-        Console(stderr=True).print(f"{run['engine']} {run['variant']}: {run['error']}", markup=False)
-    print(save(args, runs)["table"])
+    print(save(args, measure(args, wanted))["table"])
 
 
 if __name__ == "__main__":

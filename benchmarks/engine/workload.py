@@ -1,19 +1,19 @@
 """What every engine is asked to do, and how its process and the comparison talk.
 
-Standard library only (and NumPy for scores): it runs in the environment of each peer. A process measures one engine
-with one format of weights and ends, so that no engine's threads, caches or memory stand in another's way.
+Standard library only (and NumPy for scores): it runs in the environment of each peer. A process has one engine with one
+format of weights and measures what it is asked to (process.py is the other side).
 """
 
 import ctypes
 import json
-import os
 import random
 import resource
+import socket
 import statistics
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -25,7 +25,7 @@ PR_SET_PDEATHSIG, SIGKILL = 1, 9
 class Job:
     """One engine, one format, one round."""
 
-    engine: str
+    engine: str  # the module here that runs it
     variant: str  # format of weights, and how the engine is run, such as `int8` or `int8+cb`
     model: str  # the checkpoint's directory
     weights: str  # what the engine loads: the same, or a file or directory made from it
@@ -35,7 +35,6 @@ class Job:
     batches: tuple[int, ...] = (1, 4, 8, 16)
     prompt_tokens: int = 32  # of each sequence before decoding
     new_tokens: int = 36  # of each sequence, WARM_STEPS and the first one included
-    repeats: int = 2  # prefills in a run; the fastest counts
     seed: int = 0
     options: dict[str, Any] = field(default_factory=dict)  # for the engine's process, see there
     windows: str = ""  # a JSON file with lists of token ids: score these instead of measuring speed
@@ -81,31 +80,21 @@ def memory() -> dict[str, int]:
     }
 
 
-def measure(job: Job, load: Callable[[Job], Peer]) -> dict[str, Any]:
-    """Everything of one job: rates in tokens per second, times in seconds."""
-    began = time.perf_counter()
-    peer = load(job)
-    result: dict[str, Any] = {"job": asdict(job), "load_s": time.perf_counter() - began, "prefill": {}, "decode": {}}
-    peer.prefill(job.prompts(1, job.prompt_tokens, salt=1)[0])
-    for length in job.prefill:
-        times = [peer.prefill(job.prompts(1, length, salt=2 + i)[0]) for i in range(job.repeats)]
-        result["prefill"][str(length)] = {"seconds": times, "rate": length / min(times)}
-    for batch in job.batches:
-        steps = peer.decode(job.prompts(batch, job.prompt_tokens), job.new_tokens)[WARM_STEPS:]
-        result["decode"][str(batch)] = {
-            "rate": batch * len(steps) / sum(steps),
-            "median_step_s": statistics.median(steps),
-            "steps": len(steps),
-        }
-    return {**result, "settings": peer.settings, "memory": memory(), "load_average": os.getloadavg()[0]}
+def measure(peer: Peer, job: Job, kind: str, size: int, number: int) -> dict[str, Any]:
+    """One figure, a rate in tokens per second: `prefill` of `size` tokens, or `decode` of `size` sequences. Another
+    `number`, other prompts."""
+    if kind == "prefill":
+        seconds = peer.prefill(job.prompts(1, size, salt=number)[0])
+        return {"rate": size / seconds, "seconds": seconds}
+    steps = peer.decode(job.prompts(size, job.prompt_tokens, salt=number), job.new_tokens)[WARM_STEPS:]
+    return {"rate": size * len(steps) / sum(steps), "median_step_s": statistics.median(steps), "steps": len(steps)}
 
 
-def score(job: Job, load: Callable[[Job], Any]) -> dict[str, Any]:
+def score(scorer: Scorer, job: Job) -> dict[str, Any]:
     """For each window, and each of its tokens but the first: minus its log-probability, and the likeliest token."""
     import numpy as np  # every engine's environment has it
 
     windows: list[list[int]] = json.loads(Path(job.windows).read_text())
-    scorer: Scorer = load(job)
     losses, likeliest = [], []
     for window, logits in zip(windows, scorer.logits(windows), strict=True):
         rows, targets = logits[: len(window) - 1], np.array(window[1:])
@@ -113,7 +102,7 @@ def score(job: Job, load: Callable[[Job], Any]) -> dict[str, Any]:
         total = top + np.log(np.exp(rows - top[:, None]).sum(axis=-1))
         losses.append((total - rows[np.arange(len(targets)), targets]).tolist())
         likeliest.append(rows.argmax(axis=-1).tolist())
-    return {"job": asdict(job), "losses": losses, "likeliest": likeliest, "settings": scorer.settings}
+    return {"losses": losses, "likeliest": likeliest}
 
 
 def die_with_parent() -> None:
@@ -122,9 +111,19 @@ def die_with_parent() -> None:
 
 
 def main(load: Callable[[Job], Any], argv: Sequence[str] | None = None) -> None:
-    """`python -m benchmarks.engine.PEER JOB.json RESULT.json`: standard output is the engine's own to write to."""
+    """`python -m benchmarks.engine.PEER FD`: answers questions, a line of JSON each, on the socket FD. The first line is
+    the job. Standard output is the engine's own to write to."""
     die_with_parent()
-    job_file, result_file = (Path(a) for a in (argv or sys.argv[1:]))
-    raw = json.loads(job_file.read_text())
-    job = Job(**{**raw, "prefill": tuple(raw["prefill"]), "batches": tuple(raw["batches"])})
-    result_file.write_text(json.dumps((score if job.windows else measure)(job, load)))
+    with socket.socket(fileno=int((argv or sys.argv[1:])[0])) as connection, connection.makefile("rw") as lines:
+        raw = json.loads(lines.readline())
+        job = Job(**{**raw, "prefill": tuple(raw["prefill"]), "batches": tuple(raw["batches"])})
+        began = time.perf_counter()
+        engine = load(job)
+        if not job.windows:
+            engine.prefill(job.prompts(1, job.prompt_tokens, salt=-1)[0])
+        answer: dict[str, Any] = {"load_s": time.perf_counter() - began, "settings": engine.settings}
+        while True:
+            print(json.dumps({**answer, "memory": memory()}), file=lines, flush=True)
+            if not (line := lines.readline()):
+                return
+            answer = score(engine, job) if job.windows else measure(engine, job, **json.loads(line))

@@ -26,6 +26,9 @@ class EagerModel:
         self._metadata = MetadataBuilder(cache.block_size, cache.padding_block, dtype, self._device)
         self._windows = set(model.config.windows) or {None}
 
+    def prepare(self, prepared: Prepared) -> None:
+        """Nothing."""
+
     def logits(self, prepared: Prepared) -> Iterator[torch.Tensor]:
         """Computes a step: [S, vocab_size] float32, all in one part."""
         ops = EagerOps(self._batch(prepared), self.cache, self.decoder.rope)

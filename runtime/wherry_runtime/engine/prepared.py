@@ -1,6 +1,7 @@
 """A step between the scheduler and the device."""
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -16,3 +17,4 @@ class Prepared:
     slots: "np.ndarray[tuple[int], np.dtype[np.int64]]"  # [T]: block * block_size + offset
     sampled_rows: list[int]
     ids: list[str]  # of the sequences that sample
+    work: Any = None  # what the model made of all this ahead

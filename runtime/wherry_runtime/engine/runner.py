@@ -5,7 +5,8 @@ computing. `run` is the device's thread's: it starts when the last tokens are kn
 """
 
 from collections.abc import Iterator, Mapping
-from typing import Protocol
+from dataclasses import replace
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -37,6 +38,9 @@ class Model(Protocol):
     @property
     def sampler(self) -> Sampler | None:
         """The backend's own, if it has one: for logits that the model computed last."""
+
+    def prepare(self, prepared: Prepared) -> Any:
+        """Whatever of a step's host work needs no token, for `logits` to find in `prepared.work`."""
 
     def logits(self, prepared: Prepared) -> Iterator[torch.Tensor]:
         """Computes a step and writes its keys and values.
@@ -82,7 +86,8 @@ class ModelRunner:
             if sequence.samples:
                 sampled_rows.append(row - 1)
         ids = [s.request_id for s in ordered if s.samples]
-        return Prepared(ordered, np.concatenate(positions), np.concatenate(slots), sampled_rows, ids)
+        prepared = Prepared(ordered, np.concatenate(positions), np.concatenate(slots), sampled_rows, ids)
+        return replace(prepared, work=self.model.prepare(prepared))
 
     def run(self, prepared: Prepared, live: Mapping[str, Live]) -> dict[str, Outcome]:
         """Computes the ranges and draws the next tokens: request id → token or tokens, if it samples. Blocks."""

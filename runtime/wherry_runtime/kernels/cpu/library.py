@@ -33,6 +33,9 @@ class CCall(ctypes.Structure):
         ("pointers", ctypes.c_void_p * NUM_POINTERS),
         ("numbers", ctypes.c_int64 * NUM_NUMBERS),
         ("scalars", ctypes.c_double * NUM_SCALARS),
+        ("stream", ctypes.c_void_p),
+        ("stream_items", ctypes.c_int64),
+        ("stream_item_bytes", ctypes.c_int64),
     )
 
 
@@ -76,7 +79,7 @@ class Step:
         if any(a.dtype != np.int64 or not a.flags.c_contiguous for a in longs) or block_tables.dtype != np.int32:
             raise TypeError("a step's arrays are contiguous int64, its block tables int32")
         self.rows = rows
-        self.sampled_rows = sampled_rows
+        self.token_ids, self.sampled_rows = token_ids, sampled_rows
         self._kept = (*longs, block_tables)
         pointers = [array.ctypes.data for array in self._kept]
         self.c = CStep(rows, len(sampled_rows), len(table_starts), *pointers)
@@ -101,12 +104,9 @@ class _Functions:
         self.program_new = function("wherry_program_new", pointer, pointer)
         self.program_free = function("wherry_program_free", None, pointer)
         self.program_add = function("wherry_program_add", None, pointer, ctypes.POINTER(CCall))
-        self.program_run = function("wherry_program_run", None, pointer, ctypes.POINTER(CStep))
+        self.replay = function("wherry_replay", None, number, ctypes.POINTER(pointer), ctypes.POINTER(pointer))
         self.program_profile = function("wherry_program_profile", None, pointer, ctypes.POINTER(CStep), pointer)
         sizes, source = (number,) * 4, (pointer, number, number, number)
-        self.pack = function("wherry_pack", None, number, number, pointer, pointer, *sizes, *source)
-        sizes = (number, number, number, number)
-        source = (pointer, number, number, number)
         self.pack = function("wherry_pack", None, number, number, pointer, pointer, *sizes, *source)
         self.read_bandwidth = function("wherry_read_bandwidth", ctypes.c_double, pointer, number)
 
@@ -188,8 +188,13 @@ class Program:
         tensors: Sequence[torch.Tensor | None] = (),
         numbers: Sequence[int] = (),
         scalars: Sequence[float] = (),
+        streams: tuple[torch.Tensor, int] | None = None,
     ) -> None:
         """Appends a call of the kernel `name`; its operands are described in its source file.
+
+        Args:
+            streams: the operand that the call reads from memory and into how many equal work items it divides it.
+                Threads that wait for others before the call bring the beginning of their items nearer.
 
         Raises:
             KeyError: no such kernel.
@@ -204,19 +209,43 @@ class Program:
             (ctypes.c_void_p * NUM_POINTERS)(*pointers),
             (ctypes.c_int64 * NUM_NUMBERS)(*numbers),
             (ctypes.c_double * NUM_SCALARS)(*scalars),
+            *((streams[0].data_ptr(), streams[1], streams[0].nbytes // streams[1]) if streams else (None, 0, 0)),
         )
         self.names.append(name)
         self._lib.program_add(self.handle, ctypes.byref(call))
 
     def run(self, step: Step) -> None:
         """Replays all calls. Blocks, without the interpreter's lock."""
-        self._lib.program_run(self.handle, ctypes.byref(step.c))
+        Replay([(self, step)]).run()
 
     def profile(self, step: Step) -> list[tuple[str, float]]:
         """Replays all calls and tells each one's name and seconds, barrier included."""
         seconds = np.zeros(len(self.names))
         self._lib.program_profile(self.handle, ctypes.byref(step.c), seconds.ctypes.data)
         return list(zip(self.names, seconds.tolist(), strict=True))
+
+
+class Replay:
+    """Programs of the same pool, at least one, that run one after the other: its threads wake up once."""
+
+    def __init__(self, programs: Sequence[tuple[Program, Step]]) -> None:
+        self._kept = programs
+        pointers = ctypes.c_void_p * len(programs)
+        self._arguments = (
+            len(programs),
+            pointers(*(program.handle for program, _ in programs)),
+            pointers(*(ctypes.addressof(step.c) for _, step in programs)),
+        )
+        self._replay = load().replay
+
+    @property
+    def rows(self) -> int:
+        """That the last program draws for."""
+        return len(self._kept[-1][1].sampled_rows)
+
+    def run(self) -> None:
+        """Blocks, without the interpreter's lock."""
+        self._replay(*self._arguments)
 
 
 def read_bandwidth(pool: Pool, num_bytes: int = 1 << 29) -> float:

@@ -8,7 +8,7 @@ import torch
 
 from wherry_runtime.attention.native import AttentionKernels, NativeKVCache
 from wherry_runtime.engine.prepared import Prepared
-from wherry_runtime.kernels.cpu.library import Pool, Program, Step
+from wherry_runtime.kernels.cpu.library import Pool, Program, Replay, Step
 from wherry_runtime.kernels.cpu.recorder import Capacity, Recorder
 from wherry_runtime.kernels.cpu.sampling import NativeSampler
 from wherry_runtime.models.decoder import Decoder
@@ -40,36 +40,58 @@ class NativeModel:
         self.sampler = NativeSampler(self.head, self._logits.buffer, self._vocab_size)
         self.workspace_bytes = recorder.arena.num_bytes + attention.num_bytes + self.sampler.num_bytes
 
+    def prepare(self, prepared: Prepared) -> list["Piece"]:
+        """The step's pieces, to be replayed once their tokens are known."""
+        return [Piece(self.layers, self.head, step) for step in steps(prepared, CAPACITY.rows)]
+
     def logits(self, prepared: Prepared) -> Iterator[torch.Tensor]:
         """Computes a step.
 
         Yields:
             [S, vocab_size] float32, at most `CAPACITY.sampled` rows at a time, all in the same memory.
         """
-        for step in steps(prepared, CAPACITY.rows):
-            self.layers.run(step)
-            for start in range(0, len(step.sampled_rows), CAPACITY.sampled):
-                rows = step.sampled_rows[start : start + CAPACITY.sampled]
-                self.head.run(Step(step.rows, sampled_rows=rows))
-                yield self._logits.buffer[: len(rows), : self._vocab_size]
+        pieces: list[Piece] = prepared.work
+        tokens = [token for s in prepared.sequences for token in s.tokens]
+        for piece, start in zip(pieces, range(0, len(tokens), CAPACITY.rows), strict=True):
+            piece.layers.token_ids[:] = tokens[start : start + CAPACITY.rows]
+            for replay in piece.replays:
+                replay.run()
+                if replay.rows:
+                    yield self._logits.buffer[: replay.rows, : self._vocab_size]
         if not prepared.sampled_rows:
             yield self._logits.buffer[:0, : self._vocab_size]
 
 
+class Piece:
+    """Rows of a step that are computed at once: the layers, and the head as often as rows that draw have no room."""
+
+    def __init__(self, layers: Program, head: Program, step: Step) -> None:
+        self.layers = step
+        parts = [
+            Step(step.rows, sampled_rows=step.sampled_rows[start : start + CAPACITY.sampled])
+            for start in range(0, len(step.sampled_rows), CAPACITY.sampled)
+        ]
+        first = [(head, parts[0])] if parts else []
+        self.replays = [
+            Replay([(layers, step), *first]),
+            *(Replay([(head, part)]) for part in parts[1:]),
+        ]
+
+
 def steps(prepared: Prepared, rows: int) -> Iterator[Step]:
-    """The step in pieces of at most `rows` rows. A sequence that is cut goes on in the next piece."""
+    """The step in pieces of at most `rows` rows, tokens left out. A sequence that is cut goes on in the next piece."""
     sequences = prepared.sequences
-    tokens = np.array([token for s in sequences for token in s.tokens], dtype=np.int64)
     ends = np.cumsum([len(s.tokens) for s in sequences])
     sampled = np.array(prepared.sampled_rows, dtype=np.int64)
-    for begin in range(0, len(tokens), rows):
-        end = min(begin + rows, len(tokens))
+    total = len(prepared.positions)
+    for begin in range(0, total, rows):
+        end = min(begin + rows, total)
         # Sequences with a row in begin … end - 1.
         first, last = (int(np.searchsorted(ends, row, side="right")) for row in (begin, end - 1))
         tables = [s.blocks for s in sequences[first : last + 1]]
         yield Step(
             end - begin,
-            token_ids=tokens[begin:end],
+            token_ids=np.zeros(end - begin, dtype=np.int64),
             positions=prepared.positions[begin:end],
             slots=prepared.slots[begin:end],
             sampled_rows=sampled[(sampled >= begin) & (sampled < end)] - begin,

@@ -202,7 +202,7 @@ class Recorder:
         numbers = [matrix.num_panels, matrix.padded_inputs, stride, out.stride, matrix.format.group, add, x.sampled]
         name = f"linear_{ {'float32': 'f32', 'bfloat16': 'bf16'}.get(matrix.format.method, matrix.format.method) }"
         tensors = [operand, matrix.data, out.buffer, linear.bias, matrix.scales, scales, sums]
-        self.program.add(name, tensors, numbers)
+        self.program.add(name, tensors, numbers, streams=(matrix.data, matrix.num_panels))
         for buffer in (operand, scales, sums):
             if buffer is not None and buffer is not x.buffer:
                 self.arena.give_back(buffer)

@@ -53,6 +53,9 @@ class CudaModel:
         if self._buckets:
             self._prepare_graphs(len(cos))
 
+    def prepare(self, prepared: Prepared) -> None:
+        """Nothing: a step's inputs go to the device in one piece, tokens included."""
+
     def logits(self, prepared: Prepared) -> Iterator[torch.Tensor]:
         """Computes a step: [S, vocab_size] float32, all in one part. Returns before the GPU is done."""
         bucket = self._bucket(prepared)

@@ -51,12 +51,15 @@ struct Context {
 
 using Kernel = void (*)(const Call&, Context&);
 
-// One kernel with its operands. All threads run a call together; a barrier separates it from the next.
+// One kernel with its operands. All threads run a call together; a barrier separates it from the next. `stream`, if not null,
+// is what it reads from memory, the same in every step: as much for each work item, in their order.
 struct Call {
   Kernel kernel;
   void* pointers[10];
   int64_t numbers[14];
   double scalars[4];
+  const char* stream;
+  int64_t stream_items, stream_item_bytes;
 };
 
 struct Entry {

@@ -6,8 +6,6 @@
 
 namespace wherry {
 
-// A thread that waits this long gives its core to whoever else may want it: a peer that was put off its own core.
-constexpr int SPINS_IN_STEP = 20000;
 // Steps follow one another closely; a sleeping thread takes tens of microseconds to come back.
 constexpr int SPINS_BETWEEN_STEPS = 4000;
 
@@ -38,7 +36,7 @@ class Pinned {
 };
 
 Pool::Pool(int threads, const std::vector<int>& cores)
-    : threads_(threads), first_core_(cores.empty() || threads == 1 ? -1 : cores[0]) {
+    : threads_(threads), first_core_(cores.empty() || threads == 1 ? -1 : cores[0]), places_(threads) {
   for (int t = 1; t < threads; t++) {
     int core = t < (int)cores.size() ? cores[t] : -1;
     workers_.emplace_back([this, t, core] { loop(t, core); });
@@ -67,7 +65,7 @@ void Pool::loop(int thread, int core) {
     seen++;
     if (closing_) return;
     (*work_)(thread);
-    barrier();
+    barrier(thread, _mm_pause);
   }
 }
 
@@ -82,23 +80,7 @@ void Pool::run(const std::function<void(int)>& work) {
     wake_.notify_all();
   }
   work(0);
-  barrier();  // nobody may look at `work` any more
-}
-
-void Pool::barrier() {
-  if (threads_ == 1) return;
-  uint32_t phase = phase_.load(std::memory_order_relaxed);
-  if (arrived_.fetch_add(1, std::memory_order_acq_rel) == threads_ - 1) {
-    arrived_.store(0, std::memory_order_relaxed);
-    phase_.store(phase + 1, std::memory_order_release);
-    return;
-  }
-  for (int i = 0; phase_.load(std::memory_order_acquire) == phase; i++) {
-    if (i < SPINS_IN_STEP)
-      _mm_pause();
-    else
-      sched_yield();
-  }
+  barrier(0, _mm_pause);  // nobody may look at `work` any more
 }
 
 }  // namespace wherry

@@ -1,4 +1,7 @@
 // Programs: flat lists of kernel calls, recorded once and replayed for every step. The C interface of the library.
+#include <immintrin.h>
+
+#include <algorithm>
 #include <chrono>
 #include <memory>
 #include <string>
@@ -16,19 +19,65 @@ struct Program {
   std::unique_ptr<Counter[]> counters;  // [calls][threads]
 };
 
+// What a thread will read next from memory, brought nearer while it waits for the others: small calls, in which most threads
+// have nothing to do and nobody reads weights, take up to a tenth of a step.
+class Ahead {
+ public:
+  Ahead() = default;
+  Ahead(const Call& call, int thread, int threads) {
+    at_ = call.stream + call.stream_items * thread / threads * call.stream_item_bytes;
+    const char* end = call.stream + call.stream_items * (thread + 1) / threads * call.stream_item_bytes;
+    end_ = std::min(end, at_ + MOST);
+  }
+
+  void operator()() {
+    if (at_ >= end_) return _mm_pause();
+    _mm_prefetch(at_, _MM_HINT_T1);
+    at_ += LINE;
+  }
+
+ private:
+  static constexpr int64_t MOST = 256 << 10, LINE = 64;  // bytes; there is room in the second cache for more than this
+  const char* at_ = nullptr;
+  const char* end_ = nullptr;
+};
+
+// A call of one of the programs that run one after the other.
+struct Item {
+  const Call& call;
+  const Step& step;
+  Counter* counters;  // [threads]
+};
+
+static std::vector<Item> items_of(int64_t count, Program* const* programs, const Step* const* steps) {
+  std::vector<Item> items;
+  for (int64_t p = 0; p < count; p++) {
+    Program& program = *programs[p];
+    size_t threads = program.pool->threads(), counters = program.calls.size() * threads;
+    if (!program.counters) program.counters.reset(new Counter[counters]);
+    for (size_t i = 0; i < counters; i++) program.counters[i].taken.store(0, std::memory_order_relaxed);
+    for (size_t i = 0; i < program.calls.size(); i++)
+      items.push_back({program.calls[i], *steps[p], &program.counters[i * threads]});
+  }
+  return items;
+}
+
 // `seconds`: null, or where to write how long each call took, the barrier after it included.
-static void replay(Program& program, const Step& step, double* seconds) {
+static void replay(Pool& pool, const std::vector<Item>& items, double* seconds) {
   using Clock = std::chrono::steady_clock;
-  size_t count = program.calls.size();
-  int threads = program.pool->threads();
-  if (!program.counters) program.counters.reset(new Counter[count * threads]);
-  for (size_t i = 0; i < count * threads; i++) program.counters[i].taken.store(0, std::memory_order_relaxed);
-  program.pool->run([&](int thread) {
-    for (size_t i = 0; i < count; i++) {
+  int threads = pool.threads();
+  pool.run([&](int thread) {
+    Ahead ahead;
+    size_t next = 0;  // the call that `ahead` is for
+    for (size_t i = 0; i < items.size(); i++) {
       auto start = seconds ? Clock::now() : Clock::time_point();
-      Context context{step, thread, threads, &program.counters[i * threads]};
-      program.calls[i].kernel(program.calls[i], context);
-      program.pool->barrier();
+      Context context{items[i].step, thread, threads, items[i].counters};
+      items[i].call.kernel(items[i].call, context);
+      if (next <= i) {
+        for (next = i + 1; next < items.size() && !items[next].call.stream;) next++;
+        ahead = next < items.size() ? Ahead(items[next].call, thread, threads) : Ahead();
+      }
+      pool.barrier(thread, [&] { ahead(); });
       if (seconds && thread == 0) seconds[i] = std::chrono::duration<double>(Clock::now() - start).count();
     }
   });
@@ -70,10 +119,14 @@ WHERRY_EXPORT void wherry_program_add(void* program, const Call* call) {
 
 WHERRY_EXPORT int64_t wherry_program_size(void* program) { return (int64_t)((Program*)program)->calls.size(); }
 
-WHERRY_EXPORT void wherry_program_run(void* program, const Step* step) { replay(*(Program*)program, *step, nullptr); }
+// Runs programs of the same pool one after the other, each with its step.
+WHERRY_EXPORT void wherry_replay(int64_t count, void* const* programs, const Step* const* steps) {
+  replay(*((Program*)programs[0])->pool, items_of(count, (Program* const*)programs, steps), nullptr);
+}
 
 WHERRY_EXPORT void wherry_program_profile(void* program, const Step* step, double* seconds) {
-  replay(*(Program*)program, *step, seconds);
+  auto* p = (Program*)program;
+  replay(*p->pool, items_of(1, &p, &step), seconds);
 }
 
 }  // extern "C"
