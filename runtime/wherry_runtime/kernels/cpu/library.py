@@ -230,6 +230,7 @@ class Replay:
 
     def __init__(self, programs: Sequence[tuple[Program, Step]]) -> None:
         self._kept = programs
+        self.rows = len(programs[-1][1].sampled_rows)  # that the last program draws for
         pointers = ctypes.c_void_p * len(programs)
         self._arguments = (
             len(programs),
@@ -237,11 +238,6 @@ class Replay:
             pointers(*(ctypes.addressof(step.c) for _, step in programs)),
         )
         self._replay = load().replay
-
-    @property
-    def rows(self) -> int:
-        """That the last program draws for."""
-        return len(self._kept[-1][1].sampled_rows)
 
     def run(self) -> None:
         """Blocks, without the interpreter's lock."""

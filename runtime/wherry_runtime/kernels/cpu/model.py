@@ -36,8 +36,8 @@ class NativeModel:
         hidden = model.hidden(recorder)
         recorder.program = self.head
         self._logits = model.logits(recorder, hidden)
-        self._vocab_size = model.config.vocab_size
-        self.sampler = NativeSampler(self.head, self._logits.buffer, self._vocab_size)
+        self._views = [self._logits.buffer[:rows, : model.config.vocab_size] for rows in range(CAPACITY.sampled + 1)]
+        self.sampler = NativeSampler(self.head, self._logits.buffer, model.config.vocab_size)
         self.workspace_bytes = recorder.arena.num_bytes + attention.num_bytes + self.sampler.num_bytes
 
     def prepare(self, prepared: Prepared) -> list["Piece"]:
@@ -57,9 +57,9 @@ class NativeModel:
             for replay in piece.replays:
                 replay.run()
                 if replay.rows:
-                    yield self._logits.buffer[: replay.rows, : self._vocab_size]
+                    yield self._views[replay.rows]
         if not prepared.sampled_rows:
-            yield self._logits.buffer[:0, : self._vocab_size]
+            yield self._views[0]
 
 
 class Piece:

@@ -43,19 +43,22 @@ class NativeSampler:
         self._drawing = Program(head.pool)
         self._drawing.add("sample_filter", [buffer, params, scratch, work], [*sizes, padded])
         self._drawing.add("sample_draw", [buffer, params, scratch, tokens], sizes)
-        self._params, self._tokens, self._finite = params.numpy().data, tokens.numpy(), finite.numpy()
+        # Memory, not arrays: between two steps every line of Python code comes from far away, and NumPy has many.
+        self._params, self._tokens, self._finite = (array.numpy().data for array in (params, tokens, finite))
         self.num_bytes = scratch.nbytes + work.nbytes + params.nbytes
 
     def finite(self, logits: torch.Tensor) -> list[bool]:
-        flags: list[bool] = self._finite[: len(logits)].astype(bool).tolist()
-        return flags
+        return list(map(bool, self._finite[: len(logits)]))
 
     def draw(self, logits: torch.Tensor, places: Sequence[Place], *, changed: bool) -> list[int]:
         count = len(logits)
+        greedy = all(place.live.greedy for place in places)
+        if not changed and greedy:
+            return list(self._tokens[:count])
         step = Step(count, sampled_rows=np.arange(count))
         if changed:
             self._again.run(step)
-        if not all(place.live.greedy for place in places):
+        if not greedy:
             for index, place in enumerate(places):
                 live, params = place.live, place.live.params
                 temperature = 0.0 if live.greedy else params.temperature
@@ -63,5 +66,4 @@ class NativeSampler:
                 settings = (temperature, params.top_k, params.top_p, params.min_p, live.seed & SEED, position)
                 PARAMS.pack_into(self._params, index * PARAMS.size, *settings)
             self._drawing.run(step)
-        tokens: list[int] = self._tokens[:count].tolist()
-        return tokens
+        return list(self._tokens[:count])
