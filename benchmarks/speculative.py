@@ -8,14 +8,14 @@ whatever else the machine does hits them alike; a ratio is the median over round
 rounds, in which a mode learns what pays here, are not counted (`--warm`). Answers are checked to be the same tokens.
 
 `asleep` is the share of steps that speculation did not look at, because it does not pay; `upkeep` the share of time
-that it takes besides guessing, measured in a round of its own. `control` is a second engine without
-speculation: how far
-its ratio is from 1 is what chance does here.
+that it takes besides guessing, measured in a round of its own. `control` is a second engine without speculation: its
+distance from 1 is what chance does here. After ± is the standard error of a ratio.
 """
 
 import argparse
 import asyncio
 import json
+import math
 import statistics
 import time
 from collections.abc import Callable, Iterator
@@ -35,6 +35,7 @@ from wherry_runtime.engine.speculative.speculator import Speculator
 
 CHECKOUT = Path(__file__).resolve().parents[1]
 PROMPT_CHARACTERS = 600
+MEDIAN_ERROR = math.sqrt(math.pi / 2)  # of a median, for 1 of a mean
 QUESTIONS = [
     "How do I read a file line by line in Python?",
     "What does the git rebase command do?",
@@ -57,6 +58,7 @@ class Result:
     mode: str
     tokens_per_s: float
     ratio: float  # to no speculation, in the same round
+    error: float  # standard error of it
     acceptance: float  # of the tokens guessed
     depth: float  # mean guesses of a run, over all steps of all sequences: 0 where it is off
     asleep: float  # of all steps
@@ -188,7 +190,7 @@ async def measure(
     for mode, engine in engines.items():
         then, now = before[mode], after[mode]
         drafted, accepted = now.drafted - then.drafted, now.accepted - then.accepted
-        ratio = statistics.median(a / b for a, b in zip(rates[mode], rates["none"], strict=True))
+        ratios = [a / b for a, b in zip(rates[mode], rates["none"], strict=True)]
         results.append(
             Result(
                 text,
@@ -196,7 +198,8 @@ async def measure(
                 batch,
                 mode,
                 statistics.median(rates[mode]),
-                ratio,
+                statistics.median(ratios),
+                MEDIAN_ERROR * statistics.stdev(ratios) / math.sqrt(len(ratios)) if len(ratios) > 1 else 0.0,
                 accepted / drafted if drafted else 0.0,
                 drafted / (produced - accepted),  # a step of a sequence gives one token besides those accepted
                 (now.slept - then.slept) / max(now.steps - then.steps, 1),
@@ -248,7 +251,7 @@ def show(results: list[Result], console: Console) -> None:
         if r.mode != "none":
             rate = off[r.text, r.temperature, r.batch]
             table.add_row(
-                *(r.text, f"{r.temperature:g}", str(r.batch), f"{rate:.0f}", r.mode, f"{r.ratio:.2f}"),
+                *(r.text, f"{r.temperature:g}", str(r.batch), f"{rate:.0f}", r.mode, f"{r.ratio:.2f} ± {r.error:.2f}"),
                 *(f"{r.acceptance:.0%}", f"{r.depth:.1f}", f"{r.asleep:.0%}", f"{r.upkeep:.1%}"),
                 "yes" if r.same else "no",
             )

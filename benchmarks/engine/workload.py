@@ -111,8 +111,8 @@ def die_with_parent() -> None:
 
 
 def main(load: Callable[[Job], Any], argv: Sequence[str] | None = None) -> None:
-    """`python -m benchmarks.engine.PEER FD`: answers questions, a line of JSON each, on the socket FD. The first line
-    is the job. Standard output is the engine's own to write to."""
+    """`python -m benchmarks.engine.PEER FD`: answers questions, a line of JSON each, on the socket FD, the job first.
+    Standard output is the engine's own to write to."""
     die_with_parent()
     with socket.socket(fileno=int((argv or sys.argv[1:])[0])) as connection, connection.makefile("rw") as lines:
         raw = json.loads(lines.readline())

@@ -92,7 +92,7 @@ def launch_all(models: list[int]) -> None:
             sequences = [SequenceStep("r", [0], 0, blocks, True)] * rows
             if rows > 32:
                 sequences = [SequenceStep("r", [0] * rows, 0, blocks, True)]
-            numbers = np.zeros(rows, dtype=np.int64)
+            numbers = [0] * rows
             list(cuda.logits(Prepared(sequences, numbers, numbers, list(range(len(sequences))), [])))
     perturb(torch.zeros(1, 64), [0], [1], [2], [1.0])
 

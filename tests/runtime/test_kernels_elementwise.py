@@ -69,12 +69,6 @@ class TestElementwise:
         assert torch.equal(out[:, :width], reference.embed(table, ids))
         assert (out[:, width:] == 0).all()
 
-    def test_add(self, width: int, rows: int) -> None:
-        x, y = torch.randn(rows, width), torch.randn(rows, width)
-        target, other = padded(x), padded(y)
-        run("add", [target, other], [width, target.shape[1], other.shape[1]], Step(rows))
-        assert torch.equal(target, padded(x + y))
-
 
 def test_ids_beyond_the_table_read_nothing_else() -> None:
     table, out = torch.randn(3, 16), torch.zeros(2, 64)

@@ -8,7 +8,6 @@ from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from typing import Any, Protocol
 
-import numpy as np
 import torch
 
 from wherry_runtime.attention.metadata import sort_sequences
@@ -66,27 +65,17 @@ class ModelRunner:
         """What can be known of a step ahead. Does not look at the tokens' values, which may still be `UNKNOWN`."""
         size = self.cache.block_size
         ordered = sort_sequences(one_by_one(sequences))
-        num_decodes = sum(len(s.tokens) == 1 for s in ordered)
-        # The decodes' rows in plain Python: for one number each, calling NumPy costs more than the arithmetic.
-        starts = [s.start for s in ordered[:num_decodes]]
-        positions = [np.array(starts, dtype=np.int64)]
-        slots = [
-            np.array(
-                [np.asarray(s.blocks).item(p // size) * size + p % size for s, p in zip(ordered, starts, strict=False)],
-                dtype=np.int64,
-            )
-        ]
-        sampled_rows = [i for i, s in enumerate(ordered[:num_decodes]) if s.samples]
-        row = num_decodes
-        for sequence in ordered[num_decodes:]:
-            span = np.arange(sequence.start, sequence.end)
-            positions.append(span)
-            slots.append(np.asarray(sequence.blocks)[span // size] * size + span % size)
-            row += len(sequence.tokens)
+        positions: list[int] = []
+        slots: list[int] = []
+        sampled_rows = []
+        for sequence in ordered:
+            span, blocks = range(sequence.start, sequence.end), sequence.blocks
+            positions += span
+            slots += [int(blocks[position // size]) * size + position % size for position in span]
             if sequence.samples:
-                sampled_rows.append(row - 1)
+                sampled_rows.append(len(positions) - 1)
         ids = [s.request_id for s in ordered if s.samples]
-        prepared = Prepared(ordered, np.concatenate(positions), np.concatenate(slots), sampled_rows, ids)
+        prepared = Prepared(ordered, positions, slots, sampled_rows, ids)
         return replace(prepared, work=self.model.prepare(prepared))
 
     def run(self, prepared: Prepared, live: Mapping[str, Live]) -> dict[str, Outcome]:

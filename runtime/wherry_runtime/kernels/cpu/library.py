@@ -7,6 +7,7 @@ at recording time, so a `Program` keeps every tensor that its calls name.
 import ctypes
 import functools
 import os
+from array import array
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -17,7 +18,7 @@ import torch
 LIBRARY = Path(__file__).resolve().parent / "libwherry_cpu.so"
 NUM_POINTERS, NUM_NUMBERS, NUM_SCALARS = 10, 14, 4
 
-Int64s = npt.NDArray[np.int64]
+Longs = Sequence[int] | npt.NDArray[np.int64]
 Int32s = npt.NDArray[np.int32]
 
 
@@ -39,50 +40,48 @@ class CCall(ctypes.Structure):
     )
 
 
-class CStep(ctypes.Structure):
-    """`Step` of abi.h."""
-
-    _fields_ = (
-        ("rows", ctypes.c_int64),
-        ("sampled", ctypes.c_int64),
-        ("sequences", ctypes.c_int64),
-        ("token_ids", ctypes.c_void_p),
-        ("positions", ctypes.c_void_p),
-        ("slots", ctypes.c_void_p),
-        ("sampled_rows", ctypes.c_void_p),
-        ("first_rows", ctypes.c_void_p),
-        ("table_starts", ctypes.c_void_p),
-        ("block_tables", ctypes.c_void_p),
-    )
-
-
-NO_INTS: Int64s = np.zeros(0, np.int64)
 NO_BLOCKS: Int32s = np.zeros(0, np.int32)
 
 
 class Step:
-    """One replay's input; see abi.h. Arrays that a program does not read may be left out."""
+    """One replay's input; see abi.h. What a program does not read may be left out.
+
+    Args:
+        token_ids: may be exchanged later.
+    """
 
     def __init__(
         self,
-        rows: int,
+        rows: int = 0,
         *,
-        token_ids: Int64s = NO_INTS,
-        positions: Int64s = NO_INTS,
-        slots: Int64s = NO_INTS,
-        sampled_rows: Int64s = NO_INTS,
-        first_rows: Int64s = NO_INTS,
-        table_starts: Int64s = NO_INTS,
+        token_ids: Longs = (),
+        positions: Longs = (),
+        slots: Longs = (),
+        sampled_rows: Longs = (),
+        first_rows: Longs = (),
+        table_starts: Longs = (),
         block_tables: Int32s = NO_BLOCKS,
     ) -> None:
-        longs = (token_ids, positions, slots, sampled_rows, first_rows, table_starts)
-        if any(a.dtype != np.int64 or not a.flags.c_contiguous for a in longs) or block_tables.dtype != np.int32:
-            raise TypeError("a step's arrays are contiguous int64, its block tables int32")
-        self.rows = rows
-        self.token_ids, self.sampled_rows = token_ids, sampled_rows
-        self._kept = (*longs, block_tables)
-        pointers = [array.ctypes.data for array in self._kept]
-        self.c = CStep(rows, len(sampled_rows), len(table_starts), *pointers)
+        if block_tables.dtype != np.int32 or not block_tables.flags.c_contiguous:
+            raise TypeError("a step's block tables are contiguous int32")
+        parts = (token_ids, positions, slots, sampled_rows, first_rows, table_starts)
+        numbers = array("q")
+        starts = []
+        for part in parts:
+            starts.append(len(numbers))
+            numbers.extend(part)
+        first = numbers.buffer_info()[0]
+        pointers = [first + numbers.itemsize * start for start in starts]
+        pointers.append(block_tables.ctypes.data)
+        step = array("q", (rows, len(sampled_rows), len(table_starts), *pointers))  # `Step` of abi.h
+        self.address = step.buffer_info()[0]
+        self.sampled_rows = sampled_rows
+        self._numbers = memoryview(numbers)  # which then cannot be moved any more
+        self._kept = (step, block_tables)
+
+    def put_tokens(self, token_ids: list[int]) -> None:
+        """Exchanges all of `token_ids`."""
+        self._numbers[: len(token_ids)] = array("q", token_ids)
 
 
 class _Functions:
@@ -104,8 +103,8 @@ class _Functions:
         self.program_new = function("wherry_program_new", pointer, pointer)
         self.program_free = function("wherry_program_free", None, pointer)
         self.program_add = function("wherry_program_add", None, pointer, ctypes.POINTER(CCall))
-        self.replay = function("wherry_replay", None, number, ctypes.POINTER(pointer), ctypes.POINTER(pointer))
-        self.program_profile = function("wherry_program_profile", None, pointer, ctypes.POINTER(CStep), pointer)
+        self.replay = function("wherry_replay", None, pointer, number)
+        self.program_profile = function("wherry_program_profile", None, pointer, pointer, pointer)
         sizes, source = (number,) * 4, (pointer, number, number, number)
         self.pack = function("wherry_pack", None, number, number, pointer, pointer, *sizes, *source)
         self.read_bandwidth = function("wherry_read_bandwidth", ctypes.c_double, pointer, number)
@@ -156,9 +155,9 @@ class Pool:
 
     def __init__(self, threads: int, cores: Sequence[int] = ()) -> None:
         self._lib = load()
-        array = np.array(cores, dtype=np.int64)
         self.threads = threads
-        self.handle = self._lib.pool_new(threads, array.ctypes.data, len(array))
+        numbers = array("q", cores)
+        self.handle = self._lib.pool_new(threads, numbers.buffer_info()[0], len(cores))
 
     def __del__(self) -> None:
         if handle := getattr(self, "handle", None):
@@ -221,7 +220,7 @@ class Program:
     def profile(self, step: Step) -> list[tuple[str, float]]:
         """Replays all calls and tells each one's name and seconds, barrier included."""
         seconds = np.zeros(len(self.names))
-        self._lib.program_profile(self.handle, ctypes.byref(step.c), seconds.ctypes.data)
+        self._lib.program_profile(self.handle, step.address, seconds.ctypes.data)
         return list(zip(self.names, seconds.tolist(), strict=True))
 
 
@@ -229,19 +228,13 @@ class Replay:
     """Programs of the same pool, at least one, that run one after the other: its threads wake up once."""
 
     def __init__(self, programs: Sequence[tuple[Program, Step]]) -> None:
-        self._kept = programs
+        self._programs = programs
+        self._pairs = array("q", [n for program, step in programs for n in (program.handle, step.address)])
         self.rows = len(programs[-1][1].sampled_rows)  # that the last program draws for
-        pointers = ctypes.c_void_p * len(programs)
-        self._arguments = (
-            len(programs),
-            pointers(*(program.handle for program, _ in programs)),
-            pointers(*(ctypes.addressof(step.c) for _, step in programs)),
-        )
-        self._replay = load().replay
 
     def run(self) -> None:
         """Blocks, without the interpreter's lock."""
-        self._replay(*self._arguments)
+        load().replay(self._pairs.buffer_info()[0], len(self._programs))
 
 
 def read_bandwidth(pool: Pool, num_bytes: int = 1 << 29) -> float:

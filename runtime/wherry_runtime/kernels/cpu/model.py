@@ -1,7 +1,9 @@
 """A model on the native kernels: recorded once, replayed for every step."""
 
 import os
+from bisect import bisect_right
 from collections.abc import Iterator
+from itertools import accumulate
 
 import numpy as np
 import torch
@@ -53,7 +55,7 @@ class NativeModel:
         pieces: list[Piece] = prepared.work
         tokens = [token for s in prepared.sequences for token in s.tokens]
         for piece, start in zip(pieces, range(0, len(tokens), CAPACITY.rows), strict=True):
-            piece.layers.token_ids[:] = tokens[start : start + CAPACITY.rows]
+            piece.layers.put_tokens(tokens[start : start + CAPACITY.rows])
             for replay in piece.replays:
                 replay.run()
                 if replay.rows:
@@ -67,35 +69,32 @@ class Piece:
 
     def __init__(self, layers: Program, head: Program, step: Step) -> None:
         self.layers = step
+        sampled = step.sampled_rows
         parts = [
-            Step(step.rows, sampled_rows=step.sampled_rows[start : start + CAPACITY.sampled])
-            for start in range(0, len(step.sampled_rows), CAPACITY.sampled)
+            step if len(sampled) <= CAPACITY.sampled else Step(sampled_rows=sampled[start : start + CAPACITY.sampled])
+            for start in range(0, len(sampled), CAPACITY.sampled)
         ]
-        first = [(head, parts[0])] if parts else []
-        self.replays = [
-            Replay([(layers, step), *first]),
-            *(Replay([(head, part)]) for part in parts[1:]),
-        ]
+        first = [(head, part) for part in parts[:1]]
+        self.replays = [Replay([(layers, step), *first]), *(Replay([(head, part)]) for part in parts[1:])]
 
 
 def steps(prepared: Prepared, rows: int) -> Iterator[Step]:
     """The step in pieces of at most `rows` rows, tokens left out. A sequence that is cut goes on in the next piece."""
     sequences = prepared.sequences
-    ends = np.cumsum([len(s.tokens) for s in sequences])
-    sampled = np.array(prepared.sampled_rows, dtype=np.int64)
+    ends = list(accumulate(len(s.tokens) for s in sequences))
     total = len(prepared.positions)
     for begin in range(0, total, rows):
         end = min(begin + rows, total)
         # Sequences with a row in begin … end - 1.
-        first, last = (int(np.searchsorted(ends, row, side="right")) for row in (begin, end - 1))
+        first, last = bisect_right(ends, begin), bisect_right(ends, end - 1)
         tables = [s.blocks for s in sequences[first : last + 1]]
         yield Step(
             end - begin,
-            token_ids=np.zeros(end - begin, dtype=np.int64),
+            token_ids=[0] * (end - begin),
             positions=prepared.positions[begin:end],
             slots=prepared.slots[begin:end],
-            sampled_rows=sampled[(sampled >= begin) & (sampled < end)] - begin,
-            first_rows=np.concatenate(([0], ends[first:last] - begin, [end - begin])),
-            table_starts=np.cumsum([0, *map(len, tables[:-1])]),
-            block_tables=np.concatenate(tables),
+            sampled_rows=[row - begin for row in prepared.sampled_rows if begin <= row < end],
+            first_rows=[0, *(row - begin for row in ends[first:last]), end - begin],
+            table_starts=list(accumulate(map(len, tables[:-1]), initial=0)),
+            block_tables=tables[0] if len(tables) == 1 else np.concatenate(tables),
         )

@@ -7,7 +7,6 @@ it finds what is not finite while it is at it. Other steps replay one or two sho
 import struct
 from collections.abc import Sequence
 
-import numpy as np
 import torch
 
 from wherry_runtime.engine.sampling import Place
@@ -55,7 +54,7 @@ class NativeSampler:
         greedy = all(place.live.greedy for place in places)
         if not changed and greedy:
             return list(self._tokens[:count])
-        step = Step(count, sampled_rows=np.arange(count))
+        step = Step(count, sampled_rows=range(count))
         if changed:
             self._again.run(step)
         if not greedy:

@@ -28,10 +28,11 @@ def workspace_bytes(model: Decoder, block_size: int, stored: KVFormat, max_rows:
     cache = PagedKVCache(model.config, 1, block_size, dtype=stored, device=device)
     steps = CudaModel(model, cache, max_decodes=0)
     blocks = np.zeros(-(-max_rows // block_size), dtype=np.int32)
-    positions = np.arange(max_rows, dtype=np.int64)
+    positions = list(range(max_rows))
+    slots = [position % block_size for position in positions]
     prompt = SequenceStep("", [0] * max_rows, 0, blocks, samples=True)
     sampled_rows = list(range(max(0, max_rows - SAMPLED), max_rows))
-    prepared = Prepared([prompt], positions, positions % block_size, sampled_rows, [""] * len(sampled_rows))
+    prepared = Prepared([prompt], positions, slots, sampled_rows, [""] * len(sampled_rows))
     began = time.monotonic()
     before = _allocated(device)
     with torch.inference_mode():

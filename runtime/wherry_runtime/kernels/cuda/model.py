@@ -5,7 +5,6 @@ import time
 from bisect import bisect_left
 from collections.abc import Iterator
 
-import numpy as np
 import torch
 
 from wherry_runtime.engine.prepared import Prepared
@@ -23,7 +22,7 @@ from wherry_runtime.models.decoder import Decoder
 log = logging.getLogger(__name__)
 
 MOST_PARTIAL_BYTES = 128 << 20  # of attention's parts in graphs; steps that need more are computed without
-NOBODY = Prepared([], np.zeros(0, np.int64), np.zeros(0, np.int64), [], [])
+NOBODY = Prepared([], [], [], [], [])
 
 
 class CudaModel:

@@ -6,8 +6,6 @@
 // silu_mul: silu(gate) · up, with silu(x) = x / (1 + e^-x).
 //   pointers  0 x [T, x_stride]: gate in columns 0 … I - 1, up in I … 2I - 1; 1 out [T, out_stride]
 //   numbers   0 I, 1 x_stride, 2 out_stride
-// add: x += y.
-//   pointers  0 x [T, x_stride], 1 y [T, y_stride];  numbers  0 width, 1 x_stride, 2 y_stride
 #include <algorithm>
 
 #include "kernels.h"
@@ -61,16 +59,6 @@ void silu_mul(const Call& call, Context& context) {
       f32x16 last = gated(load_first(gate + k, (int)(end - k)), load_first(up + k, (int)(end - k)));
       std::memcpy(out + k, &last, sizeof(float) * (end - k));
     }
-  });
-}
-
-void add(const Call& call, Context& context) {
-  for_each_piece(context, call.numbers[0], [&](int64_t row, int64_t begin, int64_t end) {
-    float* x = (float*)call.pointers[0] + row * call.numbers[1];
-    auto* y = (const float*)call.pointers[1] + row * call.numbers[2];
-    int64_t k = begin;
-    for (; k + LANES <= end; k += LANES) store(x + k, load<f32x16>(x + k) + load<f32x16>(y + k));
-    for (; k < end; k++) x[k] += y[k];
   });
 }
 

@@ -12,7 +12,6 @@
   X(embed)                \
   X(rms_norm)             \
   X(silu_mul)             \
-  X(add)                  \
   X(rope_and_cache)       \
   X(attention_plan)       \
   X(attention)            \

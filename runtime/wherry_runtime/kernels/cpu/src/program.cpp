@@ -49,15 +49,21 @@ struct Item {
   Counter* counters;  // [threads]
 };
 
-static std::vector<Item> items_of(int64_t count, Program* const* programs, const Step* const* steps) {
+// A program, and what it is replayed with.
+struct Part {
+  Program* program;
+  const Step* step;
+};
+
+static std::vector<Item> items_of(const Part* parts, int64_t count) {
   std::vector<Item> items;
   for (int64_t p = 0; p < count; p++) {
-    Program& program = *programs[p];
+    Program& program = *parts[p].program;
     size_t threads = program.pool->threads(), counters = program.calls.size() * threads;
     if (!program.counters) program.counters.reset(new Counter[counters]);
     for (size_t i = 0; i < counters; i++) program.counters[i].taken.store(0, std::memory_order_relaxed);
     for (size_t i = 0; i < program.calls.size(); i++)
-      items.push_back({program.calls[i], *steps[p], &program.counters[i * threads]});
+      items.push_back({program.calls[i], *parts[p].step, &program.counters[i * threads]});
   }
   return items;
 }
@@ -119,14 +125,14 @@ WHERRY_EXPORT void wherry_program_add(void* program, const Call* call) {
 
 WHERRY_EXPORT int64_t wherry_program_size(void* program) { return (int64_t)((Program*)program)->calls.size(); }
 
-// Runs programs of the same pool one after the other, each with its step.
-WHERRY_EXPORT void wherry_replay(int64_t count, void* const* programs, const Step* const* steps) {
-  replay(*((Program*)programs[0])->pool, items_of(count, (Program* const*)programs, steps), nullptr);
+// Runs programs of the same pool one after the other.
+WHERRY_EXPORT void wherry_replay(const Part* parts, int64_t count) {
+  replay(*parts[0].program->pool, items_of(parts, count), nullptr);
 }
 
 WHERRY_EXPORT void wherry_program_profile(void* program, const Step* step, double* seconds) {
-  auto* p = (Program*)program;
-  replay(*p->pool, items_of(1, &p, &step), seconds);
+  Part part{(Program*)program, step};
+  replay(*part.program->pool, items_of(&part, 1), seconds);
 }
 
 }  // extern "C"
