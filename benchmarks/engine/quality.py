@@ -13,7 +13,7 @@ import math
 import statistics
 import tempfile
 from pathlib import Path
-from typing import Any, get_type_hints
+from typing import Any
 
 from benchmarks.engine import models, peers, report, variants
 from benchmarks.engine.process import EngineFailed, EngineProcess
@@ -24,8 +24,6 @@ from rich.markdown import Markdown
 from rich.progress import Progress
 from tokenizers import Tokenizer
 
-from wherry_protocol.engine_config import EngineConfig
-
 TEXT = Path(__file__).resolve().parents[1] / "data" / "dev.txt"
 REFERENCE = Variant("transformers", "f32", {"dtype": "float32"})
 COMPARED = "llamacpp q8_0"  # what int8 is measured against
@@ -33,16 +31,12 @@ COMPARED = "llamacpp q8_0"  # what int8 is measured against
 
 def wherry_variants() -> list[Variant]:
     """Every combination of formats that the engine has."""
-    fields = get_type_hints(EngineConfig)
     found = [Variant("wherry", "f32", {"dtype": "float32"}), Variant("wherry", "bf16", {"dtype": "bfloat16"})]
-    groups = {"int8": (128,), "int4": (32, 64, 128)} if "quantization" in fields else {}
-    for name, sizes in groups.items():
+    for name, sizes in {"int8": (128,), "int4": (32, 64, 128)}.items():
         for size in sizes:
-            options = {"dtype": "bfloat16", "quantization": name}
-            if "quantization_group" in fields:
-                options["quantization_group"] = size
+            options = {"dtype": "bfloat16", "quantization": name, "quantization_group": size}
             found.append(Variant("wherry", f"{name} g{size}", options))
-    for cache in ("fp8", "int8") if "kv_cache_dtype" in fields else ():
+    for cache in ("fp8", "int8"):
         found.append(Variant("wherry", f"bf16, KV cache {cache}", {"dtype": "bfloat16", "kv_cache_dtype": cache}))
     return found
 

@@ -81,13 +81,16 @@ def memory() -> dict[str, int]:
 
 
 def measure(peer: Peer, job: Job, kind: str, size: int, number: int) -> dict[str, Any]:
-    """One figure, a rate in tokens per second: `prefill` of `size` tokens, or `decode` of `size` sequences. Another
-    `number`, other prompts."""
+    """A rate in tokens per second: of `prefill` of `size` tokens, or `decode` of `size` sequences by the median step.
+
+    Another `number`, other prompts.
+    """
     if kind == "prefill":
         seconds = peer.prefill(job.prompts(1, size, salt=number)[0])
         return {"rate": size / seconds, "seconds": seconds}
     steps = peer.decode(job.prompts(size, job.prompt_tokens, salt=number), job.new_tokens)[WARM_STEPS:]
-    return {"rate": size * len(steps) / sum(steps), "median_step_s": statistics.median(steps), "steps": len(steps)}
+    step = statistics.median(steps)  # a machine that stands still for a tenth of a second must not count
+    return {"rate": size / step, "mean_rate": size * len(steps) / sum(steps), "steps": len(steps)}
 
 
 def score(scorer: Scorer, job: Job) -> dict[str, Any]:
