@@ -1,5 +1,5 @@
 """The kernels' tests again: for every instruction set, with AMX emulated, and under AddressSanitizer and
-UndefinedBehaviorSanitizer. What is compiled for it is kept beside the other objects: the next run starts at once.
+UndefinedBehaviorSanitizer. What is compiled for it is kept with the other objects: the next run starts at once.
 """
 
 import functools
@@ -79,7 +79,7 @@ def emulated() -> str:
     compiler()
     output = build.HERE / ".objects" / "emulated" / build.LIBRARY.name
     output.parent.mkdir(parents=True, exist_ok=True)
-    return str(build.build(output, objects=build.HERE / ".objects", emulate_amx=True))
+    return str(build.build(output, emulate_amx=True))
 
 
 @functools.cache

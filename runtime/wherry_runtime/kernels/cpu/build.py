@@ -2,8 +2,8 @@
 
     python -m wherry_runtime.kernels.cpu.build [--sanitize address,undefined] [--emulate-amx] [--output FILE]
 
-Nothing but a C++20 compiler is needed, no headers of PyTorch or Python. Objects are kept beside the library by a digest
-of everything that went into them, so an edit compiles only what it touches.
+Nothing but a C++20 compiler is needed, no headers of PyTorch or Python. Objects are kept in the user's cache, by a
+digest of everything that went into them: an edit compiles only what it touches, and another checkout nothing.
 """
 
 import argparse
@@ -88,23 +88,30 @@ def _units(amx: Sequence[str]) -> list[tuple[Path, tuple[str, ...]]]:
     return units
 
 
-def build(
-    output: Path = LIBRARY, extra: Sequence[str] = (), objects: Path | None = None, *, emulate_amx: bool = False
-) -> Path:
+def _objects() -> Path:
+    """Where what is compiled is kept for the next library: `$WHERRY_CACHE/kernels`, else in the user's cache."""
+    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(os.environ.get("WHERRY_CACHE") or Path(base, "wherry")).expanduser() / "kernels"
+
+
+def build(output: Path = LIBRARY, extra: Sequence[str] = (), *, emulate_amx: bool = False) -> Path:
     """Compiles what changed and links `output`.
 
     Args:
         output: the library.
         extra: more flags, such as a sanitizer's.
-        objects: where what is compiled is kept; libraries may share it.
         emulate_amx: target `amx` computes with plain C++ what the instructions would: for tests.
 
     Raises:
         BuildError: with the compiler's own words.
     """
     command = compiler()
-    objects = objects or output.parent / ".objects"
-    objects.mkdir(parents=True, exist_ok=True)
+    try:
+        objects = _objects()
+        objects.mkdir(parents=True, exist_ok=True)
+    except (OSError, RuntimeError):  # no home, or one that belongs to somebody else
+        objects = output.resolve().parent / ".objects"
+        objects.mkdir(parents=True, exist_ok=True)
     emulation = ("-DWHERRY_EMULATE_AMX",) if emulate_amx else ()
     units = _units(("-DWHERRY_AMX", *emulation) if knows_amx(command) else ())
     with open(objects / "lock", "w") as lock:
@@ -132,15 +139,21 @@ def _build(
 
     with ThreadPoolExecutor(max_workers=os.cpu_count()) as pool:
         parts = list(pool.map(compile_one, units))
-    # Each library's record says of which objects it is made; what is in none of them goes.
+    # The record of each library that is still there says of which objects it is made; what is in none of them goes.
     record = objects / f"{hashlib.sha256(bytes(output.resolve())).hexdigest()[:16]}.linked"
-    names = "\n".join(part.name for part in parts)
+    names = "\n".join([str(output.resolve()), *(part.name for part in parts)])
     if not output.exists() or not record.exists() or record.read_text() != names:
         partial = output.with_suffix(f".{os.getpid()}.tmp")
         _run([command, "-shared", "-pthread", *extra, *map(str, parts), "-o", str(partial)])
         partial.replace(output)
         record.write_text(names)
-    used = {name for record in objects.glob("*.linked") for name in record.read_text().splitlines()}
+    used: set[str] = set()
+    for other in objects.glob("*.linked"):
+        library, *made_of = other.read_text().splitlines()
+        if Path(library).exists():
+            used.update(made_of)
+        else:
+            other.unlink()
     for stale in objects.glob("*.o"):
         if stale.name not in used:
             stale.unlink()
