@@ -35,13 +35,12 @@ class Job:
     batches: tuple[int, ...] = (1, 4, 8, 16)
     prompt_tokens: int = 32  # of each sequence before decoding
     new_tokens: int = 36  # of each sequence, WARM_STEPS and the first one included
-    seed: int = 0
     options: dict[str, Any] = field(default_factory=dict)  # for the engine's process, see there
     windows: str = ""  # a JSON file with lists of token ids: score these instead of measuring speed
 
     def prompts(self, count: int, length: int, salt: int = 0) -> list[list[int]]:
         """`count` random prompts; another `salt`, other prompts, so that no prefix is known already."""
-        draw = random.Random(f"{self.seed}/{count}/{length}/{salt}")
+        draw = random.Random(f"{count}/{length}/{salt}")
         return [[draw.randrange(10, self.vocab_size) for _ in range(length)] for _ in range(count)]
 
 

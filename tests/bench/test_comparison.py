@@ -1,18 +1,20 @@
 """The comparison of engines: what it makes of figures, and one real process of it."""
 
 import json
+import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 from benchmarks.engine import models, peers, report, variants
-from benchmarks.engine.__main__ import run_job
+from benchmarks.engine.process import EngineFailed, EngineProcess
+from benchmarks.engine.turns import Company
 from benchmarks.engine.workload import Job
 
 
 def run(number: int, engine: str, variant: str, one: float, prefill: float = 100.0, **more: Any) -> dict[str, Any]:
     rates = {"decode": {"1": {"rate": one}, "8": {"rate": 8 * one}}, "prefill": {"512": {"rate": prefill}}}
-    base = {"round": number, "engine": engine, "variant": variant, "memory": {"rss": 10**9}, "load_average": 1.0}
+    base = {"round": number, "engine": engine, "variant": variant, "memory": {"rss": 10**9}, "bandwidth": 4e10}
     return {**base, "settings": {"version": "1"}, **rates, **more}
 
 
@@ -23,7 +25,6 @@ def results(*runs: dict[str, Any]) -> dict[str, Any]:
         "date": "2026-01-01",
         "command": "c",
         "machine": machine,
-        "bandwidth": [4e10, 4e10],
         "runs": list(runs),
     }
 
@@ -52,18 +53,19 @@ def test_the_peers_better_pipeline_counts() -> None:
     assert "20.0 (20.0 to 20.0)" in table
 
 
-def test_share_of_bandwidth_is_of_the_same_round() -> None:
+def test_share_of_bandwidth_is_of_the_same_turn() -> None:
     data = results(run(1, "wherry", "int8", 40.0, settings={"read_per_step": 5e8}))
-    data["bandwidth"] = [1.0, 4e10]
     row = next(line for line in report._own_rows(data) if "bandwidth" in line[0])
     assert row[-1] == "50% (50% to 50%)"
 
 
-def test_failed_runs_are_left_out() -> None:
-    failed = {"round": 0, "engine": "llamacpp", "variant": "q8_0", "error": "no"}
-    assert report.ratios_table(results(run(0, "wherry", "int8", 1.0), failed)) == ""
-    assert "llama.cpp" not in report.rates_table(results(run(0, "wherry", "int8", 1.0), failed))
-    assert "llama.cpp q8_0" in report.tables(results(run(0, "wherry", "int8", 1.0), failed))
+def test_two_speeds_of_memory_are_told_apart() -> None:
+    turns = [("wherry", "int8", 3e10, 28.0), ("wherry", "int8", 6e10, 50.0), ("wherry", "int8", 6e10, 52.0)]
+    turns += [("llamacpp", "q8_0", 3e10, 25.0), ("llamacpp", "q8_0", 6e10, 30.0)]
+    data = results(*(run(i, engine, name, rate, bandwidth=b) for i, (engine, name, b, rate) in enumerate(turns)))
+    row = next(line for line in report.by_memory_table(data).splitlines() if "Q8_0" in line)
+    assert row == "| Wherry int8 / llama.cpp Q8_0 | 28.0 / 25.0 = 1.12 | 51.0 / 30.0 = 1.70 |"
+    assert report.by_memory_table(results(run(0, "wherry", "int8", 1.0))) == ""
 
 
 def test_tables_go_where_the_page_says() -> None:
@@ -112,21 +114,37 @@ def tiny_job(**changes: Any) -> Job:
 
 @pytest.mark.parametrize("engine", ["wherry", "transformers"])
 def test_a_process_measures_and_reports(engine: str) -> None:
-    result = run_job(tiny_job(engine=engine), engine)
-    assert "error" not in result, result
-    assert result["decode"]["2"]["steps"] == 5
-    assert result["decode"]["2"]["rate"] > 0
-    assert result["prefill"]["16"]["rate"] > 0
-    assert result["memory"]["rss"] > 1e7
+    with EngineProcess(tiny_job(engine=engine)) as process:
+        decoded = process.ask(kind="decode", size=2, number=0)
+        assert decoded["steps"] == 5
+        assert decoded["rate"] > 0
+        assert process.ask(kind="prefill", size=16, number=0)["rate"] > 0
+        assert process.loaded["memory"]["rss"] > 1e7
+        status, deadline = Path(f"/proc/{process._process.pid}/status"), time.monotonic() + 30
+        while "State:\tT" not in status.read_text():  # stopped until it is asked again
+            assert time.monotonic() < deadline
 
 
 def test_a_process_that_fails_tells_why(tmp_path: Path) -> None:
-    assert "no such place" in run_job(tiny_job(model=str(tmp_path / "no such place")), "wherry")["error"]
+    with pytest.raises(EngineFailed, match="no such place"):
+        EngineProcess(tiny_job(model=str(tmp_path / "no such place")))
+
+
+def test_a_company_goes_on_without_those_who_die(tmp_path: Path) -> None:
+    failed: list[str] = []
+    jobs = [tiny_job(), tiny_job(variant="lost", model=str(tmp_path / "no such place")), tiny_job(variant="killed")]
+    with Company(jobs, failed=lambda job, error: failed.append(job.variant), loading=lambda job: None) as company:
+        assert failed == ["lost"]
+        for job in company.turns("decode", 1, 2):
+            if job.variant == "killed":
+                next(engine for j, engine in company._engines if j is job)._process.kill()
+        assert failed == ["lost", "killed"]
+        assert [(r["variant"], r["round"]) for r in company.runs] == [("bf16", 0), ("bf16", 1)]
+        assert all(r["decode"]["1"]["rate"] > 0 and r["bandwidth"] > 0 for r in company.runs)
 
 
 def test_prompts_are_the_same_for_everyone_and_new_each_round() -> None:
     assert tiny_job().prompts(2, 8) == tiny_job(engine="llamacpp").prompts(2, 8)
-    assert tiny_job(seed=1).prompts(2, 8) != tiny_job().prompts(2, 8)
     assert tiny_job().prompts(1, 8, salt=1) != tiny_job().prompts(1, 8)
 
 

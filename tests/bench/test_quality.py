@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 from benchmarks.engine import models, quality
-from benchmarks.engine.__main__ import run_job
+from benchmarks.engine.process import EngineProcess
 from benchmarks.engine.variants import Variant
 from benchmarks.engine.workload import Job
 
@@ -56,8 +56,8 @@ def test_wherry_in_float32_scores_as_the_reference(tmp_path: Path) -> None:
             options=variant.options,
             windows=str(file),
         )
-        runs.append(run_job(job, variant.engine))
-        assert "error" not in runs[-1], runs[-1]
+        with EngineProcess(job) as engine:
+            runs.append(engine.ask())
     assert [len(w) for w in runs[0]["losses"]] == [23, 24]
     found = quality.summary(runs[1], runs[0])
     assert found["agreement"] == 1.0

@@ -120,7 +120,7 @@ class Layer:
             SequenceStep(str(i), [0] * count, start, self.blocks[i], True)
             for i, (start, count) in enumerate(case.parts)
         ]
-        runner = ModelRunner(SimpleNamespace(cache=self.cache, sampler=None))  # type: ignore[arg-type]
+        runner = ModelRunner(SimpleNamespace(cache=self.cache, sampler=None, prepare=lambda prepared: None))  # type: ignore[arg-type]
         prepared = runner.prepare(steps)
         packed = pack(prepared, (case.window,), case.block_size, tokens_per_tile(case.heads, case.kv_heads))
         memory = torch.from_numpy(packed.numbers).to(DEVICE)

@@ -8,7 +8,7 @@ from wherry_runtime.kernels.cpu.library import Pool, Program, Replay, Step
 
 pytestmark = pytest.mark.skipif(not library.available(), reason="the native library is not built")
 
-ROWS, WIDTH, CALLS, REPLAYS = 24, 192, 100, 10
+ROWS, WIDTH, CALLS, REPLAYS = 24, 192, 40, 4
 
 
 def chain(pool: Pool, buffers: list[torch.Tensor]) -> Program:

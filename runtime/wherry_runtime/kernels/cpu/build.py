@@ -14,6 +14,7 @@ import platform
 import shutil
 import subprocess
 import sys
+import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -21,6 +22,8 @@ from pathlib import Path
 HERE = Path(__file__).resolve().parent
 SOURCES = HERE / "src"
 LIBRARY = HERE / "libwherry_cpu.so"
+
+UNUSED_S = 30 * 24 * 3600.0  # after which an object is thrown away
 
 # Compiled once, for any x86-64 processor of this century's second decade.
 COMMON = ("pool.cpp", "program.cpp", "target.cpp", "pack.cpp", "bandwidth.cpp")
@@ -139,24 +142,18 @@ def _build(
 
     with ThreadPoolExecutor(max_workers=os.cpu_count()) as pool:
         parts = list(pool.map(compile_one, units))
-    # The record of each library that is still there says of which objects it is made; what is in none of them goes.
     record = objects / f"{hashlib.sha256(bytes(output.resolve())).hexdigest()[:16]}.linked"
-    names = "\n".join([str(output.resolve()), *(part.name for part in parts)])
+    names = "\n".join(part.name for part in parts)
     if not output.exists() or not record.exists() or record.read_text() != names:
         partial = output.with_suffix(f".{os.getpid()}.tmp")
         _run([command, "-shared", "-pthread", *extra, *map(str, parts), "-o", str(partial)])
         partial.replace(output)
         record.write_text(names)
-    used: set[str] = set()
-    for other in objects.glob("*.linked"):
-        library, *made_of = other.read_text().splitlines()
-        if Path(library).exists():
-            used.update(made_of)
-        else:
-            other.unlink()
-    for stale in objects.glob("*.o"):
-        if stale.name not in used:
-            stale.unlink()
+    for used in (*parts, record):
+        os.utime(used)
+    for kept in objects.iterdir():
+        if kept.stat().st_mtime < time.time() - UNUSED_S:
+            kept.unlink()
 
 
 def _run(command: list[str]) -> None:

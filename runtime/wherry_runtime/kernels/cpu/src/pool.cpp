@@ -65,7 +65,7 @@ void Pool::loop(int thread, int core) {
     seen++;
     if (closing_) return;
     (*work_)(thread);
-    barrier(thread, _mm_pause);
+    barrier(thread, [] { _mm_pause(); });
   }
 }
 
@@ -80,7 +80,7 @@ void Pool::run(const std::function<void(int)>& work) {
     wake_.notify_all();
   }
   work(0);
-  barrier(0, _mm_pause);  // nobody may look at `work` any more
+  barrier(0, [] { _mm_pause(); });  // nobody may look at `work` any more
 }
 
 }  // namespace wherry
