@@ -61,6 +61,11 @@ def job_for(args: argparse.Namespace, variant: variants.Variant) -> Job:
     )
 
 
+def figures_of(args: argparse.Namespace) -> list[tuple[str, int]]:
+    """What is measured, and at which size, in order."""
+    return [("decode", size) for size in args.batch] + [("prefill", size) for size in args.prefill]
+
+
 def complain(job: Job, error: str) -> None:
     console.print(f"[red]{job.engine} {job.variant}:[/] ", end="")
     console.print(error, markup=False, soft_wrap=True)
@@ -68,7 +73,7 @@ def complain(job: Job, error: str) -> None:
 
 def measure(args: argparse.Namespace, jobs: list[Job], results: dict[str, Any]) -> None:
     """All figures of engines that are resident together, into results["runs"]."""
-    figures = [("decode", size) for size in args.batch] + [("prefill", size) for size in args.prefill]
+    figures = figures_of(args)
     total = len(jobs) * (1 + sum(rounds_for(*figure, args.rounds) for figure in figures))
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with Progress(*columns, console=console, transient=True) as progress:

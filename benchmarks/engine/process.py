@@ -1,7 +1,6 @@
 """A process with one engine and one format of weights: it measures what it is asked and stands still in between."""
 
 import json
-import os
 import signal
 import socket
 import subprocess
@@ -76,7 +75,7 @@ class EngineProcess:
         return dict(json.loads(answer))
 
     def _last_words(self) -> str:
-        self._log.seek(0, os.SEEK_SET)
+        self._log.seek(0)
         return self._log.read()[-2000:].strip()
 
     def close(self) -> None:

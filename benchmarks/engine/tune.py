@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.engine import models, report, variants
-from benchmarks.engine.__main__ import complain, job_for
+from benchmarks.engine.__main__ import complain, figures_of, job_for
 from benchmarks.engine.turns import Company
 from benchmarks.engine.variants import Variant
 from benchmarks.engine.workload import Job
@@ -52,11 +52,10 @@ def trials(args: argparse.Namespace, variant: Variant) -> list[Job]:
 def measure(args: argparse.Namespace, wanted: list[Variant]) -> list[dict[str, Any]]:
     """The trials of one engine and format take turns with one another."""
     runs: list[dict[str, Any]] = []
-    figures = [("decode", size) for size in args.batch] + [("prefill", size) for size in args.prefill]
     with Progress(console=Console(stderr=True), transient=True) as progress:
         for variant in progress.track(wanted, description="trying"):
             with Company(trials(args, variant), failed=complain, loading=lambda job: None) as company:
-                for kind, size in figures:
+                for kind, size in figures_of(args):
                     for _ in company.turns(kind, size, args.rounds):
                         pass
                 runs += company.runs
