@@ -7,6 +7,11 @@ LABEL_GROUP = f"{DOMAIN}/group"
 LABEL_RANK = f"{DOMAIN}/rank"
 LABEL_REVISION = f"{DOMAIN}/revision"
 
+# On a pod that is to be taken away: the RFC 3339 time by which what still runs there is moved. Without it the pod serves.
+ANNOTATION_DRAIN = f"{DOMAIN}/drain"
+# A pod's readiness gate: true once a router knows the pod. Routers themselves look at ContainersReady.
+GATE_ROUTABLE = f"{DOMAIN}/routable"
+
 LABEL_NAME = "app.kubernetes.io/name"
 LABEL_INSTANCE = "app.kubernetes.io/instance"
 LABEL_COMPONENT = "app.kubernetes.io/component"
@@ -18,6 +23,7 @@ COMPONENT_ROUTER = "router"
 
 # Above 1024 so that no part needs a privilege to listen, in a cluster or in local mode.
 WORKER_PORT = 8000
+GROUP_PORT = 8001  # on a group's leader: where its ranks meet
 ROUTER_PORT = 8080
 SERVICE_PORT = 8000
 
@@ -25,6 +31,11 @@ ENV_WORKER_TOKEN = "WHERRY_WORKER_TOKEN"  # noqa: S105 - the variable's name
 ENV_POD_IP = "POD_IP"
 ENV_POD_NAME = "POD_NAME"
 ENV_POD_NAMESPACE = "POD_NAMESPACE"
+ENV_GROUP = "WHERRY_GROUP"  # the group's key; one of an older incarnation is refused
+# Of groups with more than one pod, named as LeaderWorkerSet names them: pods in the group, this one's index, pod 0's IP.
+ENV_GROUP_SIZE = "LWS_GROUP_SIZE"
+ENV_WORKER_INDEX = "LWS_WORKER_INDEX"
+ENV_LEADER_ADDRESS = "LWS_LEADER_ADDRESS"
 ENV_SAMPLE_MODELS = "WHERRY_SAMPLE_MODELS"
 ENV_MEMORY_LIMIT = "WHERRY_MEMORY_LIMIT"  # in bytes, where no cgroup says it
 
