@@ -53,14 +53,29 @@ class SamplingParams(msgspec.Struct, kw_only=True, omit_defaults=True, frozen=Tr
     logprobs: int | None = None  # None: none; k: the sampled token's and the k most likely ones'
 
 
+class Resume(msgspec.Struct, kw_only=True, omit_defaults=True):
+    """An answer that another worker began. This one goes on after `token_ids`, and gives the tokens and the text that
+    the first one would have given; `seed` and `prompt_digest` are those of its `Started`."""
+
+    token_ids: list[int]  # every token of the answer so far, in order
+    seed: int
+    prompt_digest: str = ""  # empty: not compared
+
+
 class ExecuteRequest(msgspec.Struct, kw_only=True, omit_defaults=True):
-    """One generation. `id` is the correlation id, unique among the worker's live requests."""
+    """One generation. `id` is the correlation id, unique among the worker's live requests.
+
+    With `resume`, prompt and sampling are those of the first time, `max_tokens` counts the resumed tokens too, and the
+    first `Token.index` is their number. An answer that these tokens end gets its `metrics` and `end` at once.
+    """
 
     id: str
     model: str
     prompt: Prompt
     sampling: SamplingParams = SamplingParams()
     priority: int = 0  # higher runs first; ties by arrival
+    created: int = 0  # Unix time in seconds, for chat templates that write a date; 0: the worker's own clock
+    resume: Resume | None = None
 
 
 class CancelRequest(msgspec.Struct):
@@ -86,12 +101,14 @@ class PositionLogprobs(msgspec.Struct):
 
 
 class Started(msgspec.Struct, tag_field="event", tag="started"):
-    """The request left the queue. `cached_tokens` of the prompt came from the prefix cache."""
+    """The request left the queue. `cached_tokens` of the prompt came from the prefix cache. `prompt_digest` names the
+    prompt's tokens: two workers that disagree about them cannot continue one another's answers."""
 
     id: str
     prompt_tokens: int
     cached_tokens: int
     seed: int
+    prompt_digest: str = ""
 
 
 class Token(msgspec.Struct, tag_field="event", tag="token", omit_defaults=True):
