@@ -7,7 +7,7 @@ LABEL_GROUP = f"{DOMAIN}/group"
 LABEL_RANK = f"{DOMAIN}/rank"
 LABEL_REVISION = f"{DOMAIN}/revision"
 
-# On a pod that is to be taken away: the RFC 3339 time by which what still runs there is moved. Without it the pod serves.
+# On a pod that is to be taken away: the RFC 3339 time at which what still runs there is moved.
 ANNOTATION_DRAIN = f"{DOMAIN}/drain"
 # A pod's readiness gate: true once a router knows the pod. Routers themselves look at ContainersReady.
 GATE_ROUTABLE = f"{DOMAIN}/routable"
@@ -32,7 +32,7 @@ ENV_POD_IP = "POD_IP"
 ENV_POD_NAME = "POD_NAME"
 ENV_POD_NAMESPACE = "POD_NAMESPACE"
 ENV_GROUP = "WHERRY_GROUP"  # the group's key; one of an older incarnation is refused
-# Of groups with more than one pod, named as LeaderWorkerSet names them: pods in the group, this one's index, pod 0's IP.
+# In groups of more than one pod, named as LeaderWorkerSet does: pods in the group, this one's index, pod 0's IP.
 ENV_GROUP_SIZE = "LWS_GROUP_SIZE"
 ENV_WORKER_INDEX = "LWS_WORKER_INDEX"
 ENV_LEADER_ADDRESS = "LWS_LEADER_ADDRESS"

@@ -1,4 +1,4 @@
-"""What a router tells the operator about the replicas that it knows: `GET /internal/replicas`, guarded by the worker token.
+"""What a router tells the operator of the replicas that it knows: `GET /internal/replicas`, with the worker token.
 
 The operator asks every router before it takes a pod away: a pod is free once each router reports nothing in flight
 there, or does not know it.
