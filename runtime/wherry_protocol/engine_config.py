@@ -70,6 +70,10 @@ class EngineConfig(msgspec.Struct, kw_only=True, frozen=True):
     ] = ""
     max_draft_tokens: Annotated[int, msgspec.Meta(description="guesses per answer and step at most")] = 8
     threads: Annotated[int, msgspec.Meta(description="CPU threads; 0: what the cgroup allows")] = 0
+    tensor_parallel: Annotated[int, msgspec.Meta(description="ranks that compute the model together")] = 1
+    ranks_per_pod: Annotated[
+        int, msgspec.Meta(description="ranks that this process and its children are; 0: all of them")
+    ] = 0
     drain_timeout_s: Annotated[
         int, msgspec.Meta(description="seconds that running requests get to finish after SIGTERM")
     ] = 300

@@ -64,6 +64,8 @@ def load(config: EngineConfig) -> Loaded:
     Raises:
         ModelError: why not.
     """
+    if config.tensor_parallel != 1:
+        raise ModelError("bad_setting", "tensor_parallel is 1 in this version")
     device = Device.choose()
     threads = config.threads or cpu_threads()
     if device.torch.type == "cpu":
