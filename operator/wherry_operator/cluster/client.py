@@ -13,6 +13,7 @@ from kubernetes.aio import client, config
 APPLY = "application/apply-patch+yaml"
 MERGE = "application/merge-patch+json"
 JSON_PATCH = "application/json-patch+json"
+STRATEGIC = "application/strategic-merge-patch+json"
 
 READ_TIMEOUT_S = 15.0
 # A write that was begun as the leader must be over before anyone else may lead: see election.py.
@@ -27,6 +28,8 @@ GROUPS = {
     "ServiceAccount": ("api/v1", "serviceaccounts"),
     "Event": ("api/v1", "events"),
     "Deployment": ("apis/apps/v1", "deployments"),
+    "ControllerRevision": ("apis/apps/v1", "controllerrevisions"),
+    "PodDisruptionBudget": ("apis/policy/v1", "poddisruptionbudgets"),
     "Role": ("apis/rbac.authorization.k8s.io/v1", "roles"),
     "RoleBinding": ("apis/rbac.authorization.k8s.io/v1", "rolebindings"),
     "Lease": ("apis/coordination.k8s.io/v1", "leases"),

@@ -5,7 +5,7 @@ from typing import Any
 
 from wherry_operator.api.resource import LLMDeployment
 from wherry_operator.api.v1alpha1 import LLMDeploymentStatus
-from wherry_operator.cluster.client import APPLY, JSON_PATCH, MERGE, Api, ApiError, path_of
+from wherry_operator.cluster.client import APPLY, JSON_PATCH, MERGE, STRATEGIC, Api, ApiError, path_of
 from wherry_operator.desired.common import MANAGER
 from wherry_operator.metrics import ACTIONS
 from wherry_operator.planning.types import Action, Refusal
@@ -14,6 +14,8 @@ from wherry_operator.planning.types import Action, Refusal
 REFUSED = (400, 403, 405, 413, 422)
 # Answers that say "the snapshot was out of date": the next one will be better.
 STALE = (404, 409)
+# Patches name the uid that they are for; another object by that name is answered with 422 (uid is immutable).
+GUARDED = ("annotate", "condition")
 
 
 class StaleError(Exception):
@@ -36,10 +38,10 @@ async def execute(api: Api, owner: LLMDeployment, actions: Sequence[Action]) -> 
             await _perform(api, owner, action)
         except ApiError as error:
             ACTIONS.labels(action.verb, action.kind, str(error.code)).inc()
+            if error.code in STALE or (error.code == 422 and action.verb in GUARDED):
+                raise StaleError(f"{action.verb} {action.kind} {action.name}: {error}") from error
             if error.code in REFUSED:
                 refused.append(Refusal(action, error.code, error.message))
-            elif error.code in STALE:
-                raise StaleError(f"{action.verb} {action.kind} {action.name}: {error}") from error
             else:
                 raise
         else:
@@ -49,6 +51,7 @@ async def execute(api: Api, owner: LLMDeployment, actions: Sequence[Action]) -> 
 
 
 async def _perform(api: Api, owner: LLMDeployment, action: Action) -> None:
+    metadata: dict[str, Any]
     path = path_of(action.kind, owner.namespace, action.name)
     if action.verb == "create":
         collection = path_of(action.kind, owner.namespace)
@@ -63,9 +66,19 @@ async def _perform(api: Api, owner: LLMDeployment, action: Action) -> None:
         except ApiError as error:
             if error.code != 404:
                 raise
+    elif action.verb == "annotate":
+        metadata = {"uid": action.uid, "annotations": action.body}
+        await api.request(
+            "PATCH", path, body={"metadata": metadata}, query={"fieldManager": MANAGER}, content_type=MERGE
+        )
+    elif action.verb == "condition":
+        # Conditions merge by their type, so those of the kubelet stay.
+        body = {"metadata": {"uid": action.uid}, "status": {"conditions": [action.body]}}
+        query = {"fieldManager": MANAGER}
+        await api.request("PATCH", f"{path}/status", body=body, query=query, content_type=STRATEGIC)
     else:
         # The resource version keeps two writers of the list from undoing one another.
-        metadata: dict[str, Any] = {
+        metadata = {
             "finalizers": list(action.finalizers),
             "resourceVersion": owner.resource_version,
             "uid": owner.uid,

@@ -54,7 +54,7 @@ def _url(observed: Observed, settings: Settings) -> str | None:
 
 
 def _refused(refusal: Refusal) -> PendingAction:
-    verb = {"create": "Create", "apply": "Apply", "delete": "Delete", "finalizers": "Change"}[refusal.action.verb]
+    verb = {"create": "Create", "apply": "Apply", "delete": "Delete"}.get(refusal.action.verb, "Change")
     target = refusal.action.kind if refusal.action.kind == "Pod" else f"{refusal.action.kind} {refusal.action.name}"
     return PendingAction(action=f"{verb}{refusal.action.kind}", target=target, reason=_refusal_text(refusal))
 
