@@ -1,8 +1,16 @@
 """The router's Prometheus metrics. Labels hold only what the router itself chooses, never what a client sends."""
 
+import functools
+from collections import Counter as Tally
+from collections.abc import Callable, Collection
+from typing import TYPE_CHECKING
+
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, disable_created_metrics
 
 from wherry_protocol.naming import INTER_TOKEN_BUCKETS, TTFT_BUCKETS
+
+if TYPE_CHECKING:
+    from wherry_router.pool import Pool
 
 # Creation times double the number of series and no dashboard reads them.
 disable_created_metrics()  # type: ignore[no-untyped-call]
@@ -34,8 +42,12 @@ class RouterMetrics:
             registry=registry,
         )
         self.replicas = Gauge(
-            "wherry_router_replicas", "Replicas by state: routable or suspect.", ["state"], registry=registry
+            "wherry_router_replicas",
+            "Replicas by state: routable, draining or suspect (breaker not closed, or ejected).",
+            ["state"],
+            registry=registry,
         )
+        self._add_resilience(registry)
         self._retries = Counter(
             "wherry_router_retries", "Tries on another replica, by what failed.", ["reason"], registry=registry
         )
@@ -47,6 +59,38 @@ class RouterMetrics:
         )
         self._children: dict[tuple[str, int], Counter] = {}
 
+    def _add_resilience(self, registry: CollectorRegistry) -> None:
+        self._breakers = Gauge(
+            "wherry_router_breakers", "Circuit breakers by state, one a replica.", ["state"], registry=registry
+        )
+        self._openings = Counter(
+            "wherry_router_breaker_openings", "Breakers that opened, by the fault.", ["reason"], registry=registry
+        )
+        self._ejections = Counter(
+            "wherry_router_ejections", "Replicas left out for a while, by cause.", ["cause"], registry=registry
+        )
+        self._panic = Gauge(
+            "wherry_router_panic", "1 while so many replicas look bad that all of them are used.", registry=registry
+        )
+        self.panics = Counter("wherry_router_panics", "Times that panic mode began.", registry=registry)
+        self.retries_denied = Counter(
+            "wherry_router_retries_denied", "Retries that the budget did not allow.", registry=registry
+        )
+        self.bulkhead_refusals = Counter(
+            "wherry_router_bulkhead_refusals",
+            "Requests refused since every replica had its bound of requests from this router.",
+            registry=registry,
+        )
+
+    def watch_pool(self, pool: "Pool") -> None:
+        """Reads the gauges of replicas from `pool` at each scrape."""
+        self.outstanding.set_function(lambda: sum(r.outstanding_tokens for r in pool.replicas()))
+        for state in ("routable", "draining", "suspect"):
+            self.replicas.labels(state).set_function(functools.partial(_count, pool.states, state))
+        for state in ("closed", "open", "half_open"):
+            self._breakers.labels(state).set_function(functools.partial(_count, pool.breaker_states, state))
+        self._panic.set_function(lambda: pool.panicking(pool.clock()))
+
     def answered(self, route: str, status: int) -> None:
         """Counts an answer."""
         counter = self._children.get((route, status))
@@ -54,6 +98,18 @@ class RouterMetrics:
             counter = self._children[route, status] = self._requests.labels(route, str(status))
         counter.inc()
 
+    def breaker_opened(self, reason: str) -> None:
+        """Counts a breaker that opened."""
+        self._openings.labels(reason).inc()
+
+    def ejected(self, cause: str) -> None:
+        """Counts an ejection."""
+        self._ejections.labels(cause).inc()
+
     def retried(self, reason: str) -> None:
         """Counts a failed try that is followed by another."""
         self._retries.labels(reason).inc()
+
+
+def _count(states: Callable[[], Collection[str]], state: str) -> int:
+    return Tally(states())[state]

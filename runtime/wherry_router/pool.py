@@ -1,16 +1,33 @@
-"""The replicas that requests can go to now, and what each owes."""
+"""The replicas that requests can go to now, what each owes, and how each has done lately."""
 
 import asyncio
 import itertools
-from collections.abc import Callable, Collection, Iterable
+import logging
+import random
+import time
+from collections.abc import Callable, Collection, Iterable, Mapping
 
 import msgspec
+from prometheus_client import CollectorRegistry
 
-from wherry_protocol.worker import Event, Started, Token
+from wherry_protocol.router_report import ReplicaReport, ReplicaState
+from wherry_protocol.worker import End, Event, Started, Token
+from wherry_router.metrics import RouterMetrics
 from wherry_router.policies import least_outstanding
+from wherry_router.resilience.breaker import Breaker, State
+from wherry_router.resilience.budget import RetryBudget, backoff_s
+from wherry_router.resilience.faults import Blame, blame
+from wherry_router.resilience.outlier import Record, Rules, outliers
+from wherry_router.resilience.panic import panics
+from wherry_router.settings import Limits
+
+log = logging.getLogger("wherry.router")
 
 # What an answer is taken to cost while nobody knows its length.
 EXPECTED_OUTPUT = 256
+_JUDGE_EVERY_S = 1.0
+# Breakers also change by time alone, which wakes nobody.
+_LOOK_AGAIN_S = 0.25
 
 
 class Endpoint(msgspec.Struct, frozen=True):
@@ -21,34 +38,67 @@ class Endpoint(msgspec.Struct, frozen=True):
 
 
 class Replica:
-    """One worker as this router sees it."""
+    """One worker as this router sees it.
 
-    __slots__ = ("endpoint", "execute_url", "last_chosen", "outstanding_tokens", "requests", "suspect")
+    `draining`: it gets no new request. `drain_deadline` (event loop's time): when what still runs there is to go on
+    elsewhere; None: never, the worker ends it itself. Both may change, and change back, while requests run.
+    """
 
-    def __init__(self, endpoint: Endpoint) -> None:
+    __slots__ = (
+        "breaker",
+        "drain_deadline",
+        "draining",
+        "endpoint",
+        "execute_url",
+        "last_chosen",
+        "outstanding_tokens",
+        "record",
+        "requests",
+    )
+
+    def __init__(self, endpoint: Endpoint, limits: Limits | None = None) -> None:
+        limits = limits or Limits()
         self.endpoint = endpoint
         self.execute_url = endpoint.url + "/execute"
-        self.suspect = False
+        self.draining = False
+        self.drain_deadline: float | None = None
         self.outstanding_tokens = 0
         self.requests = 0
         self.last_chosen = 0
+        self.breaker = Breaker(limits.breaker_faults, limits.breaker_max_open_s)
+        self.record = Record()
+
+    def out(self, now: float) -> bool:
+        """Whether it failed lately: its breaker is not closed, or it is ejected."""
+        return self.breaker.state is not State.CLOSED or self.record.ejected(now)
 
 
 class Lease:
-    """What one request makes its replica owe: estimated at first, put right by the events, nothing after `release`."""
+    """One request on its replica: what it makes the replica owe, and what it tells of the replica.
 
-    __slots__ = ("_output", "_prompt", "_replica")
+    What is owed is estimated at first, put right by the events, and nothing after `release`.
+    """
 
-    def __init__(self, replica: Replica, prompt_estimate: int, max_tokens: int | None) -> None:
+    __slots__ = ("_began", "_epoch", "_output", "_pool", "_prompt", "_replica", "_trial")
+
+    def __init__(self, pool: "Pool", replica: Replica, prompt_estimate: int, max_tokens: int | None) -> None:
+        self._pool = pool
         self._replica = replica
         self._prompt = prompt_estimate
         self._output = min(max_tokens or EXPECTED_OUTPUT, EXPECTED_OUTPUT)
         replica.requests += 1
         replica.outstanding_tokens += self._prompt + self._output
+        self._began: float | None = pool.clock()
+        self._trial = replica.breaker.begin(self._began)
+        self._epoch = replica.breaker.epoch
 
     def observe(self, event: Event) -> None:
-        """Puts the estimate right."""
+        """Puts the estimate right, and notes that the worker works."""
         if type(event) is Token:
+            if self._began is not None:
+                self._pool.answered(self._replica, self._began)
+                self._began = None
+            self._epoch = self._replica.breaker.epoch
             # The prompt has been read. One token stays owed until the end, however long the answer gets.
             output = max(self._output - len(event.ids), 1)
             self._replica.outstanding_tokens -= self._prompt + self._output - output
@@ -57,57 +107,242 @@ class Lease:
             prompt = max(event.prompt_tokens - event.cached_tokens, 0)
             self._replica.outstanding_tokens += prompt - self._prompt
             self._prompt = prompt
+        elif type(event) is End:
+            self._pool.completed(self._replica)
+
+    def failed(self, reason: str) -> None:
+        """The try failed; `reason` is a `WorkerFault`'s. A refusal of the request itself (4xx) is none."""
+        self._pool.failed(self._replica, self._epoch, reason)
 
     def release(self) -> None:
         """The request is over."""
         self._replica.requests -= 1
         self._replica.outstanding_tokens -= self._prompt + self._output
         self._prompt = self._output = 0
+        self._replica.breaker.ended(self._trial)
+        self._pool.released(self._replica)
 
 
 class Pool:
-    """The current replicas. Discovery replaces the set; requests choose from it."""
+    """The current replicas. Discovery replaces the set; requests choose from it and tell how it went."""
 
-    def __init__(self, on_suspect: Callable[[Replica], None] = lambda _: None) -> None:
+    def __init__(
+        self,
+        limits: Limits | None = None,
+        metrics: RouterMetrics | None = None,
+        on_open: Callable[[Replica], None] = lambda _: None,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._limits = limits or Limits()
+        self._metrics = metrics or RouterMetrics(CollectorRegistry())
+        self._on_open = on_open
+        self.clock = clock
         self._replicas: dict[Endpoint, Replica] = {}
+        self._leaving: dict[Endpoint, Replica] = {}  # no longer named, but requests still run there
         self._turns = itertools.count(1)
         self._changed = asyncio.Event()
-        self._on_suspect = on_suspect
+        self._budget = RetryBudget(self._limits.retry_share, self._limits.retry_min_per_s)
+        self._rules = Rules(
+            self._limits.eject_share,
+            self._limits.eject_s,
+            self._limits.eject_fault_rate,
+            self._limits.eject_ttft_factor,
+        )
+        self._judged = float("-inf")
+        self._panicked = False
         self.known = False  # discovery has spoken at least once
+        self._metrics.watch_pool(self)
 
-    def set_endpoints(self, endpoints: Iterable[Endpoint]) -> None:
-        """What discovery found. Replicas that stay keep their state; requests on those that went run on."""
-        self._replicas = {endpoint: self._replicas.get(endpoint) or Replica(endpoint) for endpoint in endpoints}
+    # What discovery says.
+
+    def set_endpoints(
+        self, endpoints: Iterable[Endpoint], draining: Mapping[Endpoint, float | None] | None = None
+    ) -> None:
+        """What discovery found. Replicas that stay keep their state; requests on those that went run on.
+
+        `draining`: those of `endpoints` that get no new request, each with its `drain_deadline`.
+        """
+        before, known = self._replicas, self._leaving | self._replicas
+        self._replicas = {e: known.get(e) or Replica(e, self._limits) for e in endpoints}
+        self._leaving = {e: r for e, r in known.items() if e not in self._replicas and r.requests}
+        draining = draining or {}
+        for endpoint, replica in self._replicas.items():
+            replica.draining = endpoint in draining
+            replica.drain_deadline = draining.get(endpoint)
+            if endpoint not in before and replica.breaker.state is not State.CLOSED:
+                # It is back with what still runs there, and nobody probes it any more.
+                self._on_open(replica)
         self.known = True
         self._changed.set()
 
     def replicas(self) -> Collection[Replica]:
-        """Every routable replica."""
+        """Every replica that discovery names, draining ones too."""
         return self._replicas.values()
 
     def has(self, replica: Replica) -> bool:
         """Whether discovery still names it."""
         return self._replicas.get(replica.endpoint) is replica
 
-    def choose(self, tried: Collection[Replica]) -> Replica | None:
-        """The replica for the next try; never one of `tried`."""
-        chosen = least_outstanding.choose(r for r in self._replicas.values() if r not in tried)
+    def report(self) -> list[ReplicaReport]:
+        """What the operator is told."""
+        now = self.clock()
+        return [
+            ReplicaReport(name=r.endpoint.name, state=self.state(r, now), in_flight=r.requests)
+            for r in (*self._replicas.values(), *self._leaving.values())
+        ]
+
+    def state(self, replica: Replica, now: float) -> ReplicaState:
+        """In one word."""
+        if replica.draining or not self.has(replica):
+            return "draining"
+        return "suspect" if replica.out(now) else "routable"
+
+    def states(self) -> list[str]:
+        """Each named replica's `state`, for metrics."""
+        now = self.clock()
+        return [self.state(replica, now) for replica in self._replicas.values()]
+
+    def breaker_states(self) -> list[str]:
+        """Each named replica's breaker's state, for metrics."""
+        return [replica.breaker.state.value for replica in self._replicas.values()]
+
+    # What a request asks.
+
+    def choose(self, tried: Collection[Replica], *, resuming: bool = False) -> Replica | None:
+        """The replica for the next try; never one of `tried`.
+
+        `resuming`: the request has been admitted before and its client has seen a part of the answer, so the bulkhead
+        does not hold it back, and it is not what tests a half-open replica while there is another.
+        """
+        now = self.clock()
+        usable = [r for r in self._usable(now) if r not in tried and (resuming or self._has_room(r))]
+        due = [r for r in usable if r.breaker.trial_due(now)]
+        if due and not resuming:
+            usable = due
+        elif due and len(due) < len(usable):
+            usable = [r for r in usable if r not in due]
+        chosen = least_outstanding.choose(usable)
         if chosen is not None:
             chosen.last_chosen = next(self._turns)
+            if not tried and not resuming:
+                self._budget.request(now)
         return chosen
 
+    def lacks_room(self, tried: Collection[Replica]) -> bool:
+        """Whether it is the bulkhead alone that keeps a request from a replica it has not tried."""
+        now = self.clock()
+        return any(r not in tried and not self._has_room(r) for r in self._usable(now))
+
+    def retry_pause(self, reason: str, retries: int) -> float | None:
+        """Seconds to wait before a request is tried on another replica; None: it may not be. Not for resumes.
+
+        The first move away from a worker that is gone is free, like a resume: its breaker bounds how many there are.
+        """
+        now = self.clock()
+        free = retries == 0 and blame(reason) is Blame.WORKER and not self.panicking(now)
+        if not free and not self._budget.take(now):
+            self._metrics.retries_denied.inc()
+            return None
+        return 0.0 if free else backoff_s(retries, random.random())  # noqa: S311 - not a secret
+
+    def lease(self, replica: Replica, prompt_estimate: int, max_tokens: int | None) -> Lease:
+        """To be held while a request runs on `replica`."""
+        return Lease(self, replica, prompt_estimate, max_tokens)
+
     async def wait(self, timeout_s: float) -> None:
-        """Until there is a replica, `timeout_s` at most."""
+        """Until there is a replica that may be chosen, `timeout_s` at most."""
         try:
             async with asyncio.timeout(timeout_s):
-                while not self._replicas:
+                while self.choosable() == 0:
                     self._changed.clear()
-                    await self._changed.wait()
+                    try:
+                        async with asyncio.timeout(_LOOK_AGAIN_S):
+                            await self._changed.wait()
+                    except TimeoutError:
+                        continue
         except TimeoutError:
             pass
 
-    def mark_suspect(self, replica: Replica) -> None:
-        """It failed: others are preferred until it answers `/ready` again."""
-        if not replica.suspect:
-            replica.suspect = True
-            self._on_suspect(replica)
+    def choosable(self) -> int:
+        """How many replicas a request could go to now, room or not."""
+        return len(self._usable(self.clock()))
+
+    def panicking(self, now: float) -> bool:
+        """Whether so many replicas look bad that all of them are used."""
+        serving = [r for r in self._replicas.values() if not r.draining]
+        panic = panics(len(serving), sum(r.out(now) for r in serving), self._limits.panic_share)
+        if panic != self._panicked:
+            self._panicked = panic
+            log.warning("panic" if panic else "panic is over", extra={"fields": {"replicas": len(serving)}})
+            if panic:
+                self._metrics.panics.inc()
+        return panic
+
+    def _usable(self, now: float) -> list[Replica]:
+        serving = [r for r in self._replicas.values() if not r.draining]
+        if self.panicking(now):
+            return serving
+        return [r for r in serving if r.breaker.allows(now) and not r.record.ejected(now)]
+
+    def _has_room(self, replica: Replica) -> bool:
+        return replica.requests < self._limits.max_per_replica
+
+    # What requests and probes tell.
+
+    def answered(self, replica: Replica, began: float) -> None:
+        """A request's first token came."""
+        now = self.clock()
+        replica.record.ttft(now, now - began)
+        before = replica.breaker.state
+        replica.breaker.answered(now)
+        self._turned(replica, before)
+
+    def completed(self, replica: Replica) -> None:
+        """A request's answer is whole."""
+        now = self.clock()
+        replica.record.result(now, fault=False)
+        replica.breaker.completed()
+        self._judge(now)
+
+    def failed(self, replica: Replica, epoch: int, reason: str) -> None:
+        """A request's try failed; the worker last lived for it at the breaker's `epoch`."""
+        now = self.clock()
+        before = replica.breaker.state
+        if replica.breaker.failed(epoch, blame(reason), now):
+            replica.record.result(now, fault=True)
+            self._turned(replica, before, reason)
+            self._judge(now)
+
+    def probed(self, replica: Replica, *, well: bool) -> None:
+        """What a probe of an open or half-open replica found."""
+        before = replica.breaker.state
+        replica.breaker.probed(well=well, now=self.clock())
+        self._turned(replica, before)
+
+    def released(self, replica: Replica) -> None:
+        """A request is no longer there."""
+        if not replica.requests:
+            self._leaving.pop(replica.endpoint, None)
+
+    def _turned(self, replica: Replica, before: State, reason: str = "") -> None:
+        state = replica.breaker.state
+        if state is before:
+            return
+        fields = {"replica": replica.endpoint.name, "from": before.value, "to": state.value}
+        log.info("breaker", extra={"fields": fields | ({"reason": reason} if reason else {})})
+        self._changed.set()
+        if state is State.OPEN and reason:
+            self._metrics.breaker_opened(reason)
+            self._on_open(replica)
+
+    def _judge(self, now: float) -> None:
+        """Ejects who does visibly worse than the others."""
+        if now - self._judged < _JUDGE_EVERY_S:
+            return
+        self._judged = now
+        serving = [r for r in self._replicas.values() if not r.draining]
+        for index, cause in outliers([r.record.view(now) for r in serving], self._rules):
+            serving[index].record.eject(now, self._rules)
+            self._metrics.ejected(cause)
+            fields = {"replica": serving[index].endpoint.name, "cause": cause}
+            log.warning("replica is ejected", extra={"fields": fields})

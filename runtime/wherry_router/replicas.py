@@ -8,9 +8,11 @@ from contextlib import aclosing
 import msgspec
 
 from wherry_protocol.openai.errors import ApiError
+from wherry_protocol.router_report import ReplicaReport
 from wherry_protocol.worker import ErrorEvent, Event, ExecuteRequest, Token
 from wherry_router.metrics import RouterMetrics
-from wherry_router.pool import Lease, Pool, Replica
+from wherry_router.pool import Pool, Replica
+from wherry_router.resilience.prober import Prober
 from wherry_router.settings import Limits
 from wherry_router.upstream import QueueFull, Upstream, WorkerFault
 
@@ -18,21 +20,17 @@ log = logging.getLogger("wherry.router")
 
 _encode = msgspec.json.Encoder().encode
 _BYTES_PER_TOKEN = 4
-_PROBE_EVERY_S = 0.5
 
 
 class Replicas:
     """A `Backend` over the pool."""
 
     def __init__(self, upstream: Upstream, limits: Limits, metrics: RouterMetrics) -> None:
-        self.pool = Pool(on_suspect=self._watch_suspect)
+        self._prober = Prober(upstream.ask)
+        self.pool = Pool(limits, metrics, on_open=lambda replica: self._prober.watch(self.pool, replica))
         self._upstream = upstream
         self._limits = limits
         self._metrics = metrics
-        self._probes: set[asyncio.Task[None]] = set()
-        metrics.outstanding.set_function(lambda: sum(r.outstanding_tokens for r in self.pool.replicas()))
-        metrics.replicas.labels("routable").set_function(lambda: sum(not r.suspect for r in self.pool.replicas()))
-        metrics.replicas.labels("suspect").set_function(lambda: sum(r.suspect for r in self.pool.replicas()))
 
     def unready(self) -> str | None:
         """A router is ready once it knows which replicas there are, even if there are none."""
@@ -40,9 +38,11 @@ class Replicas:
 
     async def close(self) -> None:
         """Ends the probes."""
-        for probe in self._probes:
-            probe.cancel()
-        await asyncio.gather(*self._probes, return_exceptions=True)
+        await self._prober.close()
+
+    def report(self) -> list[ReplicaReport]:
+        """What the operator is told of each replica."""
+        return self.pool.report()
 
     async def generate(
         self, request: ExecuteRequest, correlation_id: str, *, replayable: bool
@@ -54,14 +54,12 @@ class Replicas:
         fault: WorkerFault | None = None
         full: QueueFull | None = None
         while len(tried) < self._limits.max_tries:
-            replica = await self._choose(tried)
+            replica = await self._next(tried, fault)
             if replica is None:
                 break
-            if fault is not None:
-                self._metrics.retried(fault.reason)
             tried.append(replica)
             emitted = False
-            lease = Lease(replica, len(body) // _BYTES_PER_TOKEN, request.sampling.max_tokens)
+            lease = self.pool.lease(replica, len(body) // _BYTES_PER_TOKEN, request.sampling.max_tokens)
             try:
                 async with aclosing(self._upstream.execute(replica, body, correlation_id, deadline)) as events:
                     async for event in events:
@@ -75,6 +73,7 @@ class Replicas:
             except WorkerFault as error:
                 fault = error
                 full = error if isinstance(error, QueueFull) else full
+                lease.failed(fault.reason)
                 self._note(replica, fault, request.id, correlation_id)
             finally:
                 lease.release()
@@ -82,11 +81,28 @@ class Replicas:
                 self._metrics.lost.inc()
                 yield ErrorEvent(code="worker_lost", message="The replica that was answering is gone.", retryable=True)
                 return
-        raise _exhausted(fault, full)
+        raise self._exhausted(fault, full, tried)
+
+    async def _next(self, tried: list[Replica], fault: WorkerFault | None) -> Replica | None:
+        """The replica of the next try; None: there is none, or the budget allows no retry."""
+        replica = await self._choose(tried)
+        if replica is None or fault is None:
+            return replica
+        pause = self.pool.retry_pause(fault.reason, len(tried) - 1)
+        if pause is None:
+            return None
+        if pause:
+            await asyncio.sleep(pause)
+            replica = self.pool.choose(tried)
+        self._metrics.retried(fault.reason)
+        return replica
 
     async def _choose(self, tried: list[Replica]) -> Replica | None:
         replica = self.pool.choose(tried)
         if replica is None and not tried:
+            # Where only room is missing the answer is 429 at once: the client's pause is worth more than the router's.
+            if self.pool.lacks_room(tried):
+                return None
             await self.pool.wait(self._limits.no_replica_wait_s)
             replica = self.pool.choose(tried)
         return replica
@@ -100,27 +116,13 @@ class Replicas:
             "correlation_id": correlation_id,
         }
         log.warning("try failed", extra={"fields": fields})
-        if fault.suspect:
-            self.pool.mark_suspect(replica)
 
-    def _watch_suspect(self, replica: Replica) -> None:
-        probe = asyncio.get_running_loop().create_task(self._until_well(replica))
-        self._probes.add(probe)
-        probe.add_done_callback(self._probes.discard)
-
-    async def _until_well(self, replica: Replica) -> None:
-        """Asks a suspect until it is ready again or discovery drops it."""
-        while self.pool.has(replica):
-            if await self._upstream.ask(replica.endpoint.url, "/ready"):
-                replica.suspect = False
-                log.info("replica is well again", extra={"fields": {"replica": replica.endpoint.name}})
-                return
-            await asyncio.sleep(_PROBE_EVERY_S)
-
-
-def _exhausted(fault: WorkerFault | None, full: QueueFull | None) -> ApiError:
-    if full is not None:
-        return full.refusal
-    if fault is None:
-        return ApiError(503, "no_replica", "No replica of the model is ready.", retry_after_s=2)
-    return ApiError(503, "no_replica", "No replica could answer; the last one failed.", retry_after_s=1)
+    def _exhausted(self, fault: WorkerFault | None, full: QueueFull | None, tried: list[Replica]) -> ApiError:
+        if full is not None:
+            return full.refusal
+        if self.pool.lacks_room(tried):
+            self._metrics.bulkhead_refusals.inc()
+            return ApiError(429, "replicas_busy", "Every replica has as many requests as it may have.", retry_after_s=1)
+        if fault is None:
+            return ApiError(503, "no_replica", "No replica of the model is ready.", retry_after_s=2)
+        return ApiError(503, "no_replica", "No replica could answer; the last one failed.", retry_after_s=1)

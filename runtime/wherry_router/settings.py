@@ -18,3 +18,18 @@ class Limits(msgspec.Struct, kw_only=True, frozen=True):
     stall_s: float = 2.0
     probe_timeout_s: float = 1.0
     connect_timeout_s: float = 2.0
+    # Bulkhead: above what a worker takes at its defaults (64 running, 256 queued), so that its own bound speaks first.
+    max_per_replica: int = 512
+    # Breaker: failed requests in a row; seconds after which it lets a request try though no probe succeeded.
+    breaker_faults: int = 3
+    breaker_max_open_s: float = 30.0
+    # Outlier ejection: share of the pool at most, seconds of the first time, and what is too much.
+    eject_share: float = 0.34
+    eject_s: float = 15.0
+    eject_fault_rate: float = 0.3
+    eject_ttft_factor: float = 5.0
+    # Retries: share of the requests of ten seconds, and a few a second.
+    retry_share: float = 0.2
+    retry_min_per_s: float = 10.0
+    # Share of replicas that look bad, over which all of them are used again.
+    panic_share: float = 0.67

@@ -10,7 +10,6 @@ from typing import Protocol, TypeVar
 class Candidate(Protocol):
     """What the choice looks at."""
 
-    suspect: bool  # it failed lately and has not answered since
     outstanding_tokens: int
     requests: int
     last_chosen: int  # number of the last choice that fell on it
@@ -21,4 +20,4 @@ C = TypeVar("C", bound=Candidate)
 
 def choose(candidates: Iterable[C]) -> C | None:
     """The best of `candidates`; ties go to fewer requests, then to who waited longest for its turn."""
-    return min(candidates, key=lambda c: (c.suspect, c.outstanding_tokens, c.requests, c.last_chosen), default=None)
+    return min(candidates, key=lambda c: (c.outstanding_tokens, c.requests, c.last_chosen), default=None)
