@@ -36,6 +36,8 @@ ENV_GROUP = "WHERRY_GROUP"  # the group's key; one of an older incarnation is re
 ENV_GROUP_SIZE = "LWS_GROUP_SIZE"
 ENV_WORKER_INDEX = "LWS_WORKER_INDEX"
 ENV_LEADER_ADDRESS = "LWS_LEADER_ADDRESS"
+# In the termination message of a rank that ended only because another one of its group did.
+EXIT_PEER_LOST = "peer lost"
 ENV_SAMPLE_MODELS = "WHERRY_SAMPLE_MODELS"
 ENV_MEMORY_LIMIT = "WHERRY_MEMORY_LIMIT"  # in bytes, where no cgroup says it
 

@@ -146,7 +146,7 @@ CASES = [
 def test_case(case: Case) -> None:
     plan = plan_groups(tuple(case.pods), case.replicas, "new", case.surge, case.unavailable, NOW)
     assert len(plan.creations) == case.creates
-    assert sorted(deletion.pod.name for deletion in plan.deletions) == case.deletes
+    assert sorted(deletion.group.name for deletion in plan.deletions) == case.deletes
     assert sorted(entry.target for entry in plan.pending) == sorted(case.pending)
     assert plan.retry_after == case.retry
     assert all(action.reason for action in [*plan.creations, *plan.deletions, *plan.pending])
@@ -189,7 +189,7 @@ def test_any_history_keeps_the_bounds_and_ends_well(seed: int) -> None:
         before = {p.name: p for p in pods}
         plan = plan_groups(tuple(pods), replicas, "new", surge, unavailable, NOW)
         ready = sum(p.ready for p in pods)
-        taken = [d for d in plan.deletions if d.pod.ready and d.pod.revision != "new"]
+        taken = [d for d in plan.deletions if d.group.ready and d.group.revision != "new"]
         assert not taken or ready - len(taken) >= replicas - unavailable
         assert len(pods) + len(plan.creations) - len(plan.deletions) <= max(len(pods), replicas + surge)
         todo = [*plan.creations, *plan.deletions]
@@ -198,7 +198,7 @@ def test_any_history_keeps_the_bounds_and_ends_well(seed: int) -> None:
                 number += 1
                 pods.append(pending(f"p{number}"))
             else:
-                pods.remove(before[action.pod.name])  # type: ignore[union-attr]
+                pods.remove(before[action.group.name])  # type: ignore[union-attr]
         pods = [replace(p, ready=p.phase != "Failed" and (calm or rng.random() < 0.7)) for p in pods]
         if not calm and pods and rng.random() < 0.2:
             lost = rng.randrange(len(pods))

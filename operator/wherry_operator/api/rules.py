@@ -81,6 +81,20 @@ ROLLOUT = rules(
     ),
 )
 
+PARALLELISM = rules(
+    rule(
+        "!has(self.ranksPerPod) || self.tensor % self.ranksPerPod == 0",
+        "parallelism.ranksPerPod must divide parallelism.tensor: a replica is tensor / ranksPerPod whole pods",
+    ),
+)
+
+NODE_UNREACHABLE = rules(
+    rule(
+        "duration(self) >= duration('2s') && duration(self) <= duration('5m')",
+        "nodeUnreachable must be from 2s to 5m: shorter gaps are hiccups of a network, not lost nodes",
+    ),
+)
+
 WINDOW = rules(rule("duration(self) <= duration('1h')", "stabilizationWindow must be at most 1h"))
 
 RESOURCES = rules(

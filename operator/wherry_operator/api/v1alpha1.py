@@ -183,6 +183,45 @@ class RolloutStrategy(CamelModel):
     )
 
 
+class Parallelism(CamelModel):
+    """How one replica is split over ranks. A replica is a group of tensor / ranksPerPod pods."""
+
+    tensor: int = Field(1, description="Ranks that share every layer of one replica (tensor parallelism).", ge=1, le=64)
+    ranks_per_pod: int | None = Field(
+        None,
+        description="Ranks in one pod; must divide tensor. Defaults to tensor: all ranks of a replica in one pod. "
+        "With 1 every rank has a pod of its own, and the pods may sit on different nodes.",
+        ge=1,
+        le=64,
+    )
+
+    @property
+    def pods(self) -> int:
+        """Pods in one group."""
+        return self.tensor // (self.ranks_per_pod or self.tensor)
+
+
+class Failover(CamelModel):
+    """What happens when a part of a replica dies."""
+
+    node_unreachable: Duration = Field(
+        "5s",
+        description="How long a pod must be out of reach, while its node shows no life either, before its replica is "
+        "given up and replaced on another node; 2s to 5m.",
+        json_schema_extra=rules.NODE_UNREACHABLE,
+    )
+    max_group_restarts: int = Field(
+        5,
+        description="How often a replica may crash and restart in place before it is replaced by a new one.",
+        ge=0,
+        le=1000,
+    )
+    resume: bool = Field(
+        True,
+        description="Whether the router goes on with a stream on another replica when the one that it ran on is lost.",
+    )
+
+
 class LLMDeploymentSpec(CamelModel):
     """What should run."""
 
@@ -208,6 +247,11 @@ class LLMDeploymentSpec(CamelModel):
         description="Lets the number of replicas follow the load. Not together with replicas.",
         json_schema_extra=rules.SCALING,
     )
+    parallelism: Parallelism = Field(
+        default_factory=Parallelism,
+        description="How one replica is split over ranks.",
+        json_schema_extra=EMPTY | rules.PARALLELISM,
+    )
     batching: Batching = Field(
         default_factory=Batching, description="How each engine batches requests.", json_schema_extra=EMPTY
     )
@@ -220,6 +264,11 @@ class LLMDeploymentSpec(CamelModel):
         default_factory=RolloutStrategy,
         description="How pods are exchanged when anything about them changes.",
         json_schema_extra={"default": {"maxSurge": 1, "maxUnavailable": 0, "drainTimeout": "5m"}} | rules.ROLLOUT,
+    )
+    failover: Failover = Field(
+        default_factory=Failover,
+        description="What happens when a part of a replica dies.",
+        json_schema_extra=EMPTY,
     )
     resources: ResourceRequirements | None = Field(
         None,

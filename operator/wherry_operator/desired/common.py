@@ -12,6 +12,8 @@ MANAGER = "wherry-operator"
 ANNOTATION_APPLIED = f"{naming.DOMAIN}/applied"
 ANNOTATION_TOKEN = f"{naming.DOMAIN}/token"
 ANNOTATION_FAILURES = f"{naming.DOMAIN}/failures"
+ANNOTATION_CAUSE = f"{naming.DOMAIN}/failed-before"
+ANNOTATION_AVOID = f"{naming.DOMAIN}/avoided-nodes"
 # Kept free at the end of the grace period, so that a runtime that uses its whole drain timeout still exits by itself.
 GRACE_MARGIN_S = 10
 

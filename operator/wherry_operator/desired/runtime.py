@@ -1,12 +1,15 @@
 """The runtime's pods: spec → pod template → pod. Pure."""
 
 import copy
+from dataclasses import dataclass
 from typing import Any
 
 from wherry_operator.api.kube import parse_duration
 from wherry_operator.api.resource import InvalidSpecError, LLMDeployment
 from wherry_operator.api.v1alpha1 import LLMDeploymentSpec
 from wherry_operator.desired.common import (
+    ANNOTATION_AVOID,
+    ANNOTATION_CAUSE,
     ANNOTATION_FAILURES,
     ANNOTATION_TOKEN,
     GRACE_MARGIN_S,
@@ -28,6 +31,8 @@ CONTAINER = "runtime"
 MODELS_DIR = "/models"
 # Kubernetes' own default is 300 s: far too long to wait for a replacement of a replica that nobody can reach.
 NODE_LOST_SECONDS = 10
+# Of a cause that is written on the pod that takes over.
+MAX_CAUSE = 300
 # The scheduler spreads pods of Services and ReplicaSets by itself; runtime pods belong to neither.
 SPREAD = {"maxSkew": 1, "topologyKey": "kubernetes.io/hostname", "whenUnsatisfiable": "ScheduleAnyway"}
 
@@ -37,6 +42,8 @@ def engine_config(spec: LLMDeploymentSpec) -> EngineConfig:
     given = spec.batching.model_dump(exclude_none=True)
     if (memory := given.pop("kv_cache_memory", None)) is not None:
         given["kv_cache_bytes"] = int(parse_quantity(memory))
+    if (tensor := spec.parallelism.tensor) > 1:
+        given |= {"tensor_parallel": tensor, "ranks_per_pod": tensor // spec.parallelism.pods}
     return EngineConfig(
         model_name=spec.model.name,
         model_uri=container_uri(spec.model.uri),
@@ -122,8 +129,8 @@ def _pod_spec(owner: LLMDeployment, spec: LLMDeploymentSpec, settings: RenderSet
         "image": spec.image or settings.runtime_image,
         "command": ["wherry-runtime"],
         "args": to_args(engine_config(spec)),
-        "env": environment(owner),
-        "ports": [{"name": "http", "containerPort": naming.WORKER_PORT, "protocol": "TCP"}],
+        "env": [*environment(owner), *_group_environment(spec)],
+        "ports": _ports(spec),
         # /health answers from the moment that the process listens, also while it loads the model.
         "startupProbe": probe("/health", period=2, failures=90),
         "livenessProbe": probe("/health", period=5, failures=6),
@@ -156,6 +163,30 @@ def _pod_spec(owner: LLMDeployment, spec: LLMDeploymentSpec, settings: RenderSet
     return pod
 
 
+def _group_environment(spec: LLMDeploymentSpec) -> list[dict[str, Any]]:
+    """Which group the pod is of; in a group of several pods also its place in it. `pod` adds the leader's address."""
+
+    def label(name: str, key: str) -> dict[str, Any]:
+        path = f"metadata.labels['{key}']"
+        return {"name": name, "valueFrom": {"fieldRef": {"apiVersion": "v1", "fieldPath": path}}}
+
+    own = [label(naming.ENV_GROUP, naming.LABEL_GROUP)]
+    if (pods := spec.parallelism.pods) == 1:
+        return own
+    return [
+        *own,
+        {"name": naming.ENV_GROUP_SIZE, "value": str(pods)},
+        label(naming.ENV_WORKER_INDEX, naming.LABEL_RANK),
+    ]
+
+
+def _ports(spec: LLMDeploymentSpec) -> list[dict[str, Any]]:
+    ports = [{"name": "http", "containerPort": naming.WORKER_PORT, "protocol": "TCP"}]
+    if spec.parallelism.pods > 1:
+        ports.append({"name": "group", "containerPort": naming.GROUP_PORT, "protocol": "TCP"})
+    return ports
+
+
 def _tolerations(spec: LLMDeploymentSpec) -> list[dict[str, Any]]:
     given = [toleration.to_wire() for toleration in spec.tolerations or []]
     named = {toleration.get("key") for toleration in given}
@@ -172,17 +203,72 @@ def revision_of(template: dict[str, Any]) -> str:
     return digest(template)
 
 
-def pod(owner: LLMDeployment, template: dict[str, Any], group: str, rank: int = 0, failures: int = 0) -> dict[str, Any]:
-    """One pod of a group. `failures`: how many of its predecessors failed in a row."""
+@dataclass(frozen=True)
+class Origin:
+    """Why and how a pod is made, as it is written on it.
+
+    `leader`: IP of the group's pod 0, for the others. `failures`: groups before this one that failed in a row, and
+    `cause` what the last of them died of. `avoid`: nodes that are lost, where it must not be bound.
+    """
+
+    leader: str = ""
+    failures: int = 0
+    cause: str = ""
+    avoid: tuple[str, ...] = ()
+
+
+def pod(
+    owner: LLMDeployment, template: dict[str, Any], group: str, index: int = 0, origin: Origin | None = None
+) -> dict[str, Any]:
+    """Pod number `index` of a group."""
+    origin = origin or Origin()
     metadata = copy.deepcopy(template.get("metadata", {}))
-    metadata["name"] = f"{owner.name}-{group}-{rank}"
+    metadata["name"] = pod_name(owner, group, index)
     metadata["namespace"] = owner.namespace
     metadata["labels"] |= {
         naming.LABEL_GROUP: group,
-        naming.LABEL_RANK: str(rank),
+        naming.LABEL_RANK: str(index),
         naming.LABEL_REVISION: revision_of(template),
     }
-    if failures:
-        metadata.setdefault("annotations", {})[ANNOTATION_FAILURES] = str(failures)
+    notes = {
+        ANNOTATION_FAILURES: str(origin.failures or ""),
+        ANNOTATION_CAUSE: origin.cause[:MAX_CAUSE],
+        ANNOTATION_AVOID: ",".join(origin.avoid),
+    }
+    if notes := {key: value for key, value in notes.items() if value}:
+        metadata.setdefault("annotations", {}).update(notes)
     metadata["ownerReferences"] = [owner.owner_reference()]
-    return {"apiVersion": "v1", "kind": "Pod", "metadata": metadata, "spec": copy.deepcopy(template["spec"])}
+    spec = copy.deepcopy(template["spec"])
+    _tell_leader(spec, index, origin.leader)
+    _avoid(spec, origin.avoid)
+    return {"apiVersion": "v1", "kind": "Pod", "metadata": metadata, "spec": spec}
+
+
+def pod_name(owner: LLMDeployment, group: str, index: int) -> str:
+    """Name of pod number `index` of `group`."""
+    return f"{owner.name}-{group}-{index}"
+
+
+def _tell_leader(spec: dict[str, Any], index: int, leader: str) -> None:
+    """Adds the leader's address to the engine's container, in groups of several pods."""
+    container = next(c for c in spec["containers"] if c["name"] == CONTAINER)
+    env = container.get("env", [])
+    at = next((i for i, entry in enumerate(env) if entry["name"] == naming.ENV_WORKER_INDEX), None)
+    if at is None:
+        return
+    own = {"valueFrom": {"fieldRef": {"apiVersion": "v1", "fieldPath": "status.podIP"}}}
+    address = own if index == 0 else {"value": leader}
+    env.insert(at + 1, {"name": naming.ENV_LEADER_ADDRESS, **address})
+
+
+def _avoid(spec: dict[str, Any], nodes: tuple[str, ...]) -> None:
+    """Keeps the pod off `nodes`: the scheduler does not know yet that they are lost."""
+    if not nodes:
+        return
+    # The API server takes one value only for each requirement on a field; those of a term must all hold.
+    fields = [{"key": "metadata.name", "operator": "NotIn", "values": [node]} for node in nodes]
+    affinity = spec.setdefault("affinity", {}).setdefault("nodeAffinity", {})
+    required = affinity.setdefault("requiredDuringSchedulingIgnoredDuringExecution", {})
+    # Terms are alternatives, so each of them has to say it.
+    terms = required.get("nodeSelectorTerms") or [{}]
+    required["nodeSelectorTerms"] = [term | {"matchFields": [*term.get("matchFields", []), *fields]} for term in terms]

@@ -9,7 +9,7 @@ from datetime import datetime
 from wherry_operator.api.resource import FINALIZER, InvalidSpecError
 from wherry_operator.api.v1alpha1 import LLMDeploymentSpec, PendingAction
 from wherry_operator.desired.objects import Desired, render
-from wherry_operator.desired.runtime import pod
+from wherry_operator.desired.runtime import Origin, pod
 from wherry_operator.planning.groups import bounds, plan_groups
 from wherry_operator.planning.objects import name_conflict, object_actions, owned, teardown_actions
 from wherry_operator.planning.types import Action, Observed, Plan, Problem, Scale, Settings
@@ -61,12 +61,20 @@ def _with_groups(
 ) -> Plan:
     strategy = spec.rollout_strategy
     surge, unavailable = bounds(strategy.max_surge, strategy.max_unavailable, scale.replicas)
-    groups = plan_groups(observed.pods, scale.replicas, desired.revision, surge, unavailable, now)
+    most = spec.failover.max_group_restarts
+    groups = plan_groups(observed.pods, scale.replicas, desired.revision, surge, unavailable, now, max_restarts=most)
     for creation in groups.creations:
-        body = pod(observed.owner, desired.template, new_group(), failures=creation.failures)
+        origin = Origin(failures=creation.failures, cause=creation.cause, avoid=observed.lost_nodes)
+        body = pod(observed.owner, desired.template, new_group(), origin=origin)
         actions.append(Action("create", "Pod", body["metadata"]["name"], creation.reason, body=body))
+    for addition in groups.additions:
+        origin = Origin(leader=addition.leader, avoid=observed.lost_nodes)
+        body = pod(observed.owner, desired.template, addition.group.key, addition.index, origin)
+        actions.append(Action("create", "Pod", body["metadata"]["name"], addition.reason, body=body))
     for deletion in groups.deletions:
-        actions.append(Action("delete", "Pod", deletion.pod.name, deletion.reason, uid=deletion.pod.uid))
+        for member in deletion.group.pods:
+            if not member.deleting:
+                actions.append(Action("delete", "Pod", member.name, deletion.reason, uid=member.uid))
     return Plan(observed, scale, desired.revision, tuple(actions), groups.pending, retry_after=groups.retry_after)
 
 

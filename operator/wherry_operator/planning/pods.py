@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any
 
-from wherry_operator.desired.common import ANNOTATION_FAILURES
+from wherry_operator.desired.common import ANNOTATION_CAUSE, ANNOTATION_FAILURES
 from wherry_operator.desired.runtime import CONTAINER
 from wherry_protocol import naming
 
@@ -30,11 +30,21 @@ class ContainerState:
     exit_reason: str = ""
     exit_message: str = ""
     started: datetime | None = None
+    # The run that ended last: when, and how many seconds it took.
+    exited: datetime | None = None
+    ran_s: float = 0.0
 
 
 @dataclass(frozen=True)
 class PodView:
-    """One runtime pod. Times are UTC; `created` is what the API server wrote."""
+    """One runtime pod. Times are UTC; `created` is what the API server wrote.
+
+    `containers_ready`: since when every container is ready; None while one is not. `gated`: it has the readiness gate
+    and nobody has opened it yet. `drain`: by when a pod that is marked to go has to be free; None without a mark.
+    `index` is its place in its group, of `group_size` pods; `leader` the address of pod 0 that it was made with.
+    `restarts` are those of the engine's container. `failed_before`: what the group before this one died of.
+    `lost_because`: why the operator holds its node for lost; not the pod's own word, see failover.py.
+    """
 
     name: str
     uid: str
@@ -53,11 +63,31 @@ class PodView:
     was_ready: bool = False
     finished: datetime | None = None
     container: ContainerState = ContainerState()
+    containers_ready: datetime | None = None
+    gated: bool = False
+    drain: datetime | None = None
+    index: int = 0
+    group_size: int = 1
+    leader: str = ""
+    host_ip: str = ""
+    restarts: int = 0
+    failed_before: str = ""
+    lost_because: str = ""
+
+    @property
+    def ended(self) -> bool:
+        """Whether it says of itself that the kubelet will not bring it back."""
+        return self.phase in TERMINAL_PHASES or self.reason in LOST_REASONS
 
     @property
     def lost(self) -> bool:
-        """Whether the kubelet will not bring it back: it ended, or its node is gone."""
-        return self.phase in TERMINAL_PHASES or self.reason in LOST_REASONS
+        """Whether nobody will bring it back: it ended, or its node is gone."""
+        return self.ended or bool(self.lost_because)
+
+    @property
+    def blames_peer(self) -> bool:
+        """Whether its container ended only because another rank of its group did, by its own last words."""
+        return naming.EXIT_PEER_LOST in self.container.exit_message
 
     @classmethod
     def from_raw(cls, raw: dict[str, Any]) -> "PodView":
@@ -70,7 +100,7 @@ class PodView:
         container = _worst_container(status)
         created = parse_time(metadata.get("creationTimestamp")) or datetime.fromtimestamp(0, UTC)
         changed = parse_time(ready.get("lastTransitionTime"))
-        failures = annotations.get(ANNOTATION_FAILURES, "0")
+        environment = _environment(raw)
         unschedulable = scheduled.get("status") == "False" and scheduled.get("reason") == "Unschedulable"
         return cls(
             name=metadata["name"],
@@ -86,12 +116,60 @@ class PodView:
             reason=status.get("reason", ""),
             message=status.get("message", ""),
             unschedulable=scheduled.get("message", "no node fits") if unschedulable else "",
-            failures=int(failures) if failures.isdigit() else 0,
+            failures=_number(annotations.get(ANNOTATION_FAILURES, "")),
             # The kubelet sets Ready=False before the container starts, so a later change means that it was True once.
             was_ready=bool(changed and container.started and changed > container.started),
             finished=max(created, _finished(status, conditions) or created),
             container=container,
+            containers_ready=_containers_ready(status, conditions, created),
+            gated=_gated(raw, conditions),
+            drain=_drain(annotations, created),
+            index=_number(labels.get(naming.LABEL_RANK, "")),
+            group_size=_number(environment.get(naming.ENV_GROUP_SIZE, "")) or 1,
+            leader=environment.get(naming.ENV_LEADER_ADDRESS, ""),
+            host_ip=status.get("hostIP", ""),
+            restarts=_restarts(status),
+            failed_before=annotations.get(ANNOTATION_CAUSE, ""),
         )
+
+
+def _containers_ready(status: dict[str, Any], conditions: dict[str, Any], created: datetime) -> datetime | None:
+    if condition := conditions.get("ContainersReady"):
+        since = parse_time(condition.get("lastTransitionTime")) or created
+        return since if condition.get("status") == "True" else None
+    states = status.get("containerStatuses", [])
+    return created if states and all(state.get("ready") for state in states) else None
+
+
+def _gated(raw: dict[str, Any], conditions: dict[str, Any]) -> bool:
+    gates = [gate.get("conditionType") for gate in raw.get("spec", {}).get("readinessGates") or []]
+    return naming.GATE_ROUTABLE in gates and conditions.get(naming.GATE_ROUTABLE, {}).get("status") != "True"
+
+
+def _drain(annotations: dict[str, str], created: datetime) -> datetime | None:
+    if (text := annotations.get(naming.ANNOTATION_DRAIN)) is None:
+        return None
+    try:
+        deadline = datetime.fromisoformat(text)
+    except ValueError:
+        return created  # somebody wrote something else there: a mark all the same, and its time is over
+    return deadline if deadline.tzinfo else deadline.replace(tzinfo=UTC)
+
+
+def _number(text: str) -> int:
+    return int(text) if text.isdigit() else 0
+
+
+def _environment(raw: dict[str, Any]) -> dict[str, str]:
+    """The engine's variables that have plain values."""
+    containers = raw.get("spec", {}).get("containers", [])
+    engine: dict[str, Any] = next((c for c in containers if c.get("name") == CONTAINER), {})
+    return {entry["name"]: entry.get("value", "") for entry in engine.get("env") or []}
+
+
+def _restarts(status: dict[str, Any]) -> int:
+    engine = (s for s in status.get("containerStatuses", []) if s.get("name") == CONTAINER)
+    return max((state.get("restartCount", 0) for state in engine), default=0)
 
 
 def _worst_container(status: dict[str, Any]) -> ContainerState:
@@ -106,6 +184,7 @@ def _container(raw: dict[str, Any]) -> ContainerState:
     state = raw.get("state", {})
     waiting, running = state.get("waiting", {}), state.get("running", {})
     ended = state.get("terminated") or raw.get("lastState", {}).get("terminated") or {}
+    exited, began = parse_time(ended.get("finishedAt")), parse_time(ended.get("startedAt"))
     # A container that runs again after a restart is judged by what it does now, unless it keeps on falling.
     return ContainerState(
         name=raw.get("name", ""),
@@ -116,6 +195,8 @@ def _container(raw: dict[str, Any]) -> ContainerState:
         exit_reason=ended.get("reason", ""),
         exit_message=(ended.get("message") or "").strip(),
         started=parse_time(running.get("startedAt")),
+        exited=exited,
+        ran_s=(exited - began).total_seconds() if exited and began else 0.0,
     )
 
 

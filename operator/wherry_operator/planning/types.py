@@ -8,7 +8,7 @@ from wherry_operator.api.v1alpha1 import PendingAction
 from wherry_operator.desired.common import RenderSettings
 from wherry_operator.planning.pods import PodView
 
-Verb = Literal["create", "apply", "delete", "finalizers"]
+Verb = Literal["create", "apply", "delete", "finalizers", "annotate", "condition"]
 
 
 @dataclass(frozen=True)
@@ -16,7 +16,9 @@ class Action:
     """One write to the API server.
 
     `create` and `apply` carry the object in `body`; `delete` names it and its `uid`; `finalizers` sets the
-    LLMDeployment's own finalizers to `finalizers`.
+    LLMDeployment's own finalizers to `finalizers`. `annotate` sets the annotations in `body` (None removes one) and
+    `condition` the one condition in `body`, both of the object with that `uid` and of no other. `event`: the reason of
+    the Event that tells of it, where the verb alone would not say enough.
     """
 
     verb: Verb
@@ -26,6 +28,7 @@ class Action:
     body: dict[str, Any] | None = field(default=None, repr=False)
     uid: str = ""
     finalizers: tuple[str, ...] = ()
+    event: str = ""
 
 
 @dataclass(frozen=True)
@@ -51,8 +54,9 @@ class Scale:
 class Observed:
     """An exact snapshot of what exists for one LLMDeployment.
 
-    `pods` run the model. `objects` are the raw children other than pods, by (kind, name); they may belong to someone
-    else. `token` is None where there is no Secret.
+    `pods` run the model; those with `lost_because` are on `lost_nodes`, where nothing may be put. `isolated`: why the
+    operator trusts its own view of nodes no longer, and so holds none for lost; empty if it does. `objects` are the raw
+    children other than pods, by (kind, name); they may be someone else's. `token` is None where there is no Secret.
     """
 
     owner: LLMDeployment
@@ -60,6 +64,8 @@ class Observed:
     router_pods: tuple[PodView, ...] = ()
     objects: dict[tuple[str, str], dict[str, Any]] = field(default_factory=dict)
     token: str | None = None
+    lost_nodes: tuple[str, ...] = ()
+    isolated: str = ""
 
 
 @dataclass(frozen=True)
