@@ -1,6 +1,9 @@
 """What happened in one episode, as a list of records: what was asked, what should come, every chunk that a client saw,
 every fault, and what was left on the workers. One JSON object a line, so that a failing one can be kept and read."""
 
+import asyncio
+import heapq
+import itertools
 import time
 from pathlib import Path
 from typing import Any, Literal
@@ -76,20 +79,43 @@ _decode = msgspec.json.Decoder(Event).decode
 
 
 class Recorder:
-    """Takes records in the order they happen."""
+    """Takes records in the order they happen, and wakes those who wait for a number of chunks."""
 
     def __init__(self) -> None:
         self._began = time.monotonic()
+        self._waiting: list[tuple[float, int, asyncio.Future[None]]] = []
+        self._numbers = itertools.count()
         self.events: list[Event] = []
         self.chunks = 0
 
     def now(self) -> float:
+        """Seconds since the episode began."""
         return time.monotonic() - self._began
 
     def add(self, kind: type[Record], **fields: Any) -> None:
         """Records one event, now."""
-        self.chunks += kind is Chunk
         self.events.append(kind(t=self.now(), **fields))  # type: ignore[arg-type]
+        if kind is Chunk:
+            self.chunks += 1
+            self._wake(self.chunks)
+
+    def finish(self) -> None:
+        """No more chunks will come: nobody waits in vain."""
+        self._wake(float("inf"))
+
+    async def reached(self, chunks: float) -> None:
+        """Returns once so many chunks came, or none will come any more."""
+        if self.chunks >= chunks:
+            return
+        future = asyncio.get_running_loop().create_future()
+        heapq.heappush(self._waiting, (chunks, next(self._numbers), future))
+        await future
+
+    def _wake(self, chunks: float) -> None:
+        while self._waiting and self._waiting[0][0] <= chunks:
+            future = heapq.heappop(self._waiting)[2]
+            if not future.done():
+                future.set_result(None)
 
 
 def save(events: list[Event], path: Path) -> None:

@@ -217,3 +217,8 @@ def _repeats(want: Sequence[str], got: Sequence[str], at: int) -> bool:
 def _excerpt(items: Sequence[str], at: int) -> str:
     part = items[at : at + 8]
     return repr(part) if len(part) else END
+
+
+def streamed_pieces(body: dict[str, Any]) -> int:
+    """About how many chunks the answer has when it is streamed."""
+    return int(body["usage"]["completion_tokens"]) + 2 * len(body["choices"])
