@@ -17,6 +17,7 @@ from tests.runtime.random_models import CASES
 
 from wherry_protocol.worker import ChatMessage, End, ExecuteRequest, Metrics, Prompt, SamplingParams, Started, Token
 from wherry_runtime.engine.async_engine import AsyncEngine, ModelError, RequestError
+from wherry_runtime.engine.resume import digest_of
 from wherry_runtime.engine.runner import ModelRunner, Prepared
 from wherry_runtime.engine.sampling import BadLogitsError, Sampled
 from wherry_runtime.scheduling.scheduler import Scheduler
@@ -60,7 +61,9 @@ class TestAnswers:
         answer = await ask(engine, [1, 2, 3], temperature=0, max_tokens=10, seed=5)
         kinds = [type(e) for e in answer.events]
         assert kinds == [Started, *[Token] * (len(kinds) - 3), Metrics, End]
-        assert answer.started == Started(id="r", prompt_tokens=3, cached_tokens=0, seed=5)
+        assert answer.started == Started(
+            id="r", prompt_tokens=3, cached_tokens=0, seed=5, prompt_digest=digest_of([1, 2, 3])
+        )
         tokens = [e for e in answer.events if isinstance(e, Token)]
         assert [t.index for t in tokens] == [sum(len(p.ids) for p in tokens[:i]) for i in range(len(tokens))]
         assert answer.end == End(finish_reason="length", prompt_tokens=3, completion_tokens=10)

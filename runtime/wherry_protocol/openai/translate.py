@@ -6,11 +6,12 @@ from wherry_protocol.worker import ChatMessage, ExecuteRequest, Prompt, Sampling
 _SEED_MASK = 2**63 - 1
 
 
-def to_execute(request: Request, answer_id: str) -> list[ExecuteRequest]:
+def to_execute(request: Request, answer_id: str, created: int = 0) -> list[ExecuteRequest]:
     """The generations that `request` asks for, in the order of the answer's choices.
 
     `n` choices of a prompt get seeds that follow one another, so a seeded request with n > 1 has distinct choices and
-    the first of them is the answer of the same request with n = 1.
+    the first of them is the answer of the same request with n = 1. `created` (Unix seconds) is the time of all of them:
+    a prompt that names the day is the same on every worker.
     """
     prompts = _prompts(request)
     n = request.n or 1
@@ -20,6 +21,7 @@ def to_execute(request: Request, answer_id: str) -> list[ExecuteRequest]:
             model=request.model,
             prompt=prompts[index // n],
             sampling=_sampling(request, index % n),
+            created=created,
         )
         for index in range(len(prompts) * n)
     ]

@@ -13,7 +13,9 @@ from wherry_runtime.tokenization.tokenizer import Tokenizer
 class Answer:
     """One answer in the making. Runs on the event loop, off the step loop's hot path."""
 
-    def __init__(self, request_id: str, live: Live, tokenizer: Tokenizer, detokenizer: Detokenizer) -> None:
+    def __init__(
+        self, request_id: str, live: Live, tokenizer: Tokenizer, detokenizer: Detokenizer, prompt_digest: str
+    ) -> None:
         self.ended = False
         self.needs_cancel = True  # until the engine itself has ended the request
         self._request_id = request_id
@@ -21,15 +23,22 @@ class Answer:
         self._tokenizer = tokenizer
         self._detokenizer = detokenizer
         self._num_prompt = live.request.num_prompt
-        self._num_tokens = 0
+        self._num_tokens = live.request.num_new  # more than none if another worker began the answer
         self._cached_tokens = 0
+        self._prompt_digest = prompt_digest
+
+    def over(self, finish: FinishReason, reason: str | int | None) -> Iterator[Event]:
+        """All events of an answer that the tokens of another worker had ended: their text has been told there."""
+        self.needs_cancel = False
+        yield self._start(0)
+        yield from self._close(finish, reason)
 
     def take(self, progress: list[Progress]) -> Iterator[Event]:
         """The events for what has come. Tokens that came together go out as one event."""
         token = Token(index=self._num_tokens, ids=[])
         for item in progress:
             if item.admitted:
-                yield self._start(item)
+                yield self._start(item.cached_tokens)
             if item.token is not None:
                 self._add(token, item)
             matched = self._detokenizer.matched
@@ -46,10 +55,14 @@ class Answer:
         if token.ids:
             yield token
 
-    def _start(self, item: Progress) -> Started:
-        self._cached_tokens = item.cached_tokens
+    def _start(self, cached_tokens: int) -> Started:
+        self._cached_tokens = min(cached_tokens, self._num_prompt)  # of a resumed answer, more may have been cached
         return Started(
-            id=self._request_id, prompt_tokens=self._num_prompt, cached_tokens=item.cached_tokens, seed=self._live.seed
+            id=self._request_id,
+            prompt_tokens=self._num_prompt,
+            cached_tokens=self._cached_tokens,
+            seed=self._live.seed,
+            prompt_digest=self._prompt_digest,
         )
 
     def _add(self, token: Token, item: Progress) -> None:
@@ -68,6 +81,9 @@ class Answer:
             finish, reason = "stop", self._detokenizer.matched
         if token.ids or token.text:
             yield token
+        yield from self._close(finish, reason)
+
+    def _close(self, finish: FinishReason, reason: str | int | None) -> Iterator[Event]:
         now = time.monotonic()
         admitted = self._live.admitted or now
         first = self._live.first_token or now

@@ -9,10 +9,11 @@ from collections import deque
 from collections.abc import AsyncIterator
 
 from wherry_protocol.engine_config import EngineConfig
-from wherry_protocol.worker import Event, ExecuteRequest, LoadReport
+from wherry_protocol.worker import Event, ExecuteRequest, FinishReason, LoadReport
 from wherry_runtime.engine.answer import Answer
 from wherry_runtime.engine.core import EngineClosedError, EngineCore
 from wherry_runtime.engine.live import Live, Progress
+from wherry_runtime.engine.resume import check_resume, digest_of, recall
 from wherry_runtime.engine.setup import Loaded, load
 from wherry_runtime.engine.validation import (
     RequestError,
@@ -34,6 +35,15 @@ SEED_BITS = 53  # what every JSON reader keeps exactly
 # How long one thread may keep the interpreter while another wants it. The device's thread needs it for an instant
 # between two steps (and PyTorch's operators after each of them), and the default is 5 ms: as long as a whole step.
 SWITCH_INTERVAL_S = 0.0005
+
+
+Ending = tuple[FinishReason, str | int | None]  # finish and stop reason
+
+
+def _seed(request: ExecuteRequest) -> int:
+    if request.resume is not None:
+        return request.resume.seed
+    return secrets.randbits(SEED_BITS) if request.sampling.seed is None else request.sampling.seed
 
 
 class _Inbox:
@@ -119,7 +129,11 @@ class AsyncEngine:
         inbox = self._inboxes[key] = _Inbox()
         answer: Answer | None = None
         try:
-            answer = await self._admit(request, key)
+            answer, over = await self._admit(request, key)
+            if over is not None:
+                for event in answer.over(*over):
+                    yield event
+                return
             if inbox.cancelled:
                 self.cancel(request.id)
             while not answer.ended:
@@ -216,24 +230,33 @@ class AsyncEngine:
         self._ready()
         return self._config.model_name
 
-    async def _admit(self, request: ExecuteRequest, key: str) -> Answer:
-        """Validates the rest and queues the request."""
+    async def _admit(self, request: ExecuteRequest, key: str) -> tuple[Answer, Ending | None]:
+        """Validates the rest and queues the request, unless it resumes an answer that has ended: then also how."""
         loaded = self._ready()
         vocab_size = loaded.model_config.vocab_size
         check_prompt(request.prompt)
         check_sampling(request.sampling, vocab_size)
-        tokens = await self._tokenize(request, loaded)
-        check_tokens(tokens, vocab_size, loaded.max_model_len)
-        live = self._live(request, key, tokens, loaded)
+        prompt = await self._tokenize(request, loaded)
+        check_tokens(prompt, vocab_size, loaded.max_model_len)
+        digest = digest_of(prompt)
+        if request.resume is not None:
+            check_resume(request.resume, request.sampling, digest, vocab_size)
+        live = self._live(request, key, prompt, loaded)
+        is_chat = request.prompt.messages is not None
+        detokenizer = Detokenizer(loaded.tokenizer, request.sampling.stop, strip_leading_space=is_chat)
+        answer = Answer(request.id, live, loaded.tokenizer, detokenizer, digest)
+        if live.request.num_resumed:
+            # Off the event loop, which thousands of tokens would hold up for everybody.
+            over = await asyncio.to_thread(recall, live, detokenizer)
+            if over is not None:
+                return answer, over
         try:
             self._running().add(live)
         except QueueFullError as e:
             raise RequestError("queue_full", f"{e}; try again later", status=429, retryable=True) from None
         except EngineClosedError as e:
             raise RequestError("shutting_down", str(e), status=503, retryable=True) from None
-        is_chat = request.prompt.messages is not None
-        detokenizer = Detokenizer(loaded.tokenizer, request.sampling.stop, strip_leading_space=is_chat)
-        return Answer(request.id, live, loaded.tokenizer, detokenizer)
+        return answer, None
 
     async def _tokenize(self, request: ExecuteRequest, loaded: Loaded) -> list[int]:
         prompt = request.prompt
@@ -251,7 +274,7 @@ class AsyncEngine:
                 param="messages",
             )
         try:
-            text = await asyncio.to_thread(loaded.chat_template.render, prompt.messages)
+            text = await asyncio.to_thread(loaded.chat_template.render, prompt.messages, request.created)
         except TemplateError as e:
             status = 400 if e.refused else 500
             raise RequestError("chat_template_error", str(e), status=status, param="messages") from e
@@ -273,13 +296,25 @@ class AsyncEngine:
                 f"{loaded.kv_tokens}; ask for fewer tokens, or give the engine more cache",
                 param="max_tokens",
             )
+        resume = request.resume
+        begun = [] if resume is None else resume.token_ids
+        if len(begun) > max_new:
+            raise RequestError(
+                "invalid_resume", f"resume has {len(begun)} tokens and there is room for {max_new}", param="resume"
+            )
         stop_ids = set(params.stop_token_ids)
         if not params.ignore_eos:
             stop_ids.update(t for t in loaded.model_config.eos_token_ids if t < loaded.model_config.vocab_size)
         return Live(
-            request=Request(id=key, tokens=tokens, max_new_tokens=max_new, priority=request.priority),
+            request=Request(
+                id=key,
+                tokens=tokens + begun,
+                max_new_tokens=max_new,
+                priority=request.priority,
+                num_resumed=len(begun),
+            ),
             params=params,
-            seed=secrets.randbits(SEED_BITS) if params.seed is None else params.seed,
+            seed=_seed(request),
             stop_ids=frozenset(stop_ids),
         )
 

@@ -51,6 +51,8 @@ class Live:
         self.greedy = params.temperature < LEAST_TEMPERATURE
         if params.repetition_penalty != 1.0:
             self.seen.update(self.request.tokens)
+        if self.penalized:  # an answer that another worker began has tokens already
+            self.answer_counts.update(self.request.tokens[self.request.num_prompt :])
 
     @property
     def id(self) -> str:

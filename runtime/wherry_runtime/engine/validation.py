@@ -10,6 +10,7 @@ MAX_STOP_LENGTH = 1000
 MAX_LOGPROBS = 20
 MAX_LOGIT_BIASES = 1024
 MAX_STOP_IDS = 256
+MAX_CREATED = 253_402_214_400  # the last day of the year 9999, where calendars of programs end
 
 
 class RequestError(Exception):
@@ -117,10 +118,13 @@ def check_tokens(tokens: list[int], vocab_size: int, max_model_len: int) -> None
             param="prompt",
         )
     for token in tokens:
-        if not isinstance(token, int) or isinstance(token, bool) or not 0 <= token < vocab_size:
-            raise RequestError(
-                "invalid_token", f"token id {token} is not in the vocabulary, 0 to {vocab_size - 1}", param="prompt"
-            )
+        check_token_id(token, vocab_size, code="invalid_token", param="prompt")
+
+
+def check_token_id(token: object, vocab_size: int, *, code: str, param: str) -> None:
+    """Raises RequestError (`code`) if the model does not know it."""
+    if not isinstance(token, int) or isinstance(token, bool) or not 0 <= token < vocab_size:
+        raise RequestError(code, f"token id {token} is not in the vocabulary, 0 to {vocab_size - 1}", param=param)
 
 
 def check_identity(request: ExecuteRequest, model: str) -> None:
@@ -132,3 +136,4 @@ def check_identity(request: ExecuteRequest, model: str) -> None:
     if not isinstance(request.id, str) or not 1 <= len(request.id) <= 512:
         _refuse("id", "must be a string of 1 to 512 characters")
     _integer("priority", request.priority, -(1 << 31), 1 << 31)
+    _integer("created", request.created, 0, MAX_CREATED)

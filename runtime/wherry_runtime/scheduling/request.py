@@ -28,6 +28,7 @@ class Request:
     max_new_tokens: int
     priority: int = 0
     salt: bytes = b""  # requests with different salts never share cached blocks
+    num_resumed: int = 0  # of `tokens` at first: the beginning of the answer, which another engine has drawn
     num_prompt: int = field(init=False)
     most_computed: int = field(init=False)  # the answer's last token never is: nothing follows it
     num_computed: int = 0
@@ -48,7 +49,7 @@ class Request:
     )  # `blocks` is its beginning; twice as large whenever it is full
 
     def __post_init__(self) -> None:
-        self.num_prompt = len(self.tokens)
+        self.num_prompt = len(self.tokens) - self.num_resumed
         self.most_computed = self.num_prompt + self.max_new_tokens - 1
 
     @property

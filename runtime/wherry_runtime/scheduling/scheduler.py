@@ -23,6 +23,7 @@ from wherry_runtime.scheduling.pacing import Allowance, Pacer
 from wherry_runtime.scheduling.plan import UNKNOWN, SequenceStep, StepPlan, Work
 from wherry_runtime.scheduling.request import Request
 
+RESUMED = 1 << 62  # by how many arrivals a resumed answer goes ahead
 YOUNG = 8  # tokens of an answer that may come late if many requests begin together
 NO_DRAFTS: Mapping[str, Sequence[int]] = {}
 
@@ -107,7 +108,8 @@ class Scheduler:
         if len(self._requests) >= self.max_running + self.max_queued:
             raise QueueFullError(f"{len(self._requests)} requests are running or waiting")
         request.arrival = self._arrivals
-        request.rank = (-request.priority, self._arrivals)
+        # Answers that had begun elsewhere go before those that nobody has seen anything of.
+        request.rank = (-request.priority, self._arrivals - (RESUMED if request.num_resumed else 0))
         self._arrivals += 1
         self._requests[request.id] = request
         insort(self.waiting, request, key=_rank)

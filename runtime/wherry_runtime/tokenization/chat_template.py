@@ -67,15 +67,18 @@ class ChatTemplate:
         self._lock = threading.Lock()
         self._process: subprocess.Popen[bytes] | None = None
 
-    def render(self, messages: list[ChatMessage]) -> str:
+    def render(self, messages: list[ChatMessage], now: int = 0) -> str:
         """The prompt for an answer to `messages`. Blocks for at most the time limit; safe from any thread.
+
+        Args:
+            now: what a template that writes a date takes for the time, in Unix seconds; 0: the time it is.
 
         Raises:
             TemplateError: it is broken, refused the messages, or passed a limit.
         """
         turns = [{"role": m.role, "content": m.content} | ({"name": m.name} if m.name else {}) for m in messages]
         variables = {**self._variables, "messages": turns, "add_generation_prompt": True}
-        line = json.dumps({"variables": variables, "limit": self._output_limit}).encode() + b"\n"
+        line = json.dumps({"variables": variables, "limit": self._output_limit, "now": now}).encode() + b"\n"
         with self._lock:
             reply = self._ask(line)
         if "text" in reply:

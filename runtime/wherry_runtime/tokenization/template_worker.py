@@ -7,7 +7,8 @@ running for ever or filling memory, so it runs where it can be killed and where 
 import json
 import resource
 import sys
-from datetime import datetime
+from collections.abc import Callable
+from datetime import UTC, datetime
 from typing import Any, NoReturn
 
 import jinja2
@@ -47,9 +48,18 @@ def _environment() -> ImmutableSandboxedEnvironment:
     )
     environment.filters["tojson"] = _tojson
     environment.globals["raise_exception"] = _raise_exception
-    environment.globals["strftime_now"] = lambda form: datetime.now().astimezone().strftime(form)
     environment.globals.pop("lipsum", None)
     return environment
+
+
+def _strftime_at(now: int) -> Callable[[str], str]:
+    """`strftime_now` of templates, in the machine's time zone; `now` in Unix seconds, 0: when it is called."""
+
+    def strftime_now(form: str) -> str:
+        moment = datetime.fromtimestamp(now, UTC) if now else datetime.now(UTC)
+        return moment.astimezone().strftime(form)
+
+    return strftime_now
 
 
 def _render(template: jinja2.Template, variables: dict[str, Any], limit: int) -> str:
@@ -66,7 +76,8 @@ def _render(template: jinja2.Template, variables: dict[str, Any], limit: int) ->
 def answer(template: jinja2.Template, request: dict[str, Any]) -> dict[str, str]:
     """{"text": …}, or {"error": kind, "message": …} with kind refused, too_long or broken."""
     try:
-        return {"text": _render(template, request["variables"], request["limit"])}
+        variables = {"strftime_now": _strftime_at(request.get("now", 0)), **request["variables"]}
+        return {"text": _render(template, variables, request["limit"])}
     except RefusedError as e:
         return {"error": "refused", "message": str(e)[:500]}
     except OverflowError:
