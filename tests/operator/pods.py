@@ -16,8 +16,8 @@ def at(seconds: float) -> datetime:
 
 def pod(name: str, revision: str = "new", *, age: float = 100, **more: Any) -> PodView:
     """A pod; ready unless told otherwise."""
-    given: dict[str, Any] = {"phase": "Running", "ready": True, "node": "n1"} | more
-    return PodView(name=name, uid=f"uid-{name}", group=name, revision=revision, created=at(age), **given)
+    given: dict[str, Any] = {"group": name, "phase": "Running", "ready": True, "node": "n1"} | more
+    return PodView(name=name, uid=f"uid-{name}", revision=revision, created=at(age), **given)
 
 
 def pending(name: str, revision: str = "new", **more: Any) -> PodView:

@@ -4,17 +4,18 @@ import asyncio
 import logging
 import secrets
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 
 from wherry_operator.api.conditions import DEGRADED
 from wherry_operator.api.v1alpha1 import LLMDeploymentStatus
 from wherry_operator.autoscaling.decide import Recommendation, decide
-from wherry_operator.cluster import load, snapshot
+from wherry_operator.cluster import load, routers, snapshot
 from wherry_operator.cluster.client import Api
 from wherry_operator.cluster.events import EventRecorder
 from wherry_operator.cluster.execute import execute, write_status
 from wherry_operator.planning.plan import make_plan
+from wherry_operator.planning.routers import live_routers, worth_asking
 from wherry_operator.planning.status import make_status
 from wherry_operator.planning.types import Action, Observed, Plan, Refusal, Scale, Settings
 
@@ -26,6 +27,7 @@ TOKEN_BYTES = 32
 SCALING_INTERVAL_S = 5.0
 REFUSED_RETRY_S = 15.0
 AFTER_ACTION_S = 2.0
+PAST = {"create": "Created", "apply": "Applied", "delete": "Deleted"}
 
 
 @dataclass(frozen=True)
@@ -62,6 +64,7 @@ class Reconciler:
             return None
         observed = await snapshot.read(self._api, raw)
         scale = await self._scale(observed)
+        observed = await self._ask_routers(observed, scale)
         now = self._clock()
         plan = make_plan(observed, scale, self._settings, now, secrets.token_urlsafe(TOKEN_BYTES), new_group)
         done, refused = await execute(self._api, observed.owner, plan.actions)
@@ -72,6 +75,11 @@ class Reconciler:
         await write_status(self._api, observed.owner, status)
         await self._tell(observed, status, done, refused)
         return self._again(plan, refused)
+
+    async def _ask_routers(self, observed: Observed, scale: Scale) -> Observed:
+        if not worth_asking(observed, scale.replicas):
+            return observed
+        return replace(observed, reports=await routers.poll(live_routers(observed), observed.token))
 
     def _again(self, plan: Plan, refused: list[Refusal]) -> float | None:
         waits = [plan.retry_after] if plan.retry_after is not None else []
@@ -106,15 +114,17 @@ class Reconciler:
     ) -> None:
         """Events for what was done, and for trouble that is new."""
         owner = observed.owner
-        past = {"create": "Created", "apply": "Applied", "delete": "Deleted"}
-        told = [
-            ("Normal", past[a.verb] + a.kind, f"{past[a.verb]} {a.kind} {a.name}: {a.reason}")
-            for a in done
-            if a.verb in past
-        ]
+        told = [("Normal", *_told(action)) for action in done if action.event or action.verb in PAST]
         for *_, message in told:
             logger.info("%s/%s: %s", owner.namespace, owner.name, message)
         for condition in status.conditions or []:
             if condition.type == DEGRADED and condition.status == "True":
                 told.append(("Warning", condition.reason, condition.message))
         await asyncio.gather(*(self._events.post(owner, *entry) for entry in told))
+
+
+def _told(action: Action) -> tuple[str, str]:
+    """The reason and the message of the Event about something that was done."""
+    if action.event:
+        return action.event, f"{action.kind} {action.name}: {action.reason}"
+    return PAST[action.verb] + action.kind, f"{PAST[action.verb]} {action.kind} {action.name}: {action.reason}"

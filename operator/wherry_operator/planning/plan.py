@@ -9,9 +9,13 @@ from datetime import datetime
 from wherry_operator.api.resource import FINALIZER, InvalidSpecError
 from wherry_operator.api.v1alpha1 import LLMDeploymentSpec, PendingAction
 from wherry_operator.desired.objects import Desired, render
-from wherry_operator.desired.runtime import Origin, pod
-from wherry_operator.planning.groups import bounds, plan_groups
+from wherry_operator.desired.runtime import Origin, drain_seconds, pod
+from wherry_operator.planning.draining import plan_drains
+from wherry_operator.planning.group import GroupView, group_views
+from wherry_operator.planning.groups import GroupPlan, bounds, plan_groups
+from wherry_operator.planning.leaving import moving
 from wherry_operator.planning.objects import name_conflict, object_actions, owned, teardown_actions
+from wherry_operator.planning.routers import Routers, plan_gates, routers_of
 from wherry_operator.planning.types import Action, Observed, Plan, Problem, Scale, Settings
 
 
@@ -59,10 +63,9 @@ def _with_groups(
     now: datetime,
     new_group: Callable[[], str],
 ) -> Plan:
-    strategy = spec.rollout_strategy
-    surge, unavailable = bounds(strategy.max_surge, strategy.max_unavailable, scale.replicas)
-    most = spec.failover.max_group_restarts
-    groups = plan_groups(observed.pods, scale.replicas, desired.revision, surge, unavailable, now, max_restarts=most)
+    views = group_views(observed.pods)
+    routers = routers_of(observed)
+    groups = _plan_groups(observed, scale, desired.revision, spec, views, routers, now)
     for creation in groups.creations:
         origin = Origin(failures=creation.failures, cause=creation.cause, avoid=observed.lost_nodes)
         body = pod(observed.owner, desired.template, new_group(), origin=origin)
@@ -71,11 +74,36 @@ def _with_groups(
         origin = Origin(leader=addition.leader, avoid=observed.lost_nodes)
         body = pod(observed.owner, desired.template, addition.group.key, addition.index, origin)
         actions.append(Action("create", "Pod", body["metadata"]["name"], addition.reason, body=body))
-    for deletion in groups.deletions:
-        for member in deletion.group.pods:
-            if not member.deleting:
-                actions.append(Action("delete", "Pod", member.name, deletion.reason, uid=member.uid))
-    return Plan(observed, scale, desired.revision, tuple(actions), groups.pending, retry_after=groups.retry_after)
+    gates = plan_gates(views, routers, now)
+    drains = plan_drains(groups.deletions, views, routers, now, drain_seconds(spec))
+    pending = (*groups.pending, *gates.pending, *drains.pending)
+    waits = [part.retry_after for part in (groups, gates, drains) if part.retry_after is not None]
+    actions += [*gates.actions, *drains.actions]
+    return Plan(observed, scale, desired.revision, tuple(actions), pending, retry_after=min(waits, default=None))
+
+
+def _plan_groups(
+    observed: Observed,
+    scale: Scale,
+    revision: str,
+    spec: LLMDeploymentSpec,
+    views: tuple[GroupView, ...],
+    routers: Routers,
+    now: datetime,
+) -> GroupPlan:
+    strategy = spec.rollout_strategy
+    surge, unavailable = bounds(strategy.max_surge, strategy.max_unavailable, scale.replicas)
+    return plan_groups(
+        observed.pods,
+        scale.replicas,
+        revision,
+        surge,
+        unavailable,
+        now,
+        max_restarts=spec.failover.max_group_restarts,
+        busy={group.key: routers.about(group).in_flight for group in views},
+        moving=moving(views, observed.leaving_nodes or {}),
+    )
 
 
 def _teardown(observed: Observed, scale: Scale) -> Plan:

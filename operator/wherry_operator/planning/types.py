@@ -7,6 +7,7 @@ from wherry_operator.api.resource import LLMDeployment
 from wherry_operator.api.v1alpha1 import PendingAction
 from wherry_operator.desired.common import RenderSettings
 from wherry_operator.planning.pods import PodView
+from wherry_protocol.router_report import RouterReport
 
 Verb = Literal["create", "apply", "delete", "finalizers", "annotate", "condition"]
 
@@ -57,6 +58,8 @@ class Observed:
     `pods` run the model; those with `lost_because` are on `lost_nodes`, where nothing may be put. `isolated`: why the
     operator trusts its own view of nodes no longer, and so holds none for lost; empty if it does. `objects` are the raw
     children other than pods, by (kind, name); they may be someone else's. `token` is None where there is no Secret.
+    `reports` are what routers answered, by their pods' uid; those that were not asked are missing too. `leaving_nodes`
+    are being emptied, each with the words that say so; None where the operator may not see nodes.
     """
 
     owner: LLMDeployment
@@ -66,6 +69,8 @@ class Observed:
     token: str | None = None
     lost_nodes: tuple[str, ...] = ()
     isolated: str = ""
+    reports: dict[str, RouterReport] = field(default_factory=dict)
+    leaving_nodes: dict[str, str] | None = None
 
 
 @dataclass(frozen=True)
