@@ -60,6 +60,22 @@ def argument_parser() -> argparse.ArgumentParser:
         ("no_replica_wait_s", "seconds that a request waits while no replica is ready"),
         ("max_tries", "replicas that one request may be tried on"),
         ("stall_s", "seconds of silence after which a worker is asked whether it is alive"),
+        (
+            "max_per_replica",
+            "requests at a time on one replica; over it another is chosen, and with none left it is 429",
+        ),
+        (
+            "breaker_faults",
+            "failed requests in a row that open a replica's circuit breaker; a lost worker opens it at once",
+        ),
+        ("breaker_max_open_s", "seconds after which an open breaker lets a request try though no probe succeeded"),
+        ("eject_share", "share of the replicas that outlier ejection may take out at a time; 0: none"),
+        ("eject_s", "seconds that an outlier is out the first time; then twice as long each time"),
+        ("eject_fault_rate", "share of failed requests in 30 s that makes an outlier, if others fail much less"),
+        ("eject_ttft_factor", "times the others' median time to first token that makes an outlier"),
+        ("retry_share", "retries allowed as a share of the requests of ten seconds"),
+        ("retry_min_per_s", "retries a second that are allowed anyway"),
+        ("panic_share", "share of replicas that look bad, over which all of them are used again"),
     ):
         default = getattr(defaults, name)
         flag = "--" + name.replace("_", "-")
@@ -104,7 +120,16 @@ async def _run(args: argparse.Namespace, sockets: list[socket.socket]) -> int:
         stack.push_async_callback(upstream.close)
         backend = Replicas(upstream, limits, metrics)
         stack.push_async_callback(backend.close)
-        app = RouterApp(backend, args.model, limits, metrics, registry, os.environ.get(ENV_API_KEY))
+        app = RouterApp(
+            backend,
+            args.model,
+            limits,
+            metrics,
+            registry,
+            os.environ.get(ENV_API_KEY),
+            report=backend.report,
+            worker_token=os.environ.get(ENV_WORKER_TOKEN),
+        )
         discovery = asyncio.create_task(_discovery(args, upstream, backend.pool, stack))
         discovery.add_done_callback(discovery_ended)
         log.info("listening", extra={"fields": {"url": url_of(sockets[0]), "model": args.model}})

@@ -2,7 +2,9 @@
 
 import logging
 import time
+from collections.abc import Callable
 
+import msgspec
 from prometheus_client import CollectorRegistry
 
 from wherry_protocol.http.asgi import (
@@ -20,7 +22,9 @@ from wherry_protocol.http.asgi import (
 )
 from wherry_protocol.http.auth import TokenGuard
 from wherry_protocol.http.server import drained
-from wherry_protocol.openai.errors import ApiError, method_not_allowed, too_large, unauthorized
+from wherry_protocol.openai.errors import ApiError, method_not_allowed, not_found, too_large, unauthorized
+from wherry_protocol.router_report import PATH as REPORT_PATH
+from wherry_protocol.router_report import ReplicaReport, RouterReport
 from wherry_router.backend import Backend
 from wherry_router.completions import Completions
 from wherry_router.metrics import RouterMetrics
@@ -31,10 +35,14 @@ log = logging.getLogger("wherry.router")
 
 _HOT = {path.encode(): (path.removeprefix("/v1/"), kind) for path, kind in HOT_ROUTES.items()}
 _OPEN = frozenset({b"/healthz", b"/readyz", b"/metrics"})
+_REPORT = REPORT_PATH.encode()
 
 
 class RouterApp:
-    """The OpenAI API over `backend`. `api_key`: what clients must send, None for nothing."""
+    """The OpenAI API over `backend`. `api_key`: what clients must send, None for nothing.
+
+    `report`, for whoever has `worker_token`: what `GET /internal/replicas` tells. Without both there is no such path.
+    """
 
     def __init__(
         self,
@@ -44,11 +52,17 @@ class RouterApp:
         metrics: RouterMetrics,
         registry: CollectorRegistry,
         api_key: str | None = None,
+        *,
+        report: Callable[[], list[ReplicaReport]] | None = None,
+        worker_token: str | None = None,
     ) -> None:
         self._backend = backend
         self._limits = limits
         self._metrics = metrics
         self._guard = TokenGuard(api_key, _OPEN)
+        # A guard without a token lets everybody through, so without one there is nothing behind it.
+        self._report = report if worker_token else None
+        self._report_guard = TokenGuard(worker_token, frozenset())
         self._completions = Completions(backend, model, limits, metrics)
         self._surface = make_surface(model, int(time.time()), self._unready, registry)
         self._draining = False
@@ -56,13 +70,25 @@ class RouterApp:
     def _unready(self) -> str | None:
         return "the router is shutting down" if self._draining else self._backend.unready()
 
-    async def drain(self, timeout_s: float, grace_s: float) -> None:
+    async def drain(self, timeout_s: float, grace_s: float) -> float:
         """Says that it is not ready, goes on answering for `grace_s` (until no new client is sent here) and until the
-        running answers are done, `timeout_s` at most."""
+        running answers are done, `timeout_s` at most. Returns what is left of that."""
         self._draining = True
+        began = time.monotonic()
         log.info("draining", extra={"fields": {"in_flight": self._completions.in_flight}})
         if not await drained(lambda: self._completions.in_flight, timeout_s, grace_s):
             log.warning("drain timed out", extra={"fields": {"cut": self._completions.in_flight}})
+        return timeout_s - (time.monotonic() - began)
+
+    def _replicas(self, scope: Scope) -> bytes:
+        """What the operator asks for. The client's key opens nothing here."""
+        if self._report is None:
+            raise not_found(REPORT_PATH)
+        if not self._report_guard.allows(scope):
+            raise unauthorized()
+        if scope["method"] != "GET":
+            raise method_not_allowed(scope["method"], REPORT_PATH)
+        return msgspec.json.encode(RouterReport(replicas=self._report(), draining=self._draining))
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """One request."""
@@ -76,6 +102,10 @@ class RouterApp:
         route, kind = _HOT.get(scope["raw_path"], ("other", None))
         error: ApiError | None = None
         try:
+            if scope["raw_path"] == _REPORT:
+                route, status = REPORT_PATH, 200
+                await respond(send, status, self._replicas(scope), headers=headers)
+                return
             if not self._guard.allows(scope):
                 raise unauthorized()
             if kind is None:

@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import ipaddress
+import math
 import signal
 import socket
 from collections.abc import Awaitable, Callable, Generator
@@ -104,11 +105,11 @@ def covers_loopback(sock: socket.socket) -> bool:
 
 
 async def serve(
-    app: App, sockets: list[socket.socket], stop: asyncio.Event, drain: Callable[[], Awaitable[None]]
+    app: App, sockets: list[socket.socket], stop: asyncio.Event, drain: Callable[[], Awaitable[float | None]]
 ) -> None:
     """Serves `app` on `sockets` until `stop` is set, goes on serving while `drain` runs, then closes.
 
-    What still runs after `drain` is cancelled, so its time limit is the limit of the whole.
+    `drain` returns how many seconds a request that still slipped in gets to finish; what then runs is cancelled.
     """
     options: dict[str, Any] = {"lifespan": "off", "ws": "none", "log_config": None, "access_log": False}
     config = uvicorn.Config(
@@ -126,7 +127,14 @@ async def serve(
     stopping = asyncio.create_task(stop.wait())
     try:
         await asyncio.wait({serving, stopping}, return_when=asyncio.FIRST_COMPLETED)
-        await drain()
+        # Responses whose head is out cannot say `connection: close` any more; their connections close at their end, so
+        # that no client sends its next request down one that is about to go.
+        for connection in list(server.server_state.connections):
+            cycle = getattr(connection, "cycle", None)
+            if cycle is not None and not cycle.response_complete:
+                cycle.keep_alive = False
+        left = await drain()
+        config.timeout_graceful_shutdown = max(math.ceil(left or 0), 1)
     finally:
         stopping.cancel()
         server.should_exit = True

@@ -12,6 +12,7 @@ import json
 import logging
 import os
 import random
+import time
 from collections.abc import AsyncGenerator
 from pathlib import Path
 from typing import Any
@@ -57,7 +58,7 @@ async def api_client(kubeconfig: str | None) -> client.ApiClient:
 
 
 class PodWatch:
-    """Keeps `pool` equal to the deployment's routable pods, for ever."""
+    """Keeps `pool` equal to what the deployment's pods add up to, for ever."""
 
     def __init__(self, api: client.ApiClient, namespace: str, deployment: str, pool: Pool) -> None:
         self._core = client.CoreV1Api(api)
@@ -89,9 +90,16 @@ class PodWatch:
                 await asyncio.sleep(_pause(failures))
 
     def _publish(self) -> None:
-        endpoints = self._pods.endpoints()
-        log.info("replicas", extra={"fields": {"routable": [endpoint.name for endpoint in endpoints]}})
-        self._pool.set_endpoints(endpoints)
+        targets = self._pods.targets
+        # Deadlines are wall-clock times of the operator; from here on only this process's steady clock counts.
+        offset = asyncio.get_running_loop().time() - time.time()
+        draining = {t.endpoint: None if t.deadline is None else t.deadline + offset for t in targets if t.draining}
+        names = {
+            "routable": [t.endpoint.name for t in targets if not t.draining],
+            "draining": [t.endpoint.name for t in targets if t.draining],
+        }
+        log.info("replicas", extra={"fields": names})
+        self._pool.set_endpoints([target.endpoint for target in targets], draining)
 
     async def _list(self) -> None:
         async with asyncio.timeout(_LIST_TIMEOUT_S):

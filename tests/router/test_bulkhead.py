@@ -1,0 +1,60 @@
+"""Bounds per replica, the retry budget and panic mode, as clients see them: real processes."""
+
+from contextlib import ExitStack
+
+import httpx
+from tests.router.harness import Mock, Process, chat, eventually, mock_worker, post, router, script
+from tests.router.test_failover import Background
+
+
+def metric(front: Process, name: str) -> float:
+    lines = httpx.get(front.url + "/metrics").text.splitlines()
+    return float(next(line.split()[-1] for line in lines if line.startswith(name + " ")))
+
+
+def test_a_full_replica_is_passed_over_and_with_none_left_it_is_429() -> None:
+    with ExitStack() as stack:
+        mocks: list[Mock] = [stack.enter_context(mock_worker(name)) for name in "ab"]
+        front = stack.enter_context(router(*(mock.url for mock in mocks), args=("--max-per-replica", "2")))
+        held = [Background(front.url, script(tokens=9, hold_after=2, only="a")) for _ in range(1)]
+        for request in held:
+            request.start()
+        eventually(lambda: sum(mock.state()["running"] for mock in mocks) == 1)
+        # Held for ever, on both: two each.
+        held += [Background(front.url, script(tokens=9, hold_after=2)) for _ in range(3)]
+        for request in held[1:]:
+            request.start()
+        eventually(lambda: [mock.state()["running"] for mock in mocks] == [2, 2])
+        refused = post(front.url, chat("hello"))
+        assert (refused.status_code, refused.headers["retry-after"]) == (429, "1")
+        assert refused.json()["error"]["code"] == "replicas_busy"
+        assert metric(front, "wherry_router_bulkhead_refusals_total") == 1
+        for mock in mocks:
+            mock.process.kill()
+        for request in held:
+            request.join(20)
+            assert not request.is_alive()
+
+
+def test_retries_over_the_budget_are_denied_and_told() -> None:
+    with ExitStack() as stack:
+        mocks = [stack.enter_context(mock_worker(name)) for name in "ab"]
+        args = ("--retry-share", "0", "--retry-min-per-s", "0.2", "--breaker-faults", "1000")
+        front = stack.enter_context(router(*(mock.url for mock in mocks), args=args))
+        for _ in range(6):
+            assert post(front.url, chat(script(status=500))).status_code == 503
+        assert sum(mock.state()["executed"] for mock in mocks) == 6 + 2, "two retries in ten seconds"
+        assert metric(front, "wherry_router_retries_denied_total") == 4
+
+
+def test_when_all_look_bad_all_are_used() -> None:
+    with ExitStack() as stack:
+        mocks = [stack.enter_context(mock_worker(name)) for name in "ab"]
+        front = stack.enter_context(router(*(mock.url for mock in mocks), args=("--breaker-faults", "1")))
+        assert post(front.url, chat(script(status=500))).status_code == 503
+        assert metric(front, "wherry_router_panics_total") == 1
+        # Nobody had to wait for a probe, and whoever answers is well again.
+        for _ in range(4):
+            assert post(front.url, chat("hello")).status_code == 200
+        assert metric(front, "wherry_router_panic") == 0
+        assert 'wherry_router_replicas{state="suspect"} 0.0' in httpx.get(front.url + "/metrics").text
