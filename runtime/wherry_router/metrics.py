@@ -12,6 +12,8 @@ from wherry_protocol.naming import INTER_TOKEN_BUCKETS, TTFT_BUCKETS
 if TYPE_CHECKING:
     from wherry_router.pool import Pool
 
+RESUME_GAP_BUCKETS = (0.05, 0.1, 0.2, 0.35, 0.5, 0.75, 1, 1.5, 2, 3, 5, 10, 30, 60, 120)
+
 # Creation times double the number of series and no dashboard reads them.
 disable_created_metrics()  # type: ignore[no-untyped-call]
 
@@ -53,6 +55,18 @@ class RouterMetrics:
         )
         self.lost = Counter(
             "wherry_router_streams_lost", "Streams that ended in an error after their first token.", registry=registry
+        )
+        self._resumes = Counter(
+            "wherry_router_streams_resumed",
+            "Answers that went on with another try after their first token, by what had failed.",
+            ["reason"],
+            registry=registry,
+        )
+        self.resume_gap = Histogram(
+            "wherry_router_resume_gap_seconds",
+            "From the last sign of a worker that was lost to the next token of its answer, by whom it came.",
+            registry=registry,
+            buckets=RESUME_GAP_BUCKETS,
         )
         self.disconnects = Counter(
             "wherry_router_client_disconnects", "Clients that left before their answer's end.", registry=registry
@@ -105,6 +119,10 @@ class RouterMetrics:
     def ejected(self, cause: str) -> None:
         """Counts an ejection."""
         self._ejections.labels(cause).inc()
+
+    def resumed(self, reason: str) -> None:
+        """Counts a try that goes on with an answer."""
+        self._resumes.labels(reason).inc()
 
     def retried(self, reason: str) -> None:
         """Counts a failed try that is followed by another."""

@@ -208,24 +208,37 @@ class Pool:
 
     # What a request asks.
 
-    def choose(self, tried: Collection[Replica], *, resuming: bool = False) -> Replica | None:
-        """The replica for the next try; never one of `tried`.
+    def choose(self, tried: Collection[Replica]) -> Replica | None:
+        """The replica for the next try of a request; never one of `tried`."""
+        now = self.clock()
+        usable = [r for r in self._usable(now) if r not in tried and self._has_room(r)]
+        chosen = least_outstanding.choose([r for r in usable if r.breaker.trial_due(now)] or usable)
+        if chosen is not None and not tried:
+            self._budget.request(now)
+        return self._turn_of(chosen)
 
-        `resuming`: the request has been admitted before and its client has seen a part of the answer, so the bulkhead
-        does not hold it back, and it is not what tests a half-open replica while there is another.
+    def choose_successor(self, tried: Collection[Replica]) -> Replica | None:
+        """The replica on which an answer goes on that has begun; never one of `tried`.
+
+        It was admitted before and its client has seen a part of it, so the bulkhead does not hold it back. It is not
+        what tests a half-open replica while another is well, and no panic sends it to one that does not answer probes:
+        it can wait.
         """
         now = self.clock()
-        usable = [r for r in self._usable(now) if r not in tried and (resuming or self._has_room(r))]
-        due = [r for r in usable if r.breaker.trial_due(now)]
-        if due and not resuming:
-            usable = due
-        elif due and len(due) < len(usable):
-            usable = [r for r in usable if r not in due]
-        chosen = least_outstanding.choose(usable)
+        serving = [r for r in self._replicas.values() if not r.draining and r not in tried]
+        usable = [r for r in serving if not r.out(now)]
+        if not usable:
+            usable = [r for r in serving if r.breaker.trial_due(now) or r.breaker.state is not State.OPEN]
+        return self._turn_of(least_outstanding.choose(usable))
+
+    def has_another(self, replica: Replica) -> bool:
+        """Whether what runs on `replica` could go on elsewhere at once."""
+        now = self.clock()
+        return any(not r.draining and not r.out(now) for r in self._replicas.values() if r is not replica)
+
+    def _turn_of(self, chosen: Replica | None) -> Replica | None:
         if chosen is not None:
             chosen.last_chosen = next(self._turns)
-            if not tried and not resuming:
-                self._budget.request(now)
         return chosen
 
     def lacks_room(self, tried: Collection[Replica]) -> bool:
@@ -254,12 +267,16 @@ class Pool:
         try:
             async with asyncio.timeout(timeout_s):
                 while self.choosable() == 0:
-                    self._changed.clear()
-                    try:
-                        async with asyncio.timeout(_LOOK_AGAIN_S):
-                            await self._changed.wait()
-                    except TimeoutError:
-                        continue
+                    await self.change()
+        except TimeoutError:
+            pass
+
+    async def change(self) -> None:
+        """Until something may have changed of what can be chosen, a moment at most."""
+        self._changed.clear()
+        try:
+            async with asyncio.timeout(_LOOK_AGAIN_S):
+                await self._changed.wait()
         except TimeoutError:
             pass
 

@@ -14,9 +14,15 @@ class Limits(msgspec.Struct, kw_only=True, frozen=True):
     # How long a request waits for a replica when there is none.
     no_replica_wait_s: float = 5.0
     max_tries: int = 4
-    # Silence after which a worker that owes tokens is asked whether it is alive, and how long it has to answer.
-    stall_s: float = 2.0
-    probe_timeout_s: float = 1.0
+    # Silence after which a worker that owes tokens is asked whether it is alive, and how long it has to answer. Both
+    # and the time of one prefill are what a frozen worker's clients wait, so together they stay well under 2 s.
+    stall_s: float = 0.7
+    probe_timeout_s: float = 0.5
+    # Answers that lost their worker go on elsewhere. How long one waits for a replica, and how many tries in a row may
+    # bring no new token: a request that ends every worker that it comes to must not go round for ever.
+    resume: bool = True
+    resume_wait_s: float = 120.0
+    max_resume_tries: int = 4
     connect_timeout_s: float = 2.0
     # Bulkhead: above what a worker takes at its defaults (64 running, 256 queued), so that its own bound speaks first.
     max_per_replica: int = 512
