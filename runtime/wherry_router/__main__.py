@@ -25,6 +25,14 @@ from wherry_router.upstream import Upstream
 log = logging.getLogger("wherry.router")
 
 ENV_API_KEY = "WHERRY_API_KEY"
+_SHARES = frozenset({"eject_share", "eject_fault_rate", "retry_share", "panic_share"})
+
+
+def _share(text: str) -> float:
+    value = float(text)
+    if not 0 <= value <= 1:
+        raise argparse.ArgumentTypeError(f"{text} is not between 0 and 1")
+    return value
 
 
 def argument_parser() -> argparse.ArgumentParser:
@@ -50,7 +58,13 @@ def argument_parser() -> argparse.ArgumentParser:
         help="seconds that running answers get after SIGTERM (%(default)s)",
     )
     parser.add_argument(
-        "--drain-grace-s", type=float, default=2, help="seconds that new requests are taken after SIGTERM (%(default)s)"
+        "--drain-grace-s", type=float, default=5, help="seconds that new requests are taken after SIGTERM (%(default)s)"
+    )
+    parser.add_argument(
+        "--no-resume",
+        dest="resume",
+        action="store_false",
+        help="end a stream whose worker is lost with an error, instead of going on with it on another",
     )
     defaults = Limits()
     for name, text in (
@@ -79,7 +93,8 @@ def argument_parser() -> argparse.ArgumentParser:
     ):
         default = getattr(defaults, name)
         flag = "--" + name.replace("_", "-")
-        parser.add_argument(flag, type=type(default), default=default, help=f"{text} (default: {default})")
+        kind = _share if name in _SHARES else type(default)
+        parser.add_argument(flag, type=kind, default=default, help=f"{text} (default: {default})")
     return parser
 
 
