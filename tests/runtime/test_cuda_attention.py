@@ -21,6 +21,7 @@ from wherry_runtime.kvcache.formats import FORMATS
 from wherry_runtime.kvcache.paged import PagedKVCache
 from wherry_runtime.layers.rope import Rope
 from wherry_runtime.models.ops import Attention
+from wherry_runtime.parallel.collective import Alone
 from wherry_runtime.scheduling.plan import SequenceStep
 
 CONTEXT = 700
@@ -125,7 +126,7 @@ class Layer:
         packed = pack(prepared, (case.window,), case.block_size, tokens_per_tile(case.heads, case.kv_heads))
         memory = torch.from_numpy(packed.numbers).to(DEVICE)
         tables = tuple(t.to(DEVICE) for t in self.rope.tables())
-        fixed = Fixed([CacheView.of(self.cache, 0)], case.block_size, tables, programs)  # type: ignore[arg-type]
+        fixed = Fixed([CacheView.of(self.cache, 0)], case.block_size, tables, programs, Alone())  # type: ignore[arg-type]
         partials = Partials.of(packed.items, case.heads, case.dim, DEVICE)
         order = [int(s.request_id) for s in prepared.sequences]
         rows = torch.cat([self.qkv[i][case.parts[i][0] :] for i in order])

@@ -10,9 +10,10 @@ import pytest
 import torch
 
 from wherry_runtime.kernels.cpu import library
-from wherry_runtime.kernels.cpu.library import Pool, Program, Step
+from wherry_runtime.kernels.cpu.library import Pool, Step
 from wherry_runtime.kernels.cpu.recorder import Capacity, Recorder, Value
 from wherry_runtime.layers.linear import Linear
+from wherry_runtime.parallel.shard import Span
 from wherry_runtime.quantization.storage import Storage
 
 pytestmark = pytest.mark.skipif(
@@ -54,16 +55,15 @@ def product(x: Floats, w: Floats) -> Floats:
 def test_bfloat16_product(rows: int, scale: float) -> None:
     generator = torch.Generator().manual_seed(rows)
     storage = Storage(torch.bfloat16, torch.device("cpu"), native=True)
-    layer = Linear([("w", 70)], 200, bias=False, storage=storage, role="qkv")
+    layer = Linear([("w", Span.all(70))], Span.all(200), bias=False, storage=storage, role="qkv")
     weight = torch.randn(70, 200, generator=generator) * scale
     layer.slots()["w.weight"].fill(weight)
-    program = Program(Pool(2))
-    recorder = Recorder(program, Capacity(rows, rows), None)  # type: ignore[arg-type]
+    recorder = Recorder(Pool(2), Capacity(rows, rows), None)  # type: ignore[arg-type]
     value = Value(recorder.arena, rows, 200, sampled=False)
     y = recorder.linear(layer, value)
     x = torch.randn(rows, 200, generator=generator)
     value.buffer[:, :200] = x
-    program.run(Step(rows))
+    recorder.program.run(Step(rows))
     want = product(x.bfloat16().float().numpy(), weight.bfloat16().float().numpy())
     assert want.any()
     np.testing.assert_array_equal(y.buffer[:, :70].numpy(), want)

@@ -70,10 +70,12 @@ class TestElementwise:
         assert (out[:, width:] == 0).all()
 
 
-def test_ids_beyond_the_table_read_nothing_else() -> None:
-    table, out = torch.randn(3, 16), torch.zeros(2, 64)
-    run("embed", [table, out], [16, 64, 0, 3], Step(2, token_ids=np.array([3, -1])))
-    assert torch.equal(out[:, :16], table[:1].expand(2, -1))
+def test_ids_that_the_table_does_not_have_give_zeros() -> None:
+    """Those of other ranks, and bad ones, which must not read elsewhere."""
+    table, out = torch.randn(3, 16), torch.full((5, 64), 9.0)
+    run("embed", [table, out], [16, 64, 0, 3, 100], Step(5, token_ids=np.array([99, 100, 102, 103, -1])))
+    zeros = torch.zeros(16)
+    assert torch.equal(out[:, :16], torch.stack([zeros, table[0], table[2], zeros, zeros]))
 
 
 def test_silu_of_the_extremes() -> None:

@@ -10,9 +10,10 @@ import pytest
 import torch
 
 from wherry_runtime.kernels.cpu import library
-from wherry_runtime.kernels.cpu.library import Pool, Program, Step
+from wherry_runtime.kernels.cpu.library import Pool, Step
 from wherry_runtime.kernels.cpu.recorder import Capacity, Recorder, Value
 from wherry_runtime.layers.linear import Linear
+from wherry_runtime.parallel.shard import Span
 from wherry_runtime.quantization.packed import linear as reference
 from wherry_runtime.quantization.storage import Storage
 
@@ -34,7 +35,7 @@ ROWS = [1, 2, 3, 4, 5, 6, 7, 8, 13, 16, 31, 64, 97, 200]
 
 def make(storage: Storage, outputs: int, inputs: int, *, bias: bool = True) -> Linear:
     generator = torch.Generator().manual_seed(outputs * 1000 + inputs)
-    layer = Linear([("w", outputs)], inputs, bias=bias, storage=storage, role="qkv")
+    layer = Linear([("w", Span.all(outputs))], Span.all(inputs), bias=bias, storage=storage, role="qkv")
     weight = torch.randn(outputs, inputs, generator=generator) * 0.1
     slots = layer.slots()
     slots["w.weight"].fill(weight)
@@ -56,13 +57,13 @@ class Product:
     """A layer recorded as a program, for up to `rows` rows."""
 
     def __init__(self, layer: Linear, rows: int, threads: int = 2) -> None:
-        self._program = Program(Pool(threads))
-        recorder = Recorder(self._program, Capacity(rows, rows), None)  # type: ignore[arg-type]
+        recorder = Recorder(Pool(threads), Capacity(rows, rows), None)  # type: ignore[arg-type]
+        self._program = recorder.program
         self._x = Value(recorder.arena, rows, layer.num_inputs, sampled=False)
         self._y = recorder.linear(layer, self._x)
         self._residual = Value(recorder.arena, rows, layer.num_outputs, sampled=False)
-        self._added = Program(Pool(threads))
-        recorder.program = self._added
+        recorder.take_stages()
+        self._added = recorder.program
         recorder.add_linear(self._residual, layer, self._x)
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
@@ -122,13 +123,12 @@ def test_a_row_is_the_same_in_any_company(name: str) -> None:
 def test_sampled_rows_are_counted_apart(name: str) -> None:
     """A product over the rows that draw a token computes as many rows as there are of these."""
     layer = make(FORMATS[name][0], 70, 130)
-    program = Program(Pool(2))
-    recorder = Recorder(program, Capacity(8, 4), None)  # type: ignore[arg-type]
+    recorder = Recorder(Pool(2), Capacity(8, 4), None)  # type: ignore[arg-type]
     x = Value(recorder.arena, 4, 130, sampled=True)
     y = recorder.linear(layer, x)
     x.buffer[:, :130] = activations(4, 130)
     y.buffer.fill_(7)
-    program.run(Step(8, sampled_rows=np.array([1, 5], dtype=np.int64)))
+    recorder.program.run(Step(8, sampled_rows=np.array([1, 5], dtype=np.int64)))
     want = expected(layer, activations(4, 130)[:2])
     torch.testing.assert_close(y.buffer[:2, :70], want, rtol=1e-5, atol=1e-4 * float(want.abs().max()))
     assert (y.buffer[2:] == 7).all()

@@ -44,7 +44,7 @@ class AttentionKernels:
         self._rows = rows
         self._query = _zeros(rows, -(-config.num_heads * config.head_dim // 64) * 64)
         self._most_items = 2 * rows + 16 * threads
-        self._plans: dict[tuple[Program, int], torch.Tensor] = {}
+        self._plans: dict[int, torch.Tensor] = {}
         # Where a long sequence's chunks meet. With less it would be split less.
         width = -(-config.head_dim // 16) * 16 + 16
         chunks = -(-len(self._cos) // CHUNK)
@@ -64,7 +64,7 @@ class AttentionKernels:
         """Appends the calls of one layer.
 
         Args:
-            program: all layers that share a plan are recorded into one.
+            program: layers are recorded in the order in which they run; the first of each window makes its plan.
             attention: the layer's shape.
             qkv: float32 [rows, stride] and the stride: heads of queries, of keys, of values.
             out: float32 [rows, stride] and the stride: heads of queries.
@@ -92,11 +92,11 @@ class AttentionKernels:
         )
 
     def _plan(self, program: Program, heads: list[int], window: int) -> torch.Tensor:
-        if (program, window) not in self._plans:
+        if window not in self._plans:
             plan = torch.zeros(PLAN_HEADER + PLAN_WORDS_PER_ITEM * self._most_items, dtype=torch.int64)
             program.add("attention_plan", [plan], [*heads, self._most_partials, window, self._most_items])
-            self._plans[program, window] = plan
-        return self._plans[program, window]
+            self._plans[window] = plan
+        return self._plans[window]
 
 
 def _zeros(rows: int, columns: int) -> torch.Tensor:

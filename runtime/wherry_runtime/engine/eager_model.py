@@ -10,6 +10,7 @@ from wherry_runtime.engine.prepared import Prepared
 from wherry_runtime.kvcache.paged import PagedKVCache
 from wherry_runtime.layers.eager import Batch, EagerOps
 from wherry_runtime.models.decoder import Decoder
+from wherry_runtime.parallel.collective import Collective
 
 
 class EagerModel:
@@ -17,9 +18,10 @@ class EagerModel:
 
     sampler = None
 
-    def __init__(self, model: Decoder, cache: PagedKVCache) -> None:
+    def __init__(self, model: Decoder, cache: PagedKVCache, collective: Collective | None = None) -> None:
         self.decoder = model
         self.cache = cache
+        self._collective = collective
         self._device = cache.layers[0].device
         # Masks are of the queries' type, whatever keys are kept in.
         dtype = model.storage.dtype
@@ -31,7 +33,7 @@ class EagerModel:
 
     def logits(self, prepared: Prepared) -> Iterator[torch.Tensor]:
         """Computes a step: [S, vocab_size] float32, all in one part."""
-        ops = EagerOps(self._batch(prepared), self.cache, self.decoder.rope)
+        ops = EagerOps(self._batch(prepared), self.cache, self.decoder.rope, self._collective)
         yield self.decoder.logits(ops, self.decoder.hidden(ops)).float()
 
     def _batch(self, prepared: Prepared) -> Batch:

@@ -12,6 +12,8 @@ from wherry_runtime.layers.linear import Linear
 from wherry_runtime.layers.norm import RMSNorm
 from wherry_runtime.layers.rope import Rope
 from wherry_runtime.models.ops import Attention
+from wherry_runtime.parallel.collective import Alone, Collective, embed_part
+from wherry_runtime.parallel.shard import Span
 
 
 @dataclass(slots=True, frozen=True)
@@ -28,14 +30,17 @@ class Batch:
 class EagerOps:
     """`Ops` for one step: values are tensors [T, width]."""
 
-    def __init__(self, batch: Batch, cache: PagedKVCache, rope: Rope) -> None:
+    def __init__(self, batch: Batch, cache: PagedKVCache, rope: Rope, collective: Collective | None = None) -> None:
         self._batch = batch
         self._cache = cache
         self._rope = rope
+        self._collective = collective or Alone()
         self._angles = rope.at(batch.positions)
 
-    def embed(self, table: torch.Tensor) -> torch.Tensor:
-        return functional.embedding(self._batch.token_ids, table)
+    def embed(self, table: torch.Tensor, tokens: Span) -> torch.Tensor:
+        if tokens.whole:
+            return functional.embedding(self._batch.token_ids, table)
+        return self._collective.all_reduce(embed_part(table, tokens, self._batch.token_ids)).to(table.dtype)
 
     def norm(self, norm: RMSNorm, x: torch.Tensor) -> torch.Tensor:
         return norm(x)
@@ -44,7 +49,8 @@ class EagerOps:
         return linear(x)
 
     def add_linear(self, residual: torch.Tensor, linear: Linear, x: torch.Tensor) -> torch.Tensor:
-        return residual + linear(x)
+        y = linear(x)
+        return residual + (self._collective.all_reduce(y.float()).to(y.dtype) if linear.partial else y)
 
     def silu_mul(self, x: torch.Tensor) -> torch.Tensor:
         gate, up = x.chunk(2, dim=-1)
@@ -64,3 +70,7 @@ class EagerOps:
 
     def sampled_norm(self, norm: RMSNorm, x: torch.Tensor) -> torch.Tensor:
         return norm(x.index_select(0, self._batch.sampled_rows))
+
+    def logits(self, head: Linear, tokens: Span, x: torch.Tensor) -> torch.Tensor:
+        y = head(x)
+        return y if tokens.whole else self._collective.gather(y, tokens)

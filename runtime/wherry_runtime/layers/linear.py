@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch.nn import functional
 
+from wherry_runtime.parallel.shard import Span
 from wherry_runtime.quantization.formats import PANEL
 from wherry_runtime.quantization.packed import PackedMatrix, linear
 from wherry_runtime.quantization.storage import Role, Storage
@@ -13,7 +14,7 @@ from wherry_runtime.quantization.storage import Role, Storage
 
 @dataclass(frozen=True, slots=True)
 class Slot:
-    """A place for one tensor of the checkpoint: `fill` takes a tensor of `shape` and converts it to how it is held."""
+    """A place for one tensor of the checkpoint: `fill` takes a tensor of `shape` and keeps this rank's part of it."""
 
     shape: tuple[int, ...]
     fill: Callable[[torch.Tensor], object]
@@ -22,6 +23,13 @@ class Slot:
     def of(cls, tensor: torch.Tensor) -> "Slot":
         """A slot that copies into `tensor`."""
         return cls(tuple(tensor.shape), tensor.copy_)
+
+    @classmethod
+    def part(cls, rows: Span, columns: Span | None, fill: Callable[[torch.Tensor], object]) -> "Slot":
+        """A slot that fills in some rows and columns; the rest is never read. None: the tensor has one dimension."""
+        if columns is None:
+            return cls((rows.total,), lambda tensor: fill(tensor[rows.indices]))
+        return cls((rows.total, columns.total), lambda tensor: fill(tensor[rows.indices, columns.indices]))
 
 
 Slots = dict[str, Slot]
@@ -32,8 +40,8 @@ class Linear:
     """y = x Wᵀ + b, for one or more projections of the same x, their outputs side by side.
 
     Args:
-        parts: checkpoint name (without `.weight`) and output width of each projection.
-        num_inputs: width of x.
+        parts: checkpoint name (without `.weight`) and outputs of each projection.
+        inputs: columns of the checkpoint's x that come in here.
         bias: whether the projections have biases.
         role, first_layer: which of the model's matrices this is; the storage gives each its format.
         shared: a plain weight that another layer holds and fills, for a head tied to the embedding.
@@ -42,12 +50,13 @@ class Linear:
         packed: W in a packed format, or None.
         weight: W [num_outputs, num_inputs] plain, or None.
         bias: [num_outputs]; float32 and padded with zeros to a multiple of 64 where W is packed.
+        partial: y is a summand: the ranks' sum is the result. The first rank's has the bias.
     """
 
     def __init__(
         self,
-        parts: Sequence[tuple[str, int]],
-        num_inputs: int,
+        parts: Sequence[tuple[str, Span]],
+        inputs: Span,
         *,
         bias: bool,
         storage: Storage,
@@ -55,12 +64,16 @@ class Linear:
         first_layer: bool = False,
         shared: torch.Tensor | None = None,
     ) -> None:
-        self.num_outputs = sum(width for _, width in parts)
-        self.num_inputs = num_inputs
+        self.num_outputs = sum(span.length for _, span in parts)
+        self.num_inputs = num_inputs = inputs.length
+        self.partial = not inputs.whole
         self.packed: PackedMatrix | None = None
         self.weight: torch.Tensor | None = None
         self.bias: torch.Tensor | None = None
         self._parts = tuple(parts)
+        self._inputs = inputs
+        self._skips_bias = bias and inputs.start > 0
+        bias = bias and not self._skips_bias
         self._shared = shared is not None
         self._dtype = storage.dtype
         if (format_ := storage.format(role, first_layer=first_layer)) is not None:
@@ -78,14 +91,17 @@ class Linear:
         """Checkpoint name → where its tensor goes."""
         slots: Slots = {}
         row = 0
-        for name, width in self._parts:
+        for name, span in self._parts:
+            end = row + span.length
             if self.packed is not None:
-                slots[f"{name}.weight"] = Slot((width, self.num_inputs), _filler(self.packed, row))
+                slots[f"{name}.weight"] = Slot.part(span, self._inputs, _filler(self.packed, row))
             elif self.weight is not None and not self._shared:
-                slots[f"{name}.weight"] = Slot.of(self.weight[row : row + width])
+                slots[f"{name}.weight"] = Slot.part(span, self._inputs, self.weight[row:end].copy_)
             if self.bias is not None:
-                slots[f"{name}.bias"] = Slot.of(self.bias[row : row + width])
-            row += width
+                slots[f"{name}.bias"] = Slot.part(span, None, self.bias[row:end].copy_)
+            elif self._skips_bias:
+                slots[f"{name}.bias"] = Slot((span.total,), lambda _: None)
+            row = end
         return slots
 
     def state(self) -> State:

@@ -1,6 +1,7 @@
 """From a model directory to a model in memory."""
 
 import logging
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -10,6 +11,7 @@ from wherry_runtime.loading.checkpoint import fill, iterate_tensors
 from wherry_runtime.loading.config import ModelConfig
 from wherry_runtime.loading.weight_cache import WeightCache, WeightCacheError
 from wherry_runtime.models.decoder import Decoder
+from wherry_runtime.parallel.shard import Shard
 from wherry_runtime.quantization.storage import Storage
 
 log = logging.getLogger(__name__)
@@ -40,32 +42,43 @@ def _cpu_has_bfloat16() -> bool:
 
 
 def load_model(
-    directory: Path, config: ModelConfig, num_positions: int, storage: Storage, cache_root: Path | None = None
+    directory: Path,
+    config: ModelConfig,
+    num_positions: int,
+    storage: Storage,
+    cache_root: Path | None = None,
+    shard: Shard | None = None,
 ) -> Decoder:
-    """The model with its weights, each put where it stays as it is read.
+    """The model, or a rank's part of it, with its weights, each put where it stays as it is read.
 
     Args:
         cache_root: where packed weights are kept for the next time; see `weight_cache`.
+        shard: None: the whole model.
 
     Raises:
         ModelError: what is wrong with the checkpoint; see `checkpoint`.
     """
-    cache = WeightCache(cache_root, directory, storage) if cache_root is not None and storage.packs else None
+    shard = shard or Shard()
+    cache = WeightCache(cache_root, directory, storage, shard) if cache_root is not None and storage.packs else None
+
+    def empty() -> Decoder:
+        return Decoder(config, num_positions, storage, shard)
+
     with torch.inference_mode():
-        if cache is not None and (cached := _from_cache(cache, config, num_positions, storage)) is not None:
+        if cache is not None and (cached := _from_cache(cache, empty)) is not None:
             return cached
-        model = Decoder(config, num_positions, storage)
+        model = empty()
         fill(model.slots(), iterate_tensors(directory), directory)
         if cache is not None:
             cache.write(model.state())
     return model
 
 
-def _from_cache(cache: WeightCache, config: ModelConfig, num_positions: int, storage: Storage) -> Decoder | None:
+def _from_cache(cache: WeightCache, empty: Callable[[], Decoder]) -> Decoder | None:
     if not cache.path.exists():
         return None
     # A model of its own: one that was filled halfway is thrown away, padding and all.
-    model = Decoder(config, num_positions, storage)
+    model = empty()
     try:
         cache.read(model.state())
     except (WeightCacheError, FileNotFoundError) as e:

@@ -25,6 +25,7 @@ import numpy.typing as npt
 import torch
 
 from wherry_runtime.loading.checkpoint import read_header, shard_files
+from wherry_runtime.parallel.shard import Shard
 from wherry_runtime.quantization.storage import Storage
 
 log = logging.getLogger(__name__)
@@ -47,13 +48,14 @@ class WeightCache:
         root: the cache's directory; made when something is written.
         directory: the checkpoint.
         storage: how its weights are held.
+        shard: which part of them.
 
     Raises:
         ModelError: what is wrong with the checkpoint's files.
     """
 
-    def __init__(self, root: Path, directory: Path, storage: Storage) -> None:
-        self._key = _digest(directory, storage)
+    def __init__(self, root: Path, directory: Path, storage: Storage, shard: Shard) -> None:
+        self._key = _digest(directory, storage, shard)
         name = re.sub(r"[^A-Za-z0-9._-]", "_", directory.resolve().name)[:64]
         self.path = root / f"{name}-{storage}-{self._key[:16]}.safetensors"
 
@@ -144,9 +146,10 @@ class WeightCache:
         return header
 
 
-def _digest(directory: Path, storage: Storage) -> str:
-    """What the packed bytes depend on: the checkpoint's files (name, size, time, header) and how they are held."""
-    parts = [f"layout {LAYOUT}", storage.describe()]
+def _digest(directory: Path, storage: Storage, shard: Shard) -> str:
+    """What the packed bytes depend on: the checkpoint's files (name, size, time, header), how they are held, and which
+    part of them."""
+    parts = [f"layout {LAYOUT}", storage.describe(), f"rank {shard.rank} of {shard.size}"]
     for path in shard_files(directory):
         stat = path.stat()
         parts.append(f"{path.name} {stat.st_size} {stat.st_mtime_ns} {hashlib.sha256(read_header(path)).hexdigest()}")

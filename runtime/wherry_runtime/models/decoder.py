@@ -8,19 +8,26 @@ from wherry_runtime.layers.norm import RMSNorm
 from wherry_runtime.layers.rope import Rope
 from wherry_runtime.loading.config import ModelConfig
 from wherry_runtime.models.ops import Attention, Ops, V
+from wherry_runtime.parallel.shard import Shard, Span
 from wherry_runtime.quantization.storage import Role, Storage
 
 
 class Embedding:
-    """A row for each token."""
+    """A row for each token of `tokens`.
 
-    def __init__(self, name: str, shape: tuple[int, int], storage: Storage) -> None:
-        size = math.prod(shape) * storage.dtype.itemsize
-        self.weight = storage.allocate(size).view(storage.dtype).view(shape)
+    Attributes:
+        weight: [tokens, width]
+    """
+
+    def __init__(self, name: str, tokens: Span, width: int, storage: Storage) -> None:
+        size = tokens.length * width * storage.dtype.itemsize
+        self.weight = storage.allocate(size).view(storage.dtype).view(tokens.length, width)
+        self.tokens = tokens
         self._name = name
 
     def slots(self) -> Slots:
-        return {f"{self._name}.weight": Slot.of(self.weight)}
+        columns = Span.all(self.weight.shape[1])
+        return {f"{self._name}.weight": Slot.part(self.tokens, columns, self.weight.copy_)}
 
     def state(self) -> State:
         return {f"{self._name}.weight": self.weight}
@@ -29,8 +36,8 @@ class Embedding:
 class DecoderLayer:
     """Attention and a gated MLP (SwiGLU), each behind a norm and beside a residual."""
 
-    def __init__(self, config: ModelConfig, index: int, storage: Storage) -> None:
-        def linear(role: Role, parts: list[tuple[str, int]], inputs: int, bias: bool) -> Linear:
+    def __init__(self, config: ModelConfig, index: int, storage: Storage, shard: Shard) -> None:
+        def linear(role: Role, parts: list[tuple[str, Span]], inputs: Span, bias: bool) -> Linear:
             named = [(f"{prefix}.{n}", w) for n, w in parts]
             return Linear(named, inputs, bias=bias, storage=storage, role=role, first_layer=index == 0)
 
@@ -39,19 +46,20 @@ class DecoderLayer:
             return RMSNorm(f"{prefix}.{name}", width, eps, dtype=dtype, device=storage.device)
 
         prefix = f"model.layers.{index}"
-        queries, keys = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
+        heads, kv_heads, inner = shard.heads(config), shard.kv_heads(config), shard.mlp(config)
+        hidden = Span.all(config.hidden_size)
+        queries, keys = heads.times(config.head_dim), kv_heads.times(config.head_dim)
         fused = [("self_attn.q_proj", queries), ("self_attn.k_proj", keys), ("self_attn.v_proj", keys)]
-        self.qkv = linear("qkv", fused, config.hidden_size, config.qkv_bias)
-        self.output = linear("output", [("self_attn.o_proj", config.hidden_size)], queries, config.output_bias)
-        gated = [("mlp.gate_proj", config.intermediate_size), ("mlp.up_proj", config.intermediate_size)]
-        self.gate_up = linear("gate_up", gated, config.hidden_size, config.mlp_bias)
-        self.down = linear("down", [("mlp.down_proj", config.hidden_size)], config.intermediate_size, config.mlp_bias)
+        self.qkv = linear("qkv", fused, hidden, config.qkv_bias)
+        self.output = linear("output", [("self_attn.o_proj", hidden)], queries, config.output_bias)
+        self.gate_up = linear("gate_up", [("mlp.gate_proj", inner), ("mlp.up_proj", inner)], hidden, config.mlp_bias)
+        self.down = linear("down", [("mlp.down_proj", hidden)], inner, config.mlp_bias)
         self.input_norm = norm("input_layernorm", config.hidden_size)
         self.post_norm = norm("post_attention_layernorm", config.hidden_size)
         self.attention = Attention(
             layer=index,
-            num_heads=config.num_heads,
-            num_kv_heads=config.num_kv_heads,
+            num_heads=heads.length,
+            num_kv_heads=kv_heads.length,
             head_dim=config.head_dim,
             window=config.windows[index] if config.windows else None,
             query_norm=norm("self_attn.q_norm", config.head_dim) if config.qk_norm else None,
@@ -72,20 +80,27 @@ class DecoderLayer:
 
 
 class Decoder:
-    """Embedding, layers, norm and head. Weights are uninitialized until `slots` are filled."""
+    """Embedding, layers, norm and head, or one rank's part of them. Weights are uninitialized until `slots` are filled.
 
-    def __init__(self, config: ModelConfig, num_positions: int, storage: Storage) -> None:
-        self.config = config
+    Attributes:
+        config: of this rank's part.
+        vocabulary: the tokens whose logits are computed here.
+    """
+
+    def __init__(self, config: ModelConfig, num_positions: int, storage: Storage, shard: Shard | None = None) -> None:
+        self.shard = shard or Shard()
+        self.config = self.shard.part(config)
         self.storage = storage
         dtype, device, vector_dtype = storage.dtype, storage.device, storage.vector_dtype
-        self.embedding = Embedding("model.embed_tokens", (config.vocab_size, config.hidden_size), storage)
-        self.layers = [DecoderLayer(config, i, storage) for i in range(config.num_layers)]
+        self.vocabulary = self.shard.vocabulary(config)
+        self.embedding = Embedding("model.embed_tokens", self.vocabulary, config.hidden_size, storage)
+        self.layers = [DecoderLayer(config, i, storage, self.shard) for i in range(config.num_layers)]
         self.norm = RMSNorm("model.norm", config.hidden_size, config.rms_norm_eps, dtype=vector_dtype, device=device)
         # A tied head is the embedding itself where that is a plain matrix; where it is packed, it has bits of its own.
         tied = config.tie_word_embeddings
         self.head = Linear(
-            [("model.embed_tokens" if tied else "lm_head", config.vocab_size)],
-            config.hidden_size,
+            [("model.embed_tokens" if tied else "lm_head", self.vocabulary)],
+            Span.all(config.hidden_size),
             bias=False,
             storage=storage,
             role="head",
@@ -109,15 +124,16 @@ class Decoder:
         return {name: tensor for part in self.parts() for name, tensor in part.state().items()}
 
     def num_parameters(self) -> int:
+        """Of the whole model."""
         return sum(math.prod(slot.shape) for slot in self.slots().values())
 
     def hidden(self, ops: Ops[V]) -> V:
         """The residual stream after the last layer: [T, hidden_size]."""
-        x = ops.embed(self.embedding.weight)
+        x = ops.embed(self.embedding.weight, self.embedding.tokens)
         for layer in self.layers:
             x = layer(ops, x)
         return x
 
     def logits(self, ops: Ops[V], hidden: V) -> V:
-        """Of the rows that draw a token: [S, vocab_size]."""
-        return ops.linear(self.head, ops.sampled_norm(self.norm, hidden))
+        """Of the rows that draw a token: [S, vocab_size] on the first rank; on others, nothing to look at."""
+        return ops.logits(self.head, self.vocabulary, ops.sampled_norm(self.norm, hidden))

@@ -12,6 +12,7 @@ import torch
 
 from wherry_runtime.layers.linear import Linear
 from wherry_runtime.layers.norm import RMSNorm
+from wherry_runtime.parallel.shard import Span
 
 V = TypeVar("V")
 
@@ -30,10 +31,14 @@ class Attention:
 
 
 class Ops(Protocol[V]):
-    """T rows, one for each token of the step; S of them draw a token. A value is T (or S) rows of a width."""
+    """T rows, one for each token of the step; S of them draw a token. A value is T (or S) rows of a width.
 
-    def embed(self, table: torch.Tensor) -> V:
-        """The rows of `table` [vocabulary, width] that the step's token ids name."""
+    Where several ranks compute a model together, values are the same on all of them but for those between the two
+    matrices of a pair, of which each rank has its own columns.
+    """
+
+    def embed(self, table: torch.Tensor, tokens: Span) -> V:
+        """The rows of the whole table that the step's token ids name; `table` [tokens, width] has those of `tokens`."""
 
     def norm(self, norm: RMSNorm, x: V) -> V:
         """x / sqrt(mean(x²) + eps) · w."""
@@ -42,7 +47,7 @@ class Ops(Protocol[V]):
         """x Wᵀ + b."""
 
     def add_linear(self, residual: V, linear: Linear, x: V) -> V:
-        """residual + x Wᵀ + b. The residual is used up."""
+        """residual + x Wᵀ + b, summed over the ranks where W is partial. The residual is used up."""
 
     def silu_mul(self, x: V) -> V:
         """silu(a) · b where x = (a, b), side by side and equally wide."""
@@ -55,3 +60,6 @@ class Ops(Protocol[V]):
 
     def sampled_norm(self, norm: RMSNorm, x: V) -> V:
         """`norm` of the S rows of x that draw a token."""
+
+    def logits(self, head: Linear, tokens: Span, x: V) -> V:
+        """x Wᵀ of all ranks side by side, on the first one. Here are those of `tokens`."""

@@ -75,6 +75,7 @@ class Step:
         pointers.append(block_tables.ctypes.data)
         step = array("q", (rows, len(sampled_rows), len(table_starts), *pointers))  # `Step` of abi.h
         self.address = step.buffer_info()[0]
+        self.rows = rows
         self.sampled_rows = sampled_rows
         self._numbers = memoryview(numbers)  # which then cannot be moved any more
         self._kept = (step, block_tables)
@@ -230,7 +231,7 @@ class Replay:
     def __init__(self, programs: Sequence[tuple[Program, Step]]) -> None:
         self._programs = programs
         self._pairs = array("q", [n for program, step in programs for n in (program.handle, step.address)])
-        self.rows = len(programs[-1][1].sampled_rows)  # that the last program draws for
+        self.last = programs[-1][1]
 
     def run(self) -> None:
         """Blocks, without the interpreter's lock."""

@@ -2,7 +2,7 @@
 
 import os
 from bisect import bisect_right
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from itertools import accumulate
 
 import numpy as np
@@ -10,8 +10,8 @@ import torch
 
 from wherry_runtime.attention.native import AttentionKernels, NativeKVCache
 from wherry_runtime.engine.prepared import Prepared
-from wherry_runtime.kernels.cpu.library import Pool, Program, Replay, Step
-from wherry_runtime.kernels.cpu.recorder import Capacity, Recorder
+from wherry_runtime.kernels.cpu.library import Pool, Replay, Step
+from wherry_runtime.kernels.cpu.recorder import Capacity, Ranks, Recorder, Stage
 from wherry_runtime.kernels.cpu.sampling import NativeSampler
 from wherry_runtime.models.decoder import Decoder
 
@@ -27,20 +27,29 @@ def pinned_cores(threads: int) -> list[int]:
 
 
 class NativeModel:
-    """Two programs: the layers over all rows of a step, and the head over the rows that draw a token."""
+    """Two programs: the layers over all rows of a step, and the head over the rows that draw a token.
 
-    def __init__(self, model: Decoder, cache: NativeKVCache, threads: int) -> None:
+    Between ranks on several machines each is in stages, as their sums leave the kernels.
+
+    Args:
+        ranks: None where there is one.
+    """
+
+    def __init__(self, model: Decoder, cache: NativeKVCache, threads: int, ranks: Ranks | None = None) -> None:
         self.cache = cache
         self.pool = Pool(threads, pinned_cores(threads))
-        self.layers, self.head = Program(self.pool), Program(self.pool)
         attention = AttentionKernels(model.config, cache, model.rope, CAPACITY.rows, threads)
-        recorder = Recorder(self.layers, CAPACITY, attention)
+        recorder = Recorder(self.pool, CAPACITY, attention, ranks)
         hidden = model.hidden(recorder)
-        recorder.program = self.head
+        self.layers = recorder.take_stages()
         self._logits = model.logits(recorder, hidden)
+        self.head = recorder.take_stages()
         self._views = [self._logits.buffer[:rows, : model.config.vocab_size] for rows in range(CAPACITY.sampled + 1)]
-        self.sampler = NativeSampler(self.head, self._logits.buffer, model.config.vocab_size)
-        self.workspace_bytes = recorder.arena.num_bytes + attention.num_bytes + self.sampler.num_bytes
+        self.sampler: NativeSampler | None = None
+        self.workspace_bytes = recorder.arena.num_bytes + attention.num_bytes
+        if model.shard.first:  # which draws
+            self.sampler = NativeSampler(self.head[-1].program, self._logits.buffer, model.config.vocab_size)
+            self.workspace_bytes += self.sampler.num_bytes
 
     def prepare(self, prepared: Prepared) -> list["Piece"]:
         """The step's pieces, to be replayed once their tokens are known."""
@@ -56,10 +65,13 @@ class NativeModel:
         tokens = [token for s in prepared.sequences for token in s.tokens]
         for piece, start in zip(pieces, range(0, len(tokens), CAPACITY.rows), strict=True):
             piece.layers.put_tokens(tokens[start : start + CAPACITY.rows])
-            for replay in piece.replays:
-                replay.run()
-                if replay.rows:
-                    yield self._views[replay.rows]
+            for section in piece.sections:
+                for replay, exchange in section:
+                    replay.run()
+                    if exchange is not None:
+                        exchange(replay.last)
+                if rows := len(section[-1][0].last.sampled_rows):
+                    yield self._views[rows]
         if not prepared.sampled_rows:
             yield self._views[0]
 
@@ -67,15 +79,29 @@ class NativeModel:
 class Piece:
     """Rows of a step that are computed at once: the layers, and the head as often as rows that draw have no room."""
 
-    def __init__(self, layers: Program, head: Program, step: Step) -> None:
+    def __init__(self, layers: list[Stage], head: list[Stage], step: Step) -> None:
         self.layers = step
         sampled = step.sampled_rows
         parts = [
             step if len(sampled) <= CAPACITY.sampled else Step(sampled_rows=sampled[start : start + CAPACITY.sampled])
             for start in range(0, len(sampled), CAPACITY.sampled)
         ]
-        first = [(head, part) for part in parts[:1]]
-        self.replays = [Replay([(layers, step), *first]), *(Replay([(head, part)]) for part in parts[1:])]
+        whole = [(stage, step) for stage in layers]
+        whole += [(stage, part) for part in parts[:1] for stage in head]
+        # Each ends where tokens are drawn.
+        self.sections = [_section(whole), *(_section((stage, part) for stage in head) for part in parts[1:])]
+
+
+def _section(stages: Iterable[tuple[Stage, Step]]) -> list[tuple[Replay, Callable[[Step], None] | None]]:
+    """As few replays as the exchanges between them leave."""
+    section: list[tuple[Replay, Callable[[Step], None] | None]] = []
+    programs = []
+    for stage, step in stages:
+        programs.append((stage.program, step))
+        if stage.exchange is not None:
+            section.append((Replay(programs), stage.exchange))
+            programs = []
+    return [*section, (Replay(programs), None)] if programs else section
 
 
 def steps(prepared: Prepared, rows: int) -> Iterator[Step]:

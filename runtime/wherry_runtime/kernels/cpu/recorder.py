@@ -6,15 +6,18 @@ its value goes, so the recording reuses memory just as the model's own code lets
 """
 
 from collections import defaultdict
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 
 from wherry_runtime.attention.native import AttentionKernels
-from wherry_runtime.kernels.cpu.library import Program
+from wherry_runtime.kernels.cpu.library import Pool, Program, Step
 from wherry_runtime.layers.linear import Linear
 from wherry_runtime.layers.norm import RMSNorm
 from wherry_runtime.models.ops import Attention
+from wherry_runtime.parallel.shard import Span
 from wherry_runtime.quantization.formats import INPUT_MULTIPLE
 from wherry_runtime.quantization.huge_pages import map_memory
 from wherry_runtime.quantization.packed import PackedMatrix
@@ -106,23 +109,29 @@ def _merged(ranges: list[tuple[int, int]]) -> list[tuple[int, int]]:
     return merged
 
 
-class Value:
-    """Rows of `width` float32 columns, and zeros from there to the stride: what matrix products read as padding.
+class Rows:
+    """What flows between calls: rows of `width` float32 columns, `stride` elements apart."""
+
+    def __init__(self, width: int, stride: int, buffer: torch.Tensor, *, sampled: bool = False) -> None:
+        self.width = width
+        self.stride = stride
+        self.buffer = buffer
+        self.sampled = sampled  # whether they are those that draw a token
+
+
+class Value(Rows):
+    """Rows with zeros from the width to the stride: what matrix products read as padding.
 
     Memory is shared with whatever comes after. Where there is padding, only with values of the same width, so that it
     stays zero; and logits keep theirs, as they are read after the step.
     """
 
     def __init__(self, arena: Arena, rows: int, width: int, *, sampled: bool) -> None:
-        self.width = width
-        self.stride = -(-width // INPUT_MULTIPLE) * INPUT_MULTIPLE
-        self.sampled = sampled  # whether its rows are those that draw a token
+        stride = -(-width // INPUT_MULTIPLE) * INPUT_MULTIPLE
         self._arena = arena
-        self._shared = width == self.stride and not sampled
-        if self._shared:
-            self.buffer = arena.take(torch.float32, rows, self.stride)
-        else:
-            self.buffer = arena.take_kept(width, rows, self.stride)
+        self._shared = width == stride and not sampled
+        buffer = arena.take(torch.float32, rows, stride) if self._shared else arena.take_kept(width, rows, stride)
+        super().__init__(width, stride, buffer, sampled=sampled)
 
     def __del__(self) -> None:
         if self._shared:
@@ -139,32 +148,83 @@ class Capacity:
     sampled: int
 
 
-class Recorder:
-    """`Ops` that append calls to `program`, which may be exchanged for another between operations."""
+class Ranks(Protocol):
+    """How this rank's values come together with the others', on the native kernels."""
 
-    def __init__(self, program: Program, capacity: Capacity, attention: AttentionKernels) -> None:
-        self.program = program
+    def summand(self, width: int) -> Rows:
+        """Where to write this rank's summand of T rows."""
+
+    def record_sum(self, recorder: "Recorder", summand: Rows, out: Rows, *, add: bool) -> None:
+        """Records out = Σ summands, or out += it."""
+
+    def record_logits(self, recorder: "Recorder", tokens: Span, multiply: Callable[[Rows], None]) -> Rows:
+        """Records `multiply`, which gets where to write the logits of `tokens`, and what brings together all ranks'.
+
+        Returns:
+            where all of them are, on the first rank.
+        """
+
+
+@dataclass(slots=True, frozen=True)
+class Stage:
+    """A program, and what the ranks exchange after it without the kernels' help, if anything."""
+
+    program: Program
+    exchange: Callable[[Step], None] | None = None
+
+
+class Recorder:
+    """`Ops` that append calls to `program`.
+
+    Args:
+        ranks: None where this one computes the model alone.
+    """
+
+    def __init__(self, pool: Pool, capacity: Capacity, attention: AttentionKernels, ranks: Ranks | None = None) -> None:
+        self.program = Program(pool)
         self.arena = Arena()
-        self._capacity = capacity
+        self.capacity = capacity
+        self._stages: list[Stage] = []
         self._attention = attention
+        self._ranks = ranks
+
+    def exchange(self, exchange: Callable[[Step], None]) -> None:
+        """Ends the program with an exchange; what is recorded from here on goes into another."""
+        self._stages.append(Stage(self.program, exchange))
+        self.program = Program(self.program.pool)
+
+    def take_stages(self) -> list[Stage]:
+        """What was recorded since the last time."""
+        stages, self._stages = [*self._stages, Stage(self.program)], []
+        self.program = Program(self.program.pool)
+        return stages
+
+    def _meeting(self) -> Ranks:
+        if self._ranks is None:
+            raise TypeError("a part of a model was given to a rank that is alone")
+        return self._ranks
 
     def _value(self, width: int, *, sampled: bool = False) -> Value:
-        rows = self._capacity.sampled if sampled else self._capacity.rows
+        rows = self.capacity.sampled if sampled else self.capacity.rows
         return Value(self.arena, rows, width, sampled=sampled)
 
-    def embed(self, table: torch.Tensor) -> Value:
-        vocab_size, width = table.shape
+    def embed(self, table: torch.Tensor, tokens: Span) -> Rows:
+        width = table.shape[1]
         out = self._value(width)
-        self.program.add("embed", [table, out.buffer], [width, out.stride, _dtype_code(table), vocab_size])
+        rows: Rows = out if tokens.whole else self._meeting().summand(width)
+        numbers = [width, rows.stride, _dtype_code(table), tokens.length, tokens.start]
+        self.program.add("embed", [table, rows.buffer], numbers)
+        if not tokens.whole:
+            self._meeting().record_sum(self, rows, out, add=False)
         return out
 
-    def norm(self, norm: RMSNorm, x: Value) -> Value:
+    def norm(self, norm: RMSNorm, x: Rows) -> Rows:
         return self._norm(norm, x, gather=False)
 
-    def sampled_norm(self, norm: RMSNorm, x: Value) -> Value:
+    def sampled_norm(self, norm: RMSNorm, x: Rows) -> Rows:
         return self._norm(norm, x, gather=True)
 
-    def _norm(self, norm: RMSNorm, x: Value, *, gather: bool) -> Value:
+    def _norm(self, norm: RMSNorm, x: Rows, *, gather: bool) -> Rows:
         out = self._value(x.width, sampled=gather)
         weight = aligned(torch.float32, 1, x.stride)
         weight[0, : x.width] = norm.weight
@@ -173,26 +233,36 @@ class Recorder:
         )
         return out
 
-    def linear(self, linear: Linear, x: Value) -> Value:
+    def linear(self, linear: Linear, x: Rows) -> Rows:
         out = self._value(linear.num_outputs, sampled=x.sampled)
         self._multiply(linear, x, out, add=False)
         return out
 
-    def add_linear(self, residual: Value, linear: Linear, x: Value) -> Value:
-        self._multiply(linear, x, residual, add=True)
+    def add_linear(self, residual: Rows, linear: Linear, x: Rows) -> Rows:
+        if linear.partial:
+            summand = self._meeting().summand(residual.width)
+            self._multiply(linear, x, summand, add=False)
+            self._meeting().record_sum(self, summand, residual, add=True)
+        else:
+            self._multiply(linear, x, residual, add=True)
         return residual
 
-    def silu_mul(self, x: Value) -> Value:
+    def logits(self, head: Linear, tokens: Span, x: Rows) -> Rows:
+        if tokens.whole:
+            return self.linear(head, x)
+        return self._meeting().record_logits(self, tokens, lambda out: self._multiply(head, x, out, add=False))
+
+    def silu_mul(self, x: Rows) -> Rows:
         out = self._value(x.width // 2, sampled=x.sampled)
         self.program.add("silu_mul", [x.buffer, out.buffer], [out.width, x.stride, out.stride])
         return out
 
-    def attend(self, attention: Attention, qkv: Value) -> Value:
+    def attend(self, attention: Attention, qkv: Rows) -> Rows:
         out = self._value(attention.num_heads * attention.head_dim)
         self._attention.record(self.program, attention, (qkv.buffer, qkv.stride), (out.buffer, out.stride))
         return out
 
-    def _multiply(self, linear: Linear, x: Value, out: Value, *, add: bool) -> None:
+    def _multiply(self, linear: Linear, x: Rows, out: Rows, *, add: bool) -> None:
         matrix = linear.packed
         if matrix is None:
             raise TypeError("the native kernels read packed weights only")
@@ -208,7 +278,7 @@ class Recorder:
                 self.arena.give_back(buffer)
 
     def _converted(
-        self, matrix: PackedMatrix, x: Value
+        self, matrix: PackedMatrix, x: Rows
     ) -> tuple[torch.Tensor, int, torch.Tensor | None, torch.Tensor | None]:
         """x as the product takes it: the operand, its stride in elements, its scales and sums."""
         rows, depth, method = x.buffer.shape[0], matrix.padded_inputs, matrix.format.method

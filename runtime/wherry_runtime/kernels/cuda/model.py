@@ -18,6 +18,7 @@ from wherry_runtime.kernels.cuda.staging import Staging
 from wherry_runtime.kernels.cuda.step import Packed, Step, pack
 from wherry_runtime.kvcache.paged import PagedKVCache
 from wherry_runtime.models.decoder import Decoder
+from wherry_runtime.parallel.collective import Alone, Collective
 
 log = logging.getLogger(__name__)
 
@@ -32,7 +33,9 @@ class CudaModel:
         max_decodes: rows that graphs are made for; 0: no graphs.
     """
 
-    def __init__(self, model: Decoder, cache: PagedKVCache, max_decodes: int = 64) -> None:
+    def __init__(
+        self, model: Decoder, cache: PagedKVCache, max_decodes: int = 64, collective: Collective | None = None
+    ) -> None:
         config = model.config
         self.decoder = model
         self.sampler = CudaSampler()
@@ -46,6 +49,7 @@ class CudaModel:
             cache.block_size,
             (cos, sin),
             num_programs(config.num_kv_heads, self._device),
+            collective or Alone(),
         )
         self._staging = Staging(self._device)
         self._buckets = buckets_up_to(max_decodes) if max_decodes else ()

@@ -15,6 +15,8 @@ from wherry_runtime.kernels.cuda.step import Step
 from wherry_runtime.layers.linear import Linear
 from wherry_runtime.layers.norm import RMSNorm
 from wherry_runtime.models.ops import Attention
+from wherry_runtime.parallel.collective import Collective, embed_part
+from wherry_runtime.parallel.shard import Span
 
 
 @dataclass(slots=True, frozen=True)
@@ -25,6 +27,7 @@ class Fixed:
     block_size: int
     rope: tuple[torch.Tensor, torch.Tensor]  # cos and sin, [positions, head_dim / 2] float32
     programs: int  # that share decode attention, for each key head
+    collective: Collective
 
 
 class CudaOps:
@@ -35,9 +38,12 @@ class CudaOps:
         self._fixed = fixed
         self._step = step
         self._partials = partials
+        self._collective = fixed.collective
 
-    def embed(self, table: torch.Tensor) -> torch.Tensor:
-        return functional.embedding(self._step.token_ids, table)
+    def embed(self, table: torch.Tensor, tokens: Span) -> torch.Tensor:
+        if tokens.whole:
+            return functional.embedding(self._step.token_ids, table)
+        return self._collective.all_reduce(embed_part(table, tokens, self._step.token_ids)).to(table.dtype)
 
     def norm(self, norm: RMSNorm, x: torch.Tensor) -> torch.Tensor:
         return rms_norm(x, norm.weight, norm.eps)
@@ -48,6 +54,9 @@ class CudaOps:
         return functional.linear(x, _plain(linear), linear.bias)
 
     def add_linear(self, residual: torch.Tensor, linear: Linear, x: torch.Tensor) -> torch.Tensor:
+        if linear.partial:
+            y = self.linear(linear, x)
+            return residual.add_(self._collective.all_reduce(y.float()).to(y.dtype))
         if linear.packed is not None:
             return multiply(x, linear.packed, linear.bias, residual)
         # cuBLAS adds to what is there: no kernel more, and one rounding less.
@@ -75,6 +84,10 @@ class CudaOps:
 
     def sampled_norm(self, norm: RMSNorm, x: torch.Tensor) -> torch.Tensor:
         return rms_norm(x, norm.weight, norm.eps, self._step.sampled_rows)
+
+    def logits(self, head: Linear, tokens: Span, x: torch.Tensor) -> torch.Tensor:
+        y = self.linear(head, x)
+        return y if tokens.whole else self._collective.gather(y, tokens)
 
 
 def _plain(linear: Linear) -> torch.Tensor:

@@ -1,8 +1,8 @@
 // What happens to activations one element at a time.
 //
-// embed: rows of the table.
+// embed: rows of the table; zeros for ids that it does not have.
 //   pointers  0 table [V, H] row-major, 1 out [T, out_stride]
-//   numbers   0 H, 1 out_stride, 2 type of the table: 0 float32, 1 bfloat16, 3 V: ids beyond read row 0
+//   numbers   0 H, 1 out_stride, 2 type of the table: 0 float32, 1 bfloat16, 3 V, 4 the first row's id
 // silu_mul: silu(gate) · up, with silu(x) = x / (1 + e^-x).
 //   pointers  0 x [T, x_stride]: gate in columns 0 … I - 1, up in I … 2I - 1; 1 out [T, out_stride]
 //   numbers   0 I, 1 x_stride, 2 out_stride
@@ -28,9 +28,12 @@ static void for_each_piece(Context& context, int64_t width, Work work) {
 void embed(const Call& call, Context& context) {
   int64_t width = call.numbers[0];
   for_each_piece(context, width, [&](int64_t row, int64_t begin, int64_t end) {
-    int64_t id = context.step.token_ids[row];
-    if (id < 0 || id >= call.numbers[3]) id = 0;  // callers check ids; a bad one must not read elsewhere
+    int64_t id = context.step.token_ids[row] - call.numbers[4];
     float* out = (float*)call.pointers[1] + row * call.numbers[1];
+    if (id < 0 || id >= call.numbers[3]) {  // another rank has it
+      std::memset(out + begin, 0, sizeof(float) * (end - begin));
+      return;
+    }
     if (call.numbers[2] == 0) {
       std::memcpy(out + begin, (const float*)call.pointers[0] + id * width + begin, sizeof(float) * (end - begin));
       return;

@@ -10,6 +10,8 @@
   X(to_bf16)              \
   X(quantize_int8)        \
   X(embed)                \
+  X(all_reduce)           \
+  X(meet)                 \
   X(rms_norm)             \
   X(silu_mul)             \
   X(rope_and_cache)       \

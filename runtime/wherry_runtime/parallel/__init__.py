@@ -1,0 +1,1 @@
+"""Tensor parallelism: a model computed by several ranks together."""
