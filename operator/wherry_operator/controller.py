@@ -1,6 +1,7 @@
 """The workers: they take keys from the queue, look at each, and put back what has to be looked at again."""
 
 import asyncio
+import contextlib
 import logging
 import time
 from collections.abc import Sequence
@@ -14,6 +15,8 @@ from wherry_operator.metrics import RECONCILE_SECONDS, RECONCILES
 logger = logging.getLogger("wherry.operator")
 
 WORKERS = 4
+# The first look at nodes should be there before the first plan, but nothing waits for it forever.
+NODES_TIMEOUT_S = 10.0
 # A pass that takes this long hangs; it is given up and tried again.
 PASS_TIMEOUT_S = 60.0
 
@@ -27,10 +30,15 @@ class Controller:
         self._reconciler = reconciler
         self._namespaces: Sequence[str | None] = namespaces or [None]
         self._resync_s = resync_s
+        reconciler.prober.changed = self.queue.add
 
     async def run(self) -> None:
         """Works until cancelled."""
         async with asyncio.TaskGroup() as group:
+            group.create_task(self._reconciler.nodes.run())
+            group.create_task(self._reconciler.prober.run())
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self._reconciler.nodes.known.wait(), NODES_TIMEOUT_S)
             group.create_task(self._resync())
             for _ in range(WORKERS):
                 group.create_task(self._work())

@@ -21,3 +21,7 @@ ACTIONS = Counter(
 )
 QUEUE_LENGTH = Gauge("wherry_operator_queue_length", "LLMDeployments waiting to be looked at.", registry=REGISTRY)
 LEADER = Gauge("wherry_operator_leader", "1 while this operator acts, 0 while it stands by.", registry=REGISTRY)
+LOST_NODES = Gauge("wherry_operator_lost_nodes", "Nodes that are held for lost.", registry=REGISTRY)
+ISOLATED = Gauge(
+    "wherry_operator_isolated", "1 while the operator suspects that it is cut off itself.", registry=REGISTRY
+)

@@ -3,7 +3,7 @@
 import asyncio
 import json
 import os
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable
 from typing import Any
 from urllib.parse import quote
 
@@ -18,11 +18,15 @@ STRATEGIC = "application/strategic-merge-patch+json"
 READ_TIMEOUT_S = 15.0
 # A write that was begun as the leader must be over before anyone else may lead: see election.py.
 WRITE_TIMEOUT_S = 4.0
+# The API server ends a watch after the first, and a watch of which nothing is heard is given up after the second.
+WATCH_S = 240
+WATCH_TIMEOUT_S = 300.0
 # Waits between tries of one request; whatever still fails then is for the queue's backoff.
 RETRY_DELAYS_S = (0.2, 0.5, 1.0)
 
 GROUPS = {
     "Pod": ("api/v1", "pods"),
+    "Node": ("api/v1", "nodes"),
     "Service": ("api/v1", "services"),
     "Secret": ("api/v1", "secrets"),
     "ServiceAccount": ("api/v1", "serviceaccounts"),
@@ -148,6 +152,43 @@ class Api:
         query = {"labelSelector": selector} if selector else {}
         answer = await self.request("GET", path_of(kind, namespace), query=query)
         return list(answer.get("items", []))
+
+    async def watch(self, path: str, version: str) -> AsyncIterator[dict[str, Any]]:
+        """What changes in a collection after `version`, until the server ends the watch: `type` and `object`.
+
+        Raises:
+            ApiError: also for an error that comes as an event; 410 means to list again.
+            Unavailable: the connection broke.
+        """
+        query = {"watch": "true", "resourceVersion": version, "timeoutSeconds": str(WATCH_S)}
+        query["allowWatchBookmarks"] = "true"
+        try:
+            prepared = await self._client.param_serialize(
+                "GET", path, query_params=list(query.items()), header_params={"Accept": "application/json"},
+                auth_settings=["BearerToken"],
+            )  # fmt: skip
+            answer = await self._client.call_api(*prepared, _request_timeout=WATCH_TIMEOUT_S)
+            if answer.status >= 400:
+                _answer(answer.status, await answer.read())
+            try:
+                async for event in _events(answer.response.content):
+                    yield event
+            finally:
+                answer.response.close()
+        except (aiohttp.ClientError, TimeoutError, OSError, ValueError) as error:
+            raise Unavailable(f"watch {path}: {type(error).__name__}: {error}") from error
+
+
+async def _events(content: aiohttp.StreamReader) -> AsyncIterator[dict[str, Any]]:
+    buffer = b""
+    async for chunk in content.iter_any():
+        *lines, buffer = (buffer + chunk).split(b"\n")
+        for line in lines:
+            event = json.loads(line)
+            if event["type"] == "ERROR":
+                told = event["object"]
+                raise ApiError(int(told.get("code", 500)), told.get("reason", ""), told.get("message", ""))
+            yield event
 
 
 def _answer(status: int, data: bytes) -> dict[str, Any]:

@@ -8,12 +8,16 @@ from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 
 from wherry_operator.api.conditions import DEGRADED
+from wherry_operator.api.kube import parse_duration
 from wherry_operator.api.v1alpha1 import LLMDeploymentStatus
 from wherry_operator.autoscaling.decide import Recommendation, decide
 from wherry_operator.cluster import load, routers, snapshot
 from wherry_operator.cluster.client import Api
 from wherry_operator.cluster.events import EventRecorder
 from wherry_operator.cluster.execute import execute, write_status
+from wherry_operator.cluster.nodes import Nodes
+from wherry_operator.cluster.probes import Prober
+from wherry_operator.planning.failover import with_verdict
 from wherry_operator.planning.plan import make_plan
 from wherry_operator.planning.routers import live_routers, worth_asking
 from wherry_operator.planning.status import make_status
@@ -44,13 +48,18 @@ def new_group() -> str:
 
 
 class Reconciler:
-    """Brings LLMDeployments to what their spec says. Holds no state but the autoscaler's history, which it can lose."""
+    """Brings LLMDeployments to what their spec says.
+
+    Holds no state that it could not lose: the autoscaler's history, what `nodes` follows and what `prober` saw last.
+    """
 
     def __init__(self, api: Api, settings: Settings, clock: Callable[[], datetime] = lambda: datetime.now(UTC)) -> None:
         self._api = api
         self._settings = settings
         self._clock = clock
         self._events = EventRecorder(api)
+        self.nodes = Nodes(api)
+        self.prober: Prober[Key] = Prober(api, self.nodes)
         self._history: dict[str, tuple[Recommendation, ...]] = {}
 
     async def reconcile(self, key: Key) -> float | None:
@@ -61,8 +70,9 @@ class Reconciler:
         """
         raw = await self._api.get("LLMDeployment", key.namespace, key.name)
         if raw is None:
+            self.prober.forget(key)
             return None
-        observed = await snapshot.read(self._api, raw)
+        observed = self._look_around(key, await snapshot.read(self._api, raw))
         scale = await self._scale(observed)
         observed = await self._ask_routers(observed, scale)
         now = self._clock()
@@ -75,6 +85,13 @@ class Reconciler:
         await write_status(self._api, observed.owner, status)
         await self._tell(observed, status, done, refused)
         return self._again(plan, refused)
+
+    def _look_around(self, key: Key, observed: Observed) -> Observed:
+        """Tells the prober what is there, and adds what is known of nodes."""
+        if spec := observed.owner.spec:
+            patience = parse_duration(spec.failover.node_unreachable)
+            self.prober.watch(key, observed.pods, observed.router_pods, patience)
+        return with_verdict(replace(observed, leaving_nodes=self.nodes.leaving()), self.prober.verdict)
 
     async def _ask_routers(self, observed: Observed, scale: Scale) -> Observed:
         if not worth_asking(observed, scale.replicas):

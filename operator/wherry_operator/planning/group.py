@@ -1,6 +1,6 @@
 """A replica as the planner sees it: the pods of one group, and whether it lives as a whole. Pure."""
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 from datetime import datetime
 from itertools import groupby
@@ -9,6 +9,8 @@ from wherry_operator.planning.pods import PodView
 
 # A run of this length is no crash loop, and a group that lived this long did not fail because of how it was made.
 HEALTHY_AFTER_S = 600.0
+# By then Kubernetes itself keeps pods off a node that is gone (its taint comes after 40 to 50 s by default).
+AVOID_S = 60.0
 
 
 @dataclass(frozen=True)
@@ -107,11 +109,22 @@ class GroupView:
         have = {pod.index for pod in self.pods}
         return () if self.whole else tuple(index for index in range(self.size) if index not in have)
 
-    def loss(self, max_restarts: int) -> Loss | None:
+    def loss(self, max_restarts: int, lost_nodes: Collection[str], now: datetime) -> Loss | None:
         """Why the group is lost, all of it; None while it lives or is on its way out."""
         if self.deleting:
             return None
-        return self._node_lost() or self._ended() or self._torn() or self._worn_out(max_restarts)
+        return (
+            self._node_lost()
+            or self._ended()
+            or self._torn()
+            or self._worn_out(max_restarts)
+            or self._shut_out(lost_nodes, now)
+        )
+
+    def avoids_until(self, now: datetime) -> float | None:
+        """Seconds until a pod without a node need not keep off nodes that were lost; None if there is none."""
+        waits = [AVOID_S - (now - pod.created).total_seconds() for pod in self.pods if pod.avoids and not pod.node]
+        return min(waits, default=None)
 
     def _node_lost(self) -> Loss | None:
         pod = next((pod for pod in self.pods if pod.lost_because), None)
@@ -152,6 +165,16 @@ class GroupView:
         what = f"restarted {self.restarts} times, more than failover.maxGroupRestarts: {last[0]}"
         # From its creation, because the end moves on with every further restart.
         return Loss(pod, what, True, state.exited or self.created, self.created)
+
+    def _shut_out(self, lost_nodes: Collection[str], now: datetime) -> Loss | None:
+        """It finds no place, and a node that it must keep off is back, or at least no longer held for lost."""
+        wait = self.avoids_until(now)
+        if wait is None or wait > 0:
+            return None
+        for pod in self.pods:
+            if not pod.node and (back := next((node for node in pod.avoids if node not in lost_nodes), "")):
+                return self._outside(pod, f"keeps off node {back}, which is not lost any more")
+        return None
 
     def _outside(self, pod: PodView, what: str, graceful: bool = False) -> Loss:
         return Loss(pod, what, False, pod.created, pod.created, graceful)

@@ -16,7 +16,7 @@ A group begins with pod 0; when that has an address the others are made with it 
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from datetime import datetime
 
@@ -108,6 +108,7 @@ def plan_groups(
     now: datetime,
     *,
     max_restarts: int = DEFAULT_MAX_RESTARTS,
+    lost_nodes: Collection[str] = (),
     busy: Mapping[str, int] | None = None,
     moving: Mapping[str, str] | None = None,
 ) -> GroupPlan:
@@ -121,12 +122,13 @@ def plan_groups(
         unavailable: ready groups that may be missing meanwhile.
         now: the time.
         max_restarts: restarts in place after which a group that does not work is replaced.
+        lost_nodes: where nothing may be put; pods that keep off other nodes than these may be made anew.
         busy: requests that run in a group, by its key; the least busy go first when there are too many.
         moving: groups that should go elsewhere, by key, and why; they are exchanged like those of an old revision.
     """
     planner = _Planner(replicas, revision, surge, unavailable, now, busy or {}, moving or {})
     groups = [group for group in group_views(pods) if not group.deleting]
-    losses = {group.key: loss for group in groups if (loss := group.loss(max_restarts))}
+    losses = {group.key: loss for group in groups if (loss := group.loss(max_restarts, lost_nodes, now))}
     planner.sort_out_failed([(group, losses[group.key]) for group in groups if group.key in losses])
     planner.move([group for group in groups if group.key not in losses])
     return planner.plan()
@@ -153,11 +155,14 @@ class _Planner:
         self.pending: list[PendingAction] = []
         self.held: list[tuple[GroupView, Loss]] = []  # failed, and their replacement has to wait
         self.due: list[Creation] = []  # replacements that need not wait
+        self.live: list[GroupView] = []
         self.rolling = False
         self.wanted = f"{replicas} {'replica is' if replicas == 1 else 'replicas are'} wanted"
 
     def plan(self) -> GroupPlan:
-        retry = min((self._left(*entry) for entry in self.held), default=None)
+        waits = [self._left(*entry) for entry in self.held]
+        waits += [wait for group in self.live if (wait := group.avoids_until(self.now)) and wait > 0]
+        retry = min(waits, default=None)
         return GroupPlan(
             creations=tuple(self.creations),
             additions=tuple(self.additions),
@@ -185,6 +190,7 @@ class _Planner:
         return wait - (self.now - loss.waits_from).total_seconds()
 
     def move(self, live: list[GroupView]) -> None:
+        self.live = live
         old = [group for group in live if self._leaves(group)]
         current = [group for group in live if group not in old]
         self.rolling = any(group.revision != self.revision for group in old)

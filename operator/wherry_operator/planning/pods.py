@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any
 
-from wherry_operator.desired.common import ANNOTATION_CAUSE, ANNOTATION_FAILURES
+from wherry_operator.desired.common import ANNOTATION_AVOID, ANNOTATION_CAUSE, ANNOTATION_FAILURES
 from wherry_operator.desired.runtime import CONTAINER
 from wherry_protocol import naming
 
@@ -43,6 +43,7 @@ class PodView:
     and nobody has opened it yet. `drain`: by when a pod that is marked to go has to be free; None without a mark.
     `index` is its place in its group, of `group_size` pods; `leader` the address of pod 0 that it was made with.
     `restarts` are those of the engine's container. `failed_before`: what the group before this one died of.
+    `avoids`: nodes that it must not be bound to, as they were lost when it was made.
     `lost_because`: why the operator holds its node for lost; not the pod's own word, see failover.py.
     """
 
@@ -72,6 +73,7 @@ class PodView:
     host_ip: str = ""
     restarts: int = 0
     failed_before: str = ""
+    avoids: tuple[str, ...] = ()
     lost_because: str = ""
 
     @property
@@ -130,6 +132,7 @@ class PodView:
             host_ip=status.get("hostIP", ""),
             restarts=_restarts(status),
             failed_before=annotations.get(ANNOTATION_CAUSE, ""),
+            avoids=tuple(filter(None, annotations.get(ANNOTATION_AVOID, "").split(","))),
         )
 
 
