@@ -34,7 +34,7 @@ from wherry_router.surface import HOT_ROUTES, make_surface
 log = logging.getLogger("wherry.router")
 
 _HOT = {path.encode(): (path.removeprefix("/v1/"), kind) for path, kind in HOT_ROUTES.items()}
-_OPEN = frozenset({b"/healthz", b"/readyz", b"/metrics"})
+_OPEN = frozenset({b"/health", b"/healthz", b"/readyz", b"/metrics"})
 _REPORT = REPORT_PATH.encode()
 
 

@@ -59,6 +59,8 @@ def _add_health(app: FastAPI, unready: Callable[[], str | None], registry: Colle
     async def healthz() -> dict[str, str]:
         return {"status": "ok"}
 
+    # /health: where vLLM and SGLang have it, so that what asks them can ask us.
+    @app.get("/health", include_in_schema=False)
     @app.get("/readyz", summary="Whether the router can take requests", responses={503: {"description": "Not now"}})
     async def readyz() -> dict[str, str]:
         reason = unready()

@@ -95,7 +95,7 @@ def test_malformed_paths_and_hosts_never_give_a_5xx(front: Process, host: str) -
         assert status == 200 or is_openai_error(body)
 
 
-@pytest.mark.parametrize("path", ["/healthz", "/readyz", "/metrics"])
+@pytest.mark.parametrize("path", ["/health", "/healthz", "/readyz", "/metrics"])
 def test_health_and_metrics_need_no_key(front: Process, path: str) -> None:
     assert httpx.get(front.url + path).status_code == 200
 

@@ -133,11 +133,23 @@ class Message(_Strict):
         return self
 
 
+# What vllm-router and sglang-router write into every request that passes them, at the values that change nothing here.
+_OF_ROUTERS: Mapping[str, tuple[Any, ...]] = {
+    "continue_final_message": (False,),
+    "include_reasoning": (False, True),
+    "no_stop_trim": (False,),
+    "return_hidden_states": (False,),
+    "separate_reasoning": (False, True),
+    "skip_special_tokens": (True,),
+    "stream_reasoning": (False, True),
+}
+
+
 class _Generation(_Strict):
     """What both kinds of request share."""
 
     # Fields that are known and not supported, with the values that ask for nothing.
-    harmless: ClassVar[Mapping[str, tuple[Any, ...]]] = {}
+    harmless: ClassVar[Mapping[str, tuple[Any, ...]]] = _OF_ROUTERS
 
     model: Annotated[str, Field(max_length=256)]
     frequency_penalty: Penalty | None = None
@@ -159,6 +171,14 @@ class _Generation(_Strict):
     ignore_eos: bool | None = None
     min_tokens: Annotated[int, Field(ge=0, le=_INT32)] | None = None
     stop_token_ids: Annotated[list[Annotated[int, Field(ge=0, le=_INT32)]], Field(max_length=64)] | None = None
+
+    continue_final_message: Unsupported = None
+    include_reasoning: Unsupported = None
+    no_stop_trim: Unsupported = None
+    return_hidden_states: Unsupported = None
+    separate_reasoning: Unsupported = None
+    skip_special_tokens: Unsupported = None
+    stream_reasoning: Unsupported = None
 
     def limit(self) -> int | None:
         """Tokens of the answer at most; None: what the context has room for."""
@@ -185,6 +205,7 @@ class ChatCompletionRequest(_Generation):
     """`POST /v1/chat/completions`."""
 
     harmless: ClassVar[Mapping[str, tuple[Any, ...]]] = {
+        **_OF_ROUTERS,
         "audio": (),
         "function_call": ("none", "auto"),
         "functions": ([],),
@@ -240,7 +261,7 @@ class ChatCompletionRequest(_Generation):
 class CompletionRequest(_Generation):
     """`POST /v1/completions`."""
 
-    harmless: ClassVar[Mapping[str, tuple[Any, ...]]] = {"echo": (False,), "suffix": ("",)}
+    harmless: ClassVar[Mapping[str, tuple[Any, ...]]] = {**_OF_ROUTERS, "echo": (False,), "suffix": ("",)}
 
     prompt: Prompts
     # OpenAI's default.
