@@ -16,6 +16,7 @@ from rich.console import Console
 from tests.reliability.episode import play, stage
 from tests.reliability.history import Event, Fault, save
 from tests.reliability.judge import Verdict, judge, percentile
+from tests.reliability.local_world import local_world
 from tests.reliability.world import World, static_world
 
 STREAMS = 20
@@ -75,7 +76,11 @@ async def run(seeds: list[int], world_name: str, keep: Path | None, seconds: flo
 
 def worlds() -> dict[str, Callable[[], AbstractAsyncContextManager[World]]]:
     """By name."""
-    return {"static": static_world}
+    return {
+        "local": local_world,  # local mode: pods of an LLMDeployment
+        "static": static_world,  # processes of their own
+        "ranks": lambda: static_world(workers=2, ranks=2),  # the same, each worker of two processes
+    }
 
 
 def main() -> None:

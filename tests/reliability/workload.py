@@ -4,7 +4,18 @@ import random
 from dataclasses import dataclass
 from typing import Any, Literal
 
-Fault = Literal["kill", "freeze", "blink", "freeze then kill", "cut", "swallow", "darken", "drain"]
+Fault = Literal[
+    "kill",  # SIGKILL; it is started again
+    "freeze",  # SIGSTOP, until the episode is over
+    "blink",  # SIGSTOP for a moment
+    "freeze then kill",
+    "cut",  # its connections are reset
+    "swallow",  # its connections carry nothing any more; new ones do
+    "darken",  # nor do new ones
+    "drain",  # SIGTERM, with less time than its answers need
+    "lose a rank",  # SIGKILL to one process of several that are one worker
+    "lose the node",
+]
 FAULTS: tuple[Fault, ...] = ("kill", "freeze", "blink", "freeze then kill", "cut", "swallow", "darken", "drain")
 # How many different requests there are. Each one's undisturbed answer is computed once.
 CATALOGUE = 256

@@ -10,12 +10,13 @@ import tempfile
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import aiohttp
 import msgspec
+import psutil
 from tests.reliability.proxy import Proxy
-from tests.reliability.workload import Fault
+from tests.reliability.workload import FAULTS, Fault
 from tests.router.harness import MODEL, ROOT, TINY
 
 from wherry_protocol.naming import ENV_WORKER_TOKEN
@@ -75,7 +76,10 @@ def free_port() -> int:
 
 
 class Child:
-    """A process that is started again whenever it ends, as a kubelet does, until it is stopped."""
+    """A process that is started again whenever it ends, as a kubelet does, until it is stopped.
+
+    `command`: the program and its arguments.
+    """
 
     def __init__(self, name: str, logs: Path, *command: str, env: dict[str, str] | None = None) -> None:
         self.name = name
@@ -96,7 +100,7 @@ class Child:
     async def _spawn(self) -> None:
         with self.log_path.open("ab") as log:
             self._process = await asyncio.create_subprocess_exec(
-                sys.executable, "-m", *self._command, cwd=ROOT, env=self._env, stdout=log, stderr=log
+                *self._command, cwd=ROOT, env=self._env, stdout=log, stderr=log
             )
         self.starts += 1
 
@@ -128,26 +132,29 @@ class Child:
             await self._process.wait()
 
 
-class Worker:
-    """A real worker behind a proxy. Its port and the proxy's stay the same over restarts."""
+def engine_flags(port: int, drain_s: int = 1) -> list[str]:
+    """Settings of a small engine whose seeded answers are the same whatever else runs."""
+    settings = {
+        "--model-name": MODEL,
+        "--port": port,
+        "--threads": 1,
+        "--dtype": "float32",
+        "--max-running": 32,
+        "--kv-cache-bytes": 64 * 2**20,
+        "--drain-timeout-s": drain_s,
+    }
+    return [str(part) for pair in settings.items() for part in pair]
 
-    def __init__(self, number: int, logs: Path, *args: str) -> None:
-        self.port = free_port()
-        self.direct = f"http://127.0.0.1:{self.port}"
-        self.proxy = Proxy(self.port)
-        settings = {
-            "--model-name": MODEL,
-            "--model-uri": f"file://{TINY}",
-            "--port": str(self.port),
-            "--threads": "1",
-            "--dtype": "float32",
-            "--max-running": "32",
-            "--kv-cache-bytes": str(64 * 2**20),
-            "--drain-timeout-s": "1",
-        }
-        flags = [part for pair in settings.items() for part in pair]
-        env = {ENV_WORKER_TOKEN: TOKEN}
-        self.child = Child(f"worker-{number}", logs, "wherry_runtime", *flags, *args, env=env)
+
+class Worker:
+    """A real worker behind a proxy. Its port and the proxy's stay the same over restarts. `command`: without the port's
+    settings, which are added."""
+
+    def __init__(self, name: str, logs: Path, *command: str, drain_s: int = 1) -> None:
+        port = free_port()
+        self.direct = f"http://127.0.0.1:{port}"
+        self.proxy = Proxy(port)
+        self.child = Child(name, logs, *command, *engine_flags(port, drain_s), env={ENV_WORKER_TOKEN: TOKEN})
 
     async def start(self) -> None:
         await self.proxy.start()
@@ -158,26 +165,14 @@ class Worker:
         await self.proxy.stop()
 
 
-class StaticWorld:
-    """Workers behind proxies, and routers with `--endpoints`: everything on this machine, no control plane."""
+class Workers:
+    """Workers on this machine and what can be done to them."""
 
-    model = MODEL
-    faults: tuple[Fault, ...] = (
-        "kill",
-        "freeze",
-        "blink",
-        "freeze then kill",
-        "cut",
-        "swallow",
-        "darken",
-        "drain",
-    )
+    faults: tuple[Fault, ...] = FAULTS
 
-    def __init__(self, workers: list[Worker], routers: list[Child], ports: list[int]) -> None:
+    def __init__(self, workers: list[Worker]) -> None:
         self.workers = workers
         self.size = len(workers)
-        self.routers = [f"http://127.0.0.1:{port}" for port in ports]
-        self.router_processes = routers
         self._http = aiohttp.ClientSession(headers=_HEADERS, trust_env=False, timeout=aiohttp.ClientTimeout(total=3))
         self._tasks: set[asyncio.Task[None]] = set()
 
@@ -186,21 +181,22 @@ class StaticWorld:
             task.cancel()
         await self._http.close()
 
-    async def _get(self, url: str) -> bytes | None:
+    async def get(self, url: str) -> bytes | None:
+        """The body of a 200, else None."""
         try:
             async with self._http.get(url) as response:
                 return await response.read() if response.status == 200 else None
         except (aiohttp.ClientError, OSError, TimeoutError):
             return None
 
-    async def healthy(self) -> set[int]:
-        """See `World`."""
-        numbers = {worker.proxy.url: number for number, worker in enumerate(self.workers)}
-        found = set(range(self.size))
-        for answer in await asyncio.gather(*(self._get(url + REPORT_PATH) for url in self.routers)):
-            replicas = _report(answer).replicas if answer else []
-            found &= {numbers[replica.name] for replica in replicas if replica.state == "routable"}
-        return found
+    async def post(self, url: str, body: dict[str, Any]) -> int:
+        """The answer's status; 0: none came."""
+        try:
+            async with self._http.post(url, json=body) as response:
+                await response.read()
+                return response.status
+        except (aiohttp.ClientError, OSError, TimeoutError):
+            return 0
 
     async def do(self, what: Fault, worker: int) -> None:
         """See `World`."""
@@ -219,6 +215,11 @@ class StaticWorld:
                 self._later(0.8, victim, signal.SIGKILL)
             case "drain":
                 victim.child.signal(signal.SIGTERM)
+            case "lose a rank":
+                ranks = psutil.Process(victim.child.pid).children(recursive=True)
+                if not ranks:
+                    raise RuntimeError(f"{victim.child.name} has no ranks in processes of their own")
+                ranks[-1].kill()
             case "cut":
                 victim.proxy.cut()
             case "swallow":
@@ -243,9 +244,29 @@ class StaticWorld:
         self.workers[worker].child.signal(signal.SIGCONT)
         self.workers[worker].proxy.mend()
 
+
+class StaticWorld(Workers):
+    """Workers behind proxies, and routers with `--endpoints`: everything on this machine, no control plane."""
+
+    model = MODEL
+
+    def __init__(self, workers: list[Worker], ports: list[int], ranks: int = 1) -> None:
+        super().__init__(workers)
+        self.faults = (*FAULTS, "lose a rank") if ranks > 1 else FAULTS
+        self.routers = [f"http://127.0.0.1:{port}" for port in ports]
+
+    async def healthy(self) -> set[int]:
+        """See `World`."""
+        numbers = {worker.proxy.url: number for number, worker in enumerate(self.workers)}
+        found = set(range(self.size))
+        for answer in await asyncio.gather(*(self.get(url + REPORT_PATH) for url in self.routers)):
+            replicas = _report(answer).replicas if answer else []
+            found &= {numbers[replica.name] for replica in replicas if replica.state == "routable"}
+        return found
+
     async def loads(self) -> dict[str, tuple[int, int]]:
         """See `World`."""
-        answers = await asyncio.gather(*(self._get(worker.direct + "/load") for worker in self.workers))
+        answers = await asyncio.gather(*(self.get(worker.direct + "/load") for worker in self.workers))
         return {
             worker.child.name: ((load := _load(answer)).running, load.waiting)
             for worker, answer in zip(self.workers, answers, strict=True)
@@ -255,25 +276,30 @@ class StaticWorld:
 
 @contextlib.asynccontextmanager
 async def static_world(
-    workers: int = 3, routers: int = 2, worker_args: Sequence[str] = (), router_args: Sequence[str] = ()
+    workers: int = 3, routers: int = 2, router_args: Sequence[str] = (), ranks: int = 1
 ) -> AsyncIterator[StaticWorld]:
-    """A world whose workers are all routable. Gone, with its logs, when the block ends well."""
+    """A world whose workers, of so many `ranks` each, are all routable. Gone, with its logs, when the block ends."""
     async with contextlib.AsyncExitStack() as stack:
         logs = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="wherry-reliability-")))
-        made = [Worker(number, logs, *worker_args) for number in range(workers)]
+        command = [sys.executable, "-m", "wherry_runtime", "--model-uri", f"file://{TINY}"]
+        command += [f"--tensor-parallel={ranks}"] if ranks > 1 else []
+        made = [Worker(f"worker-{number}", logs, *command) for number in range(workers)]
         for worker in made:
             stack.push_async_callback(worker.stop)
             await worker.start()
         endpoints = ",".join(worker.proxy.url for worker in made)
         ports = [free_port() for _ in range(routers)]
-        children = []
         for number, port in enumerate(ports):
             flags = ["--endpoints", endpoints, "--model", MODEL, "--port", str(port), *router_args]
-            child = Child(f"router-{number}", logs, "wherry_router", *flags, env={ENV_WORKER_TOKEN: TOKEN})
+            child = Child(
+                f"router-{number}",
+                logs,
+                *(sys.executable, "-m", "wherry_router", *flags),
+                env={ENV_WORKER_TOKEN: TOKEN},
+            )
             stack.push_async_callback(child.stop)
             await child.start()
-            children.append(child)
-        world = StaticWorld(made, children, ports)
+        world = StaticWorld(made, ports, ranks)
         stack.push_async_callback(world.close)
 
         async def all_there() -> bool:

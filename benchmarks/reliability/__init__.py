@@ -1,0 +1,1 @@
+"""What clients see when workers fail, behind several routers."""

@@ -1,0 +1,165 @@
+"""What clients see when a worker fails, behind Wherry's router and others: the same engine, the same faults.
+
+    python -m benchmarks.reliability [--routers NAME…] [--faults NAME…] [--rounds N] [--json FILE]
+
+Prints a table and writes JSON. With --routers or --faults the file's other rows stay as they are.
+"""
+
+import argparse
+import asyncio
+import contextlib
+import json
+import os
+import platform
+import random
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from benchmarks.reliability import peers
+from benchmarks.reliability.stacks import KINDS, Stack, stack
+from rich.console import Console
+from rich.progress import track
+from rich.table import Table
+from tests.reliability import client
+from tests.reliability.history import Expected, Fault, Recorder
+from tests.reliability.judge import judge, percentile
+from tests.reliability.workload import CHAT, Client
+from tests.reliability.workload import Fault as What
+from tests.router.harness import MODEL
+
+STREAMS = 24
+TOKENS = 240
+# Silence after which a client gives up and calls it a hang.
+PATIENCE_S = 10.0
+# What runs when a worker fails: every third stream begins only after that.
+_FAULT_AT = 0.2
+_TOPICS = ("boats", "猫", "Äpfel", "rockets 🚀", "int main(void) {", "| a | b |", "licences", "directories")
+
+
+@dataclass(frozen=True)
+class Row:
+    """A fault: what is done to one worker of how many, and how long its running answers get if it is told to stop."""
+
+    what: What
+    workers: int = 3
+    drain_s: int = 1
+
+
+ROWS = {
+    "killed (SIGKILL)": Row("kill"),
+    "frozen (SIGSTOP)": Row("freeze"),
+    "connections cut": Row("cut"),
+    "connections silent": Row("swallow"),
+    "network gone": Row("darken"),
+    "stopped, answers outlast the drain": Row("drain", drain_s=0),
+    "stopped, answers fit into the drain": Row("drain", drain_s=30),
+    "the only worker killed, comes back": Row("kill", workers=1),
+}
+FIELDS = ("complete", "truncated", "refused", "hung", "wrong")
+
+
+def request(number: int) -> dict[str, Any]:
+    topic = _TOPICS[number % len(_TOPICS)]
+    sampling = {"temperature": 0.8, "seed": number, "max_tokens": TOKENS, "ignore_eos": True}
+    return {"model": MODEL, "messages": [{"role": "user", "content": f"Explain {topic}, {number}."}], **sampling}
+
+
+async def undisturbed(one: Stack, numbers: range) -> dict[int, dict[str, Any]]:
+    """The answers where nothing fails."""
+    gate = asyncio.Semaphore(12)
+    async with client.session() as http, one.front() as urls:
+
+        async def ask(number: int) -> tuple[int, dict[str, Any]]:
+            async with gate:
+                return number, await client.whole(http, urls[number % len(urls)], CHAT, request(number))
+
+        return dict(await asyncio.gather(*(ask(number) for number in numbers)))
+
+
+async def measure(
+    one: Stack, row: Row, answers: dict[int, dict[str, Any]], first: int
+) -> tuple[Counter[str], list[float]]:
+    """One round: `STREAMS` clients, one fault. How the streams ended, and the longest gap of each complete one."""
+    await one.well()
+    recorder = Recorder()
+    rng = random.Random(first)
+    total = STREAMS * TOKENS
+    async with client.session() as http, one.front() as urls:
+
+        async def play(number: int) -> None:
+            begins = 0.0 if number % 3 else _FAULT_AT + rng.random() * 0.2
+            plain = Client(request=first + number, begins=begins, leaves_after=None, paced=False)
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(recorder.reached(begins * total), 3)
+            url = urls[number % len(urls)]
+            await client.stream(http, url, recorder, number, plain, CHAT, request(first + number), PATIENCE_S)
+
+        for number in range(STREAMS):
+            recorder.add(Expected, stream=number, body=answers[first + number])
+        streams = [asyncio.create_task(play(number)) for number in range(STREAMS)]
+        await recorder.reached(_FAULT_AT * total)
+        recorder.add(Fault, what=row.what, target="worker-0")
+        await one.workers.do(row.what, 0)
+        await asyncio.gather(*streams)
+        recorder.finish()
+    verdict = judge(recorder.events)
+    ends = verdict.outcomes
+    counts = Counter(
+        complete=ends["done"], truncated=ends["cut"] + ends["error"], refused=ends["refused"], hung=ends["hung"]
+    )
+    counts["wrong"] = verdict.wrong
+    return counts, verdict.gaps
+
+
+async def compare(name: str, row: Row, rounds: int) -> dict[str, Any]:
+    """All rounds of one router under one fault."""
+    counts: Counter[str] = Counter()
+    gaps: list[float] = []
+    async with stack(name, row.workers, row.drain_s) as one:
+        answers = await undisturbed(one, range(rounds * STREAMS))
+        for number in track(range(rounds), f"{name}: {row.what}", transient=True):
+            ends, found = await measure(one, row, answers, number * STREAMS)
+            counts += ends
+            gaps += found
+    result: dict[str, Any] = {field: counts[field] for field in FIELDS}
+    result["streams"] = rounds * STREAMS
+    if gaps:
+        result |= {"gap_p50_s": round(percentile(gaps, 50), 3), "gap_p99_s": round(percentile(gaps, 99), 3)}
+    return result
+
+
+def show(results: dict[str, dict[str, Any]]) -> None:
+    table = Table("a worker is", "router", *FIELDS, "gap p50 s", "gap p99 s")
+    for fault in ROWS:
+        for name in KINDS:
+            if cell := results.get(fault, {}).get(name):
+                gaps = [f"{cell[key]:.2f}" if key in cell else "–" for key in ("gap_p50_s", "gap_p99_s")]
+                table.add_row(fault, name, *(str(cell[field]) for field in FIELDS), *gaps)
+        table.add_section()
+    Console().print(table)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None, allow_abbrev=False)
+    parser.add_argument("--routers", nargs="+", choices=KINDS, default=list(KINDS))
+    parser.add_argument("--faults", nargs="+", choices=ROWS, default=list(ROWS), metavar="FAULT", help=", ".join(ROWS))
+    parser.add_argument("--rounds", type=int, default=3, help=f"of {STREAMS} streams each (%(default)s)")
+    parser.add_argument("--json", type=Path, default=Path("benchmarks/reliability/results.json"))
+    args = parser.parse_args()
+    if needed := [name for name in args.routers if name in peers.VERSIONS]:
+        peers.main(needed)
+    kept = json.loads(args.json.read_text()) if args.json.exists() else {}
+    results: dict[str, dict[str, Any]] = kept.get("faults", {})
+    for fault in args.faults:
+        for name in args.routers:
+            results.setdefault(fault, {})[name] = asyncio.run(compare(name, ROWS[fault], args.rounds))
+    show(results)
+    machine = {"cpus": os.cpu_count(), "python": platform.python_version(), "system": platform.system()}
+    versions = {"peers": peers.VERSIONS, "machine": machine}
+    args.json.write_text(json.dumps({"faults": results, **versions}, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
