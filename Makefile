@@ -6,7 +6,7 @@ BIN := .venv/bin
 STEP := hack/step
 
 .DEFAULT_GOAL := help
-.PHONY: help setup kernels up down check test unit e2e generate bench docs
+.PHONY: help setup kernels up down check test unit e2e reliability generate bench docs
 
 ##@ Using Wherry
 up: setup ## Start everything on this machine and have one chat answered
@@ -36,6 +36,11 @@ e2e: setup ## The tests on a three-node kind cluster: e2e/
 	@$(STEP) "e2e tests" $(BIN)/pytest e2e
 	@$(STEP) "kind cluster down" e2e/cluster/down
 
+reliability: setup ## Many seeded streams through workers that fail: 1,000 on processes, 1,000 in local mode
+	@$(STEP) "streams on processes" $(BIN)/python -m tests.reliability --world static
+	@$(STEP) "control-plane binaries" $(BIN)/wherry local assets --for local
+	@$(STEP) "streams in local mode" $(BIN)/python -m tests.reliability --world local
+
 test: ## All the set-up, then every check and every test
 	@hack/step --begin
 	@$(MAKE) setup
@@ -54,7 +59,7 @@ docs: setup ## Build the documentation into site/
 	@$(STEP) "docs" $(BIN)/mkdocs build --strict --quiet
 
 help: ## This text
-	@awk 'BEGIN {FS = ":.*## "} /^##@/ {printf "\n%s\n", substr($$0, 5)} /^[a-z0-9]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk 'BEGIN {FS = ":.*## "} /^##@/ {printf "\n%s\n", substr($$0, 5)} /^[a-z0-9]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 # PyPI's torch is large (about 6 GB installed); uv keeps one copy in its cache and links it into every .venv.
 .venv/.ready: pyproject.toml constraints.txt
