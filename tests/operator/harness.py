@@ -28,6 +28,8 @@ PATHS = {
     "events": "api/v1",
     "resourcequotas": "api/v1",
     "deployments": "apis/apps/v1",
+    "controllerrevisions": "apis/apps/v1",
+    "poddisruptionbudgets": "apis/policy/v1",
     "roles": "apis/rbac.authorization.k8s.io/v1",
     "rolebindings": "apis/rbac.authorization.k8s.io/v1",
     "clusterroles": "apis/rbac.authorization.k8s.io/v1",
@@ -38,6 +40,7 @@ PATHS = {
 }
 CLUSTER_WIDE = ("namespaces", "clusterroles", "clusterrolebindings", "customresourcedefinitions")
 MERGE = {"Content-Type": "application/merge-patch+json"}
+STRATEGIC = {"Content-Type": "application/strategic-merge-patch+json"}
 
 
 def eventually(check: Callable[[], Any], what: str, timeout: float = DEADLINE_S) -> Any:
@@ -177,7 +180,7 @@ def now() -> str:
 
 
 def running(ip: str, ready: bool = True) -> dict[str, Any]:
-    """A pod's status while its container runs."""
+    """A pod's status while its container runs. `Ready` waits for the pod's readiness gates: see Kubelet."""
     state = {"running": {"startedAt": now()}}
     return {
         "phase": "Running",
@@ -185,6 +188,7 @@ def running(ip: str, ready: bool = True) -> dict[str, Any]:
         "podIPs": [{"ip": ip}],
         "conditions": [
             {"type": "PodScheduled", "status": "True"},
+            {"type": "ContainersReady", "status": str(ready), "lastTransitionTime": now()},
             {"type": "Ready", "status": str(ready), "lastTransitionTime": now()},
         ],
         "containerStatuses": [container(state, ready)],
@@ -248,15 +252,41 @@ class Kubelet:
                     target = {"apiVersion": "v1", "kind": "Node", "name": "n1"}
                     binding = {"apiVersion": "v1", "kind": "Binding", "metadata": {"name": name}, "target": target}
                     self._kube.http.post(self._kube.path("pods", name, "binding"), json=binding)
-                self._kube.patch("pods", name, {"status": status}, "status")
+                self.set_status(pod, status)
+            else:
+                self._mind_gates(pod)
         for deployment in self._kube.items("deployments"):
             wanted, status = deployment["spec"]["replicas"], deployment.get("status", {})
             if status.get("readyReplicas", 0) != wanted:
                 body = {"status": {"replicas": wanted, "readyReplicas": wanted, "availableReplicas": wanted}}
                 self._kube.patch("deployments", deployment["metadata"]["name"], body, "status")
 
+    def _mind_gates(self, pod: dict[str, Any]) -> None:
+        conditions = condition_states(pod)
+        if conditions.get("ContainersReady") == "True" != conditions.get("Ready") and _gates_open(pod):
+            ready = {"type": "Ready", "status": "True", "lastTransitionTime": now()}
+            self.set_status(pod, {"conditions": [ready]})
+
     def set_status(self, pod: dict[str, Any], status: dict[str, Any]) -> None:
-        self._kube.patch("pods", pod["metadata"]["name"], {"status": status}, "status")
+        """Writes a pod's status as a kubelet does: conditions merge, and a shut readiness gate keeps it from Ready."""
+        told = [
+            c | {"status": "False"} if c["type"] == "Ready" and not _gates_open(pod) else c
+            for c in status.get("conditions", [])
+        ]
+        body = {"status": status | ({"conditions": told} if told else {})}
+        path = self._kube.path("pods", pod["metadata"]["name"], "status")
+        self._kube.call("PATCH", path, content=json.dumps(body), headers=STRATEGIC)
+
+
+def condition_states(pod: dict[str, Any]) -> dict[str, str]:
+    """The status of each of an object's conditions, by type."""
+    return {c["type"]: c["status"] for c in pod.get("status", {}).get("conditions", [])}
+
+
+def _gates_open(pod: dict[str, Any]) -> bool:
+    conditions = condition_states(pod)
+    gates = [gate["conditionType"] for gate in pod["spec"].get("readinessGates", [])]
+    return all(conditions.get(gate) == "True" for gate in gates)
 
 
 def audit(plane: ControlPlane, namespace: str, plural: str = "pods") -> Iterator[dict[str, Any]]:

@@ -20,10 +20,10 @@ SETTINGS = Settings(RenderSettings("runtime:1", "router:1"))
 REVISION = render(owner(), SETTINGS.render, "token").revision
 
 
-def existing(who: Any = None, **router_status: Any) -> dict[tuple[str, str], dict[str, Any]]:
+def existing(who: Any = None, replicas: int = 2, **router_status: Any) -> dict[tuple[str, str], dict[str, Any]]:
     """Every child but the pods, as the API server would have it."""
     who = who or owner()
-    desired = render(who, SETTINGS.render, "token")
+    desired = render(who, SETTINGS.render, "token", replicas)
     objects = {(b["kind"], b["metadata"]["name"]): dict(b) for b in (*desired.applied, desired.secret)}
     objects["Deployment", "chat-router"]["status"] = router_status or {"readyReplicas": 1}
     for (kind, name), raw in objects.items():
@@ -35,7 +35,7 @@ def observed(*pods: PodView, who: Any = None, **more: Any) -> Observed:
     who = who or owner()
     objects = more.pop("objects") if "objects" in more else existing(who)
     current = tuple(replace(p, revision=REVISION) if p.revision == "new" else p for p in pods)
-    return Observed(who, current, objects=objects, **({"token": "token"} | more))
+    return Observed(who, current, objects=objects, **({"token": "token", "leaving_nodes": {}} | more))
 
 
 def plan(snapshot: Observed, scale: Scale | int = 2) -> Plan:
@@ -58,6 +58,7 @@ def test_the_first_plan_marks_the_object_before_it_makes_anything() -> None:
     assert steps(made) == [
         "finalizers LLMDeployment chat",
         "create Secret chat-worker-token",
+        "apply PodDisruptionBudget chat",
         "apply ServiceAccount chat-router",
         "apply Role chat-router",
         "apply RoleBinding chat-router",
@@ -222,8 +223,8 @@ def test_deletion_in_order() -> None:
     assert steps(first) == ["delete Pod a"]
     assert [(entry.action, entry.target) for entry in first.pending] == [("Wait", "a"), ("Wait", "b")]
     second = steps(plan(deleting()))
-    assert second[:2] == ["delete Deployment chat-router", "delete Service chat"]
-    assert len(second) == 6
+    assert second[:2] == ["delete PodDisruptionBudget chat", "delete Deployment chat-router"]
+    assert len(second) == 7
     last = plan(deleting(objects={}, finalizers=["other", FINALIZER]))
     assert steps(last) == ["finalizers LLMDeployment chat"]
     assert last.actions[0].finalizers == ("other",)
@@ -256,7 +257,7 @@ def test_difference(change: dict[str, Any], path: str) -> None:
 def test_quantities_that_the_api_server_rewrites_are_no_difference() -> None:
     who = owner({"router": {"resources": {"limits": {"cpu": "1000m", "memory": "1024Mi"}}}})
     snapshot = observed(who=who)
-    desired = render(who, SETTINGS.render, "token")
+    desired = render(who, SETTINGS.render, "token", 2)
     [container] = snapshot.objects["Deployment", "chat-router"]["spec"]["template"]["spec"]["containers"]
     container["resources"] = {"limits": {"cpu": "1", "memory": "1Gi"}}
     assert object_actions(desired, snapshot) == []

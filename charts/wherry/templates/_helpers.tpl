@@ -43,8 +43,9 @@ helm.sh/chart: {{ .Chart.Name }}-{{ .Chart.Version }}
 {{- end -}}
 
 {{/*
-What the operator may do where it serves LLMDeployments. It reads, creates and deletes, but never changes, Secrets and pods.
-pods get, list and watch are also what it hands on to a router.
+What the operator may do where it serves LLMDeployments. It reads, creates and deletes, but never changes, Secrets; of pods it
+changes the mark that drains them and the condition of their readiness gate. pods get, list and watch are also what it hands
+on to a router.
 */}}
 {{- define "wherry.rules" -}}
 - apiGroups: [inference.wherry.dev]
@@ -58,7 +59,10 @@ pods get, list and watch are also what it hands on to a router.
   verbs: [update]
 - apiGroups: [""]
   resources: [pods]
-  verbs: [get, list, watch, create, delete]
+  verbs: [get, list, watch, create, patch, delete]
+- apiGroups: [""]
+  resources: [pods/status]
+  verbs: [patch]
 - apiGroups: [""]
   resources: [secrets]
   verbs: [get, create, delete]
@@ -74,6 +78,12 @@ pods get, list and watch are also what it hands on to a router.
 - apiGroups: [apps]
   resources: [deployments]
   verbs: [get, list, watch, create, patch, delete]
+- apiGroups: [apps]
+  resources: [controllerrevisions]
+  verbs: [list, create, delete]
+- apiGroups: [policy]
+  resources: [poddisruptionbudgets]
+  verbs: [get, create, patch, delete]
 - apiGroups: [rbac.authorization.k8s.io]
   resources: [roles, rolebindings]
   verbs: [get, create, patch, delete]

@@ -8,6 +8,7 @@ from typing import Any
 from wherry_operator.api.resource import LLMDeployment
 from wherry_operator.cluster.client import Api
 from wherry_operator.desired.common import router_name, token_secret_name
+from wherry_operator.desired.disruption import router_budget_name, runtime_budget_name
 from wherry_operator.planning.objects import owned
 from wherry_operator.planning.pods import PodView
 from wherry_operator.planning.types import Observed
@@ -18,7 +19,8 @@ def children(owner: LLMDeployment) -> list[tuple[str, str]]:
     """Kind and name of every child that is not a pod."""
     router = router_name(owner)
     named = [(kind, router) for kind in ("ServiceAccount", "Role", "RoleBinding", "Deployment")]
-    return [("Secret", token_secret_name(owner)), ("Service", owner.name), *named]
+    budgets = [("PodDisruptionBudget", name(owner)) for name in (runtime_budget_name, router_budget_name)]
+    return [("Secret", token_secret_name(owner)), ("Service", owner.name), *named, *budgets]
 
 
 async def read(api: Api, raw: dict[str, Any]) -> Observed:

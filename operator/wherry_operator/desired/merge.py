@@ -21,6 +21,7 @@ MERGE_KEYS = {
     "topologySpreadConstraints": "topologyKey",
     "resourceClaims": "name",
     "schedulingGates": "name",
+    "readinessGates": "conditionType",
 }
 
 

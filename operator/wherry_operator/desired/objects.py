@@ -4,7 +4,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from wherry_operator.api.resource import InvalidSpecError, LLMDeployment
+from wherry_operator.api.v1alpha1 import LLMDeploymentSpec
 from wherry_operator.desired.common import RenderSettings, metadata, token_secret_name
+from wherry_operator.desired.disruption import budgets
 from wherry_operator.desired.router import router_objects
 from wherry_operator.desired.runtime import pod_template, revision_of
 from wherry_protocol import naming
@@ -20,8 +22,17 @@ class Desired:
     secret: dict[str, Any]
 
 
-def render(owner: LLMDeployment, settings: RenderSettings, token: str) -> Desired:
-    """The objects for `owner`; `token` is the one in its Secret, or a new one where there is none yet.
+def render(
+    owner: LLMDeployment, settings: RenderSettings, token: str, replicas: int | None = None, *, moves: bool = True
+) -> Desired:
+    """The objects for `owner`.
+
+    Args:
+        owner: the LLMDeployment.
+        settings: the operator's.
+        token: the one in its Secret, or a new one where there is none yet.
+        replicas: groups that are wanted; None takes the spec's number, or the lowest that its scaling allows.
+        moves: whether the operator sees which nodes are being emptied.
 
     Raises:
         InvalidSpecError: the spec cannot be turned into objects; the text says why.
@@ -32,7 +43,10 @@ def render(owner: LLMDeployment, settings: RenderSettings, token: str) -> Desire
     return Desired(
         template=template,
         revision=revision_of(template),
-        applied=tuple(router_objects(owner, owner.spec, settings, token)),
+        applied=(
+            *budgets(owner, owner.spec, _wanted(owner.spec) if replicas is None else replicas, moves=moves),
+            *router_objects(owner, owner.spec, settings, token),
+        ),
         secret={
             "apiVersion": "v1",
             "kind": "Secret",
@@ -41,3 +55,7 @@ def render(owner: LLMDeployment, settings: RenderSettings, token: str) -> Desire
             "stringData": {"token": token},
         },
     )
+
+
+def _wanted(spec: LLMDeploymentSpec) -> int:
+    return spec.scaling.min_replicas if spec.scaling else spec.fixed_replicas or 0

@@ -23,6 +23,9 @@ from wherry_operator.desired.runtime import drain_seconds
 from wherry_protocol import naming
 
 CONTAINER = "router"
+MIN_READY_S = 5
+# After SIGTERM a router takes new requests for so long: nodes learn late that its Service has left it.
+LINGER_S = 5
 
 
 def router_args(owner: LLMDeployment, spec: LLMDeploymentSpec) -> list[str]:
@@ -35,6 +38,7 @@ def router_args(owner: LLMDeployment, spec: LLMDeploymentSpec) -> list[str]:
         f"--port={naming.ROUTER_PORT}",
         f"--model={spec.model.name}",
         f"--drain-timeout-s={drain_seconds(spec)}",
+        f"--drain-grace-s={LINGER_S}",
     ]
 
 
@@ -86,6 +90,8 @@ def _deployment(owner: LLMDeployment, spec: LLMDeploymentSpec, settings: RenderS
         "metadata": metadata(owner, router_name(owner), naming.COMPONENT_ROUTER),
         "spec": {
             "replicas": spec.router.replicas,
+            # Before an old router goes, the new one has been in every node's rules for its Service for a while.
+            "minReadySeconds": MIN_READY_S,
             "selector": {"matchLabels": chosen},
             "strategy": {"type": "RollingUpdate", "rollingUpdate": {"maxSurge": 1, "maxUnavailable": 0}},
             "template": {

@@ -145,6 +145,8 @@ def _pod_spec(owner: LLMDeployment, spec: LLMDeploymentSpec, settings: RenderSet
         "automountServiceAccountToken": False,
         "containers": [container],
         "enableServiceLinks": False,
+        # Until a router knows the pod no rollout takes down another for it.
+        "readinessGates": [{"conditionType": naming.GATE_ROUTABLE}],
         "restartPolicy": "Always",
         "securityContext": pod_security(),
         "terminationGracePeriodSeconds": drain_seconds(spec) + GRACE_MARGIN_S,

@@ -9,7 +9,18 @@ from wherry_operator.planning.types import Action, Observed, Problem
 from wherry_protocol.quantity import parse_quantity
 
 # Deleted in this order: first what serves, last what it needs.
-TEARDOWN_ORDER = ("Deployment", "Service", "RoleBinding", "Role", "ServiceAccount", "Secret")
+TEARDOWN_ORDER = (
+    "PodDisruptionBudget",
+    "Deployment",
+    "Service",
+    "RoleBinding",
+    "Role",
+    "ServiceAccount",
+    "ControllerRevision",
+    "Secret",
+)
+# Of these some are wanted only at times.
+OPTIONAL = ("PodDisruptionBudget",)
 
 
 def owned(raw: dict[str, Any], owner: LLMDeployment) -> bool:
@@ -36,7 +47,8 @@ def name_conflict(desired: Desired, observed: Observed) -> Problem | None:
 
 
 def object_actions(desired: Desired, observed: Observed) -> list[Action]:
-    """Creates the Secret where there is none, and applies every other object that is missing or differs."""
+    """Creates the Secret where there is none, applies every other object that is missing or differs, and deletes those
+    that are not wanted any more."""
     actions = []
     secret = desired.secret["metadata"]["name"]
     if ("Secret", secret) not in observed.objects:
@@ -45,6 +57,10 @@ def object_actions(desired: Desired, observed: Observed) -> list[Action]:
         kind, name = body["kind"], body["metadata"]["name"]
         if reason := difference(body, observed.objects.get((kind, name))):
             actions.append(Action("apply", kind, name, reason, body=body))
+    wanted = {(body["kind"], body["metadata"]["name"]) for body in desired.applied}
+    for (kind, name), raw in sorted(observed.objects.items()):
+        if kind in OPTIONAL and (kind, name) not in wanted and owned(raw, observed.owner):
+            actions.append(Action("delete", kind, name, "it is not wanted any more", uid=raw["metadata"]["uid"]))
     return actions
 
 

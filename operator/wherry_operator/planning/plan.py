@@ -36,7 +36,8 @@ def make_plan(
     if owner.deleting:
         return _teardown(observed, scale)
     try:
-        desired = render(owner, settings.render, observed.token or new_token)
+        token, moves = observed.token or new_token, observed.leaving_nodes is not None
+        desired = render(owner, settings.render, token, scale.replicas, moves=moves)
     except InvalidSpecError as error:
         return Plan(observed, scale, problem=Problem("InvalidSpec", str(error)))
     spec = owner.spec
@@ -101,6 +102,7 @@ def _plan_groups(
         unavailable,
         now,
         max_restarts=spec.failover.max_group_restarts,
+        lost_nodes=observed.lost_nodes,
         busy={group.key: routers.about(group).in_flight for group in views},
         moving=moving(views, observed.leaving_nodes or {}),
     )
