@@ -139,3 +139,27 @@ def test_connections_of_a_draining_router_end_with_the_answer_that_runs() -> Non
             assert response.extensions["network_stream"].get_extra_info("client_addr") != local, "a new connection"
             assert list(sse(response))[-1] == {}
         assert front.wait() == 0
+
+
+def test_a_stream_that_comes_in_the_last_moment_is_refused_or_whole() -> None:
+    """Between the end of the drain and the closed socket is a moment; what comes then gets the time that is left."""
+    accepted = 0
+    with ExitStack() as stack:
+        url = stack.enter_context(mock_worker("a")).url
+        for _ in range(6):
+            front = stack.enter_context(router(url))
+            body = chat(script(tokens=16, pause_s=0.1, text="word "), stream=True)
+            front.signal(15)
+            try:
+                with httpx.stream("POST", front.url + "/v1/chat/completions", json=body, timeout=20) as response:
+                    chunks = list(sse(response))
+            except (httpx.ConnectError, httpx.RemoteProtocolError, httpx.ReadError):
+                # Before anything was answered: the client knows that it may try again.
+                chunks = []
+            if chunks:
+                accepted += 1
+                assert chunks[-1] == {}, "longer than a second, and not cut"
+            assert front.wait() == 0
+            if accepted == 2:
+                break
+    assert accepted, "no stream came in time to show anything"
