@@ -4,10 +4,11 @@ Each look-out below recognises one kind of trouble; the first that does, in orde
 """
 
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+from wherry_operator.planning.group import GroupView, root_cause
 from wherry_operator.planning.pods import PodView
 
 Severity = Literal["waiting", "capacity", "error"]
@@ -27,7 +28,9 @@ CONFIG_REASONS = ("CreateContainerConfigError", "CreateContainerError", "RunCont
 
 
 def _ended(pod: PodView) -> Cause | None:
-    if not pod.lost:
+    if pod.lost_because:
+        return Cause("NodeLost", f"pod {pod.name} {pod.lost_because}")
+    if not pod.ended:
         return None
     reason = pod.reason or pod.container.exit_reason or "PodFailed"
     text = pod.message or pod.container.exit_message or f"the pod ended with phase {pod.phase}"
@@ -73,6 +76,13 @@ def _unschedulable(pod: PodView) -> Cause | None:
     return Cause("Unschedulable", f"pod {pod.name}: {pod.unschedulable}", "capacity")
 
 
+def _failed_before(pod: PodView) -> Cause | None:
+    # Until it works: what the group that it replaces died of is still what has to be mended.
+    if pod.ready or pod.was_ready or not pod.failed_before:
+        return None
+    return Cause("RestartsExhausted", f"pod {pod.name} replaces one that did not work: {pod.failed_before}")
+
+
 def _not_scheduled(pod: PodView) -> Cause | None:
     if pod.node or pod.ready:
         return None
@@ -88,6 +98,8 @@ def _starting(pod: PodView) -> Cause | None:
 def _loading(pod: PodView) -> Cause | None:
     if pod.ready:
         return None
+    if pod.gated and pod.containers_ready:
+        return Cause("NotRoutable", f"pod {pod.name} has loaded the model; no router knows it yet", "waiting")
     if pod.was_ready:
         return Cause("NotReady", f"pod {pod.name} was ready and no longer is; see its log", "error")
     return Cause("Loading", f"pod {pod.name} is loading the model", "waiting")
@@ -100,6 +112,7 @@ LOOKOUTS: Sequence[Callable[[PodView], Cause | None]] = (
     _crash,
     _volume,
     _unschedulable,
+    _failed_before,
     _not_scheduled,
     _starting,
     _loading,
@@ -118,7 +131,32 @@ _WEIGHT = {"error": 0, "capacity": 1, "waiting": 2}
 
 def worst(pods: Sequence[PodView]) -> Cause | None:
     """The one cause to show for all pods, with how many more share it. Errors before lack of room before waiting."""
-    causes = [cause for pod in sorted(pods, key=lambda p: p.name) if (cause := cause_of(pod))]
+    return _first(cause for pod in sorted(pods, key=lambda p: p.name) if (cause := cause_of(pod)))
+
+
+def cause_of_group(group: GroupView, max_restarts: int) -> Cause | None:
+    """Why this group does not serve, told of the pod that is to blame; None if it does or is on its way out."""
+    causes = {pod.name: cause for pod in group.pods if (cause := cause_of(pod))}
+    if not causes:
+        return None
+    most = min(_WEIGHT[cause.severity] for cause in causes.values())
+    culprit = root_cause(
+        [pod for pod in group.pods if pod.name in causes and _WEIGHT[causes[pod.name].severity] == most]
+    )
+    cause = causes[culprit.name]
+    if cause.reason == "CrashLoopBackOff" and group.restarts > max_restarts:
+        return Cause("RestartsExhausted", f"{cause.message} (restarted {group.restarts} times)")
+    return cause
+
+
+def worst_of_groups(groups: Sequence[GroupView], max_restarts: int) -> Cause | None:
+    """As `worst`, with one cause for each group."""
+    ordered = sorted(groups, key=lambda group: group.name)
+    return _first(cause for group in ordered if (cause := cause_of_group(group, max_restarts)))
+
+
+def _first(found: Iterable[Cause]) -> Cause | None:
+    causes = list(found)
     if not causes:
         return None
     first = min(causes, key=lambda cause: _WEIGHT[cause.severity])

@@ -8,17 +8,19 @@ from wherry_operator.api import conditions as c
 from wherry_operator.api.conditions import Finding, dated
 from wherry_operator.api.v1alpha1 import LLMDeploymentStatus, OperatorInfo, PendingAction
 from wherry_operator.desired.common import router_name, selector_text
-from wherry_operator.planning.causes import Cause, worst
-from wherry_operator.planning.pods import PodView
+from wherry_operator.planning.causes import Cause, worst, worst_of_groups
+from wherry_operator.planning.group import GroupView, group_views
+from wherry_operator.planning.groups import DEFAULT_MAX_RESTARTS
 from wherry_operator.planning.types import Observed, Plan, Refusal, Settings
 from wherry_protocol import naming
 
 
 def make_status(plan: Plan, settings: Settings, now: datetime, refusals: Sequence[Refusal] = ()) -> LLMDeploymentStatus:
     """The status after `plan` was carried out as far as `refusals` allowed."""
-    owner, pods = plan.observed.owner, plan.observed.pods
-    alive = [pod for pod in pods if not pod.deleting and not pod.lost]
-    findings = [] if owner.deleting else _findings(plan, alive, refusals)
+    owner = plan.observed.owner
+    groups = [group for group in group_views(plan.observed.pods) if not group.deleting]
+    alive = [group for group in groups if group.loss(_most_restarts(plan), plan.observed.lost_nodes, now) is None]
+    findings = [] if owner.deleting else _findings(plan, groups, alive, refusals)
     if owner.deleting:
         findings = _terminating(plan)
     previous = owner.status.get("conditions") or []
@@ -29,8 +31,8 @@ def make_status(plan: Plan, settings: Settings, now: datetime, refusals: Sequenc
         observed_generation=owner.generation,
         desired_replicas=0 if owner.deleting else plan.scale.replicas,
         replicas=len(alive),
-        ready_replicas=sum(pod.ready for pod in alive),
-        updated_replicas=sum(pod.revision == plan.revision for pod in alive),
+        ready_replicas=sum(group.ready for group in alive),
+        updated_replicas=sum(group.revision == plan.revision for group in alive),
         revision=plan.revision or owner.status.get("revision"),
         selector=selector_text(owner),
         url=_url(plan.observed, settings),
@@ -42,6 +44,11 @@ def make_status(plan: Plan, settings: Settings, now: datetime, refusals: Sequenc
         plan=pending or None,
         conditions=dated(findings, previous, text, owner.generation),
     )
+
+
+def _most_restarts(plan: Plan) -> int:
+    spec = plan.observed.owner.spec
+    return spec.failover.max_group_restarts if spec else DEFAULT_MAX_RESTARTS
 
 
 def _url(observed: Observed, settings: Settings) -> str | None:
@@ -73,16 +80,18 @@ def _refusal_cause(refusal: Refusal) -> Cause:
     return Cause("InvalidPod" if refusal.action.kind == "Pod" else "InvalidObject", text)
 
 
-def _findings(plan: Plan, alive: list[PodView], refusals: Sequence[Refusal]) -> list[Finding]:
+def _findings(
+    plan: Plan, groups: list[GroupView], alive: list[GroupView], refusals: Sequence[Refusal]
+) -> list[Finding]:
     observed, wanted = plan.observed, plan.scale.replicas
     refusal = _refusal_cause(refusals[0]) if refusals else None
     problem = Cause(plan.problem.reason, plan.problem.message) if plan.problem else None
-    relevant = [pod for pod in observed.pods if not pod.deleting]
-    pods = worst([pod for pod in relevant if pod.revision == plan.revision] or relevant) if wanted else None
+    relevant = [group for group in groups if group.revision == plan.revision] or groups
+    failing = worst_of_groups(relevant, _most_restarts(plan)) if wanted else None
     router = _router(observed)
-    ready = sum(pod.ready for pod in alive)
-    current = sum(pod.ready and pod.revision == plan.revision for pod in alive)
-    cause = problem or refusal or pods
+    ready = sum(group.ready for group in alive)
+    current = sum(group.ready and group.revision == plan.revision for group in alive)
+    cause = problem or refusal or failing
     progressing = _progressing(plan, alive, refusals)
     findings = [
         _ready(wanted, current, cause, progressing, router),
@@ -90,8 +99,8 @@ def _findings(plan: Plan, alive: list[PodView], refusals: Sequence[Refusal]) -> 
         progressing,
         router,
         _model_loaded(wanted, ready, alive, cause),
-        _degraded(cause, router, worst([p for p in observed.router_pods if not p.deleting])),
-        _capacity(plan, pods, refusal),
+        _degraded(observed, cause, router, worst([p for p in observed.router_pods if not p.deleting])),
+        _capacity(plan, refusal),
     ]
     if plan.scale.active is not None:
         findings.append(Finding(c.SCALING_ACTIVE, plan.scale.active, plan.scale.reason, plan.scale.message))
@@ -124,15 +133,15 @@ def _available(wanted: int, ready: int, router: Finding, cause: Cause | None) ->
     return Finding(c.AVAILABLE, False, "NoReplicas", "no replica is ready yet")
 
 
-def _progressing(plan: Plan, alive: list[PodView], refusals: Sequence[Refusal]) -> Finding:
+def _progressing(plan: Plan, alive: list[GroupView], refusals: Sequence[Refusal]) -> Finding:
     if plan.problem:
         return Finding(c.PROGRESSING, False, plan.problem.reason, plan.problem.message)
     if refusals:
         return Finding(c.PROGRESSING, False, "Refused", _refusal_cause(refusals[0]).message)
     wanted = plan.scale.replicas
-    old = [pod for pod in alive if pod.revision != plan.revision]
-    current = [pod for pod in alive if pod.revision == plan.revision]
-    ready = sum(pod.ready for pod in current)
+    old = [group for group in alive if group.revision != plan.revision]
+    current = [group for group in alive if group.revision == plan.revision]
+    ready = sum(group.ready for group in current)
     if old:
         message = f"{ready} of {wanted} replicas run revision {plan.revision}; {len(old)} older ones are left"
         return Finding(c.PROGRESSING, True, "RollingUpdate", message)
@@ -162,7 +171,7 @@ def _router(observed: Observed) -> Finding:
     return Finding(c.ROUTER_READY, False, "Starting", f"no router pod is ready yet, {wanted} are wanted")
 
 
-def _model_loaded(wanted: int, ready: int, alive: list[PodView], cause: Cause | None) -> Finding:
+def _model_loaded(wanted: int, ready: int, alive: list[GroupView], cause: Cause | None) -> Finding:
     if ready:
         return Finding(c.MODEL_LOADED, True, "Loaded", f"the model is loaded in {ready} of {len(alive)} replicas")
     if wanted == 0:
@@ -173,7 +182,9 @@ def _model_loaded(wanted: int, ready: int, alive: list[PodView], cause: Cause | 
     return Finding(c.MODEL_LOADED, False, reason, cause.message)
 
 
-def _degraded(cause: Cause | None, router: Finding, router_cause: Cause | None) -> Finding:
+def _degraded(observed: Observed, cause: Cause | None, router: Finding, router_cause: Cause | None) -> Finding:
+    if observed.isolated:
+        return Finding(c.DEGRADED, True, "OperatorIsolated", observed.isolated)
     if cause and cause.severity != "waiting":
         return Finding(c.DEGRADED, True, cause.reason, cause.message)
     if router_cause and router_cause.severity != "waiting":
@@ -183,7 +194,7 @@ def _degraded(cause: Cause | None, router: Finding, router_cause: Cause | None) 
     return Finding(c.DEGRADED, False, "AsExpected", "nothing is wrong")
 
 
-def _capacity(plan: Plan, pods: Cause | None, refusal: Cause | None) -> Finding:
+def _capacity(plan: Plan, refusal: Cause | None) -> Finding:
     if refusal and refusal.severity == "capacity":
         return Finding(c.INSUFFICIENT_CAPACITY, True, refusal.reason, refusal.message)
     waiting = [pod for pod in plan.observed.pods if not pod.deleting and pod.unschedulable and not pod.node]
