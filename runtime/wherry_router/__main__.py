@@ -73,7 +73,12 @@ def argument_parser() -> argparse.ArgumentParser:
         ("first_token_timeout_s", "seconds from a request to its first token"),
         ("no_replica_wait_s", "seconds that a request waits while no replica is ready"),
         ("max_tries", "replicas that one request may be tried on"),
+        ("resume_wait_s", "seconds that an answer whose worker is lost waits for another"),
+        ("max_resume_tries", "workers that may be lost one after the other without a new token of an answer"),
         ("stall_s", "seconds of silence after which a worker is asked whether it is alive"),
+        ("probe_timeout_s", "seconds that it has to answer; more for one that has usually taken longer"),
+        ("resume_wait_s", "seconds from a lost worker to the answer's next token, after which it ends with an error"),
+        ("max_resume_tries", "tries in a row to go on with an answer that may bring no new token"),
         (
             "max_per_replica",
             "requests at a time on one replica; over it another is chosen, and with none left it is 429",
