@@ -20,10 +20,11 @@ class Prober:
 
     def watch(self, pool: Pool, replica: Replica) -> None:
         """Probes `replica` until its breaker is closed or discovery drops it."""
-        if replica not in self._tasks:
+        running = self._tasks.get(replica)
+        if running is None or running.done():
             task = asyncio.get_running_loop().create_task(self._until_well(pool, replica))
             self._tasks[replica] = task
-            task.add_done_callback(lambda _: self._tasks.pop(replica, None))
+            task.add_done_callback(lambda ended: self._forget(replica, ended))
 
     async def close(self) -> None:
         """Ends all probes."""
@@ -31,6 +32,10 @@ class Prober:
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
+
+    def _forget(self, replica: Replica, ended: asyncio.Task[None]) -> None:
+        if self._tasks.get(replica) is ended:
+            del self._tasks[replica]
 
     async def _until_well(self, pool: Pool, replica: Replica) -> None:
         while pool.has(replica) and replica.breaker.state is not State.CLOSED:
