@@ -77,8 +77,6 @@ def argument_parser() -> argparse.ArgumentParser:
         ("max_resume_tries", "workers that may be lost one after the other without a new token of an answer"),
         ("stall_s", "seconds of silence after which a worker is asked whether it is alive"),
         ("probe_timeout_s", "seconds that it has to answer; more for one that has usually taken longer"),
-        ("resume_wait_s", "seconds from a lost worker to the answer's next token, after which it ends with an error"),
-        ("max_resume_tries", "tries in a row to go on with an answer that may bring no new token"),
         (
             "max_per_replica",
             "requests at a time on one replica; over it another is chosen, and with none left it is 429",
