@@ -182,13 +182,18 @@ class TestPlacesToAvoid:
     WAITS: ClassVar[dict[str, Any]] = {"node": "", "avoids": ("n1",), "unschedulable": "no room", **STARTING}
 
     @pytest.mark.parametrize(
-        "age, lost, made_anew",
-        [(10, (), False), (70, ("n1",), False), (70, (), True)],
-        ids=["Kubernetes does not know yet", "it is lost still", "it is back"],
+        "age, nodes, made_anew",
+        [
+            (10, {}, False),
+            (10, {"live_nodes": ["n1"]}, True),
+            (70, {"lost_nodes": ["n1"]}, False),
+            (70, {}, True),
+        ],
+        ids=["Kubernetes does not know yet", "it is back", "it is lost still", "nobody knows, but Kubernetes does"],
     )
-    def test_case(self, age: float, lost: tuple[str, ...], made_anew: bool) -> None:
+    def test_case(self, age: float, nodes: dict[str, Any], made_anew: bool) -> None:
         waits = pod("a", age=age, **self.WAITS)
-        plan = planned([waits], lost_nodes=lost)
+        plan = planned([waits], **nodes)
         assert (len(plan.creations), len(plan.deletions)) == ((1, 1) if made_anew else (0, 0))
 
     def test_it_is_looked_at_again_in_time(self) -> None:
@@ -269,7 +274,7 @@ class TestManifest:
     @pytest.mark.parametrize("given", [None, [{"matchExpressions": [1]}, {"matchExpressions": [2]}]])
     def test_every_way_to_place_it_keeps_off_lost_nodes(self, given: list[dict[str, Any]] | None) -> None:
         required = {"requiredDuringSchedulingIgnoredDuringExecution": {"nodeSelectorTerms": given}}
-        affinity = {"affinity": {"nodeAffinity": required}} if given else {}
+        affinity: dict[str, Any] = {"affinity": {"nodeAffinity": required}} if given else {}
         body = self.body(origin=Origin(avoid=("n1", "n2")), **affinity)
         found = body["spec"]["affinity"]["nodeAffinity"]["requiredDuringSchedulingIgnoredDuringExecution"]
         fields = [{"key": "metadata.name", "operator": "NotIn", "values": [name]} for name in ("n1", "n2")]

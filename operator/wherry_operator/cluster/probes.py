@@ -241,7 +241,7 @@ class Prober(Generic[K]):
             since, answered = contact.silent_since, contact.answered
             pods.append(PodSignal(target.pod.uid, target.pod.node, since, answered, target.patience_s))
         names = sorted({target.pod.node for target in targets} | set(witnesses))
-        before = self.verdict
+        before, live = self.verdict, self.verdict.live
         self.verdict = judge(pods, [self._signal(name) for name in names], self._clock(), self._api_answers)
         changed = before.lost.keys() ^ self.verdict.lost.keys()
         LOST_NODES.set(len(self.verdict.nodes))
@@ -250,7 +250,8 @@ class Prober(Generic[K]):
             logger.warning("lost nodes: %s", ", ".join(self.verdict.nodes))
         if bool(before.isolated) != bool(self.verdict.isolated):
             logger.warning("isolated: %s", self.verdict.isolated or "not any more")
-        if (bool(before.isolated), before.nodes) != (bool(self.verdict.isolated), self.verdict.nodes):
+        back = self.verdict.live - live
+        if back or (bool(before.isolated), before.nodes) != (bool(self.verdict.isolated), self.verdict.nodes):
             # Pods that keep off a node that is back may be anyone's, and have no node that would tell.
             keys = set(self._targets)
         else:

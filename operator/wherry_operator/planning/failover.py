@@ -58,11 +58,15 @@ class NodeSignal:
 
 @dataclass(frozen=True)
 class Verdict:
-    """`lost`: why, by each lost pod's uid. `nodes`: those that are lost. `isolated`: why it does not trust itself."""
+    """`lost`: why, by each lost pod's uid. `nodes`: those that are lost. `isolated`: why it does not trust itself.
+
+    `live`: nodes that show life; of those that are in neither list nothing is known.
+    """
 
     lost: Mapping[str, str] = field(default_factory=lambda: MappingProxyType({}))
     nodes: tuple[str, ...] = ()
     isolated: str = ""
+    live: frozenset[str] = frozenset()
 
 
 def evidence(node: NodeSignal, now: float) -> list[str]:
@@ -104,18 +108,24 @@ def judge(pods: Sequence[PodSignal], nodes: Sequence[NodeSignal], now: float, ap
         if silent >= pod.patience_s and len(signs) >= (1 if pod.answered else 2):
             why = " and ".join(signs)
             lost[pod.uid] = f"was lost with node {pod.node}: it has been out of reach for {silent:.0f} s, and {why}"
+    live = frozenset(living | {node.name for node in nodes if _shows_life(node, now)})
     if not lost:
-        return Verdict()
+        return Verdict(live=live)
     if not api_answers:
-        return Verdict(isolated="the API server does not answer either")
+        return Verdict(isolated="the API server does not answer either", live=live)
     known = living | {node.name for node in nodes if node.kubelet_answered} | {p.node for p in pods if p.answered}
     doubtful = sum(node.name in known - living and _doubtful(node, now) for node in nodes)
     if 2 * doubtful > len(known):
         return Verdict(
             isolated=f"{doubtful} of {len(known)} nodes that the operator watches look lost at once, so the operator "
-            "itself may be cut off: it deletes and replaces nothing until it sees more than half of them"
+            "itself may be cut off: it deletes and replaces nothing until it sees more than half of them",
+            live=live,
         )
-    return Verdict(lost, tuple(sorted({pod.node for pod in pods if pod.uid in lost})))
+    return Verdict(lost, tuple(sorted({pod.node for pod in pods if pod.uid in lost})), live=live)
+
+
+def _shows_life(node: NodeSignal, now: float) -> bool:
+    return node.kubelet_answered and node.kubelet_silent_since is None and not evidence(node, now)
 
 
 def _doubtful(node: NodeSignal, now: float) -> bool:
@@ -128,4 +138,4 @@ def with_verdict(observed: Observed, verdict: Verdict) -> Observed:
     pods = tuple(
         replace(pod, lost_because=verdict.lost[pod.uid]) if pod.uid in verdict.lost else pod for pod in observed.pods
     )
-    return replace(observed, pods=pods, lost_nodes=verdict.nodes, isolated=verdict.isolated)
+    return replace(observed, pods=pods, lost_nodes=verdict.nodes, live_nodes=verdict.live, isolated=verdict.isolated)

@@ -109,7 +109,7 @@ class GroupView:
         have = {pod.index for pod in self.pods}
         return () if self.whole else tuple(index for index in range(self.size) if index not in have)
 
-    def loss(self, max_restarts: int, lost_nodes: Collection[str], now: datetime) -> Loss | None:
+    def loss(self, max_restarts: int, lost: Collection[str], live: Collection[str], now: datetime) -> Loss | None:
         """Why the group is lost, all of it; None while it lives or is on its way out."""
         if self.deleting:
             return None
@@ -118,7 +118,7 @@ class GroupView:
             or self._ended()
             or self._torn()
             or self._worn_out(max_restarts)
-            or self._shut_out(lost_nodes, now)
+            or self._shut_out(lost, live, now)
         )
 
     def avoids_until(self, now: datetime) -> float | None:
@@ -166,14 +166,15 @@ class GroupView:
         # From its creation, because the end moves on with every further restart.
         return Loss(pod, what, True, state.exited or self.created, self.created)
 
-    def _shut_out(self, lost_nodes: Collection[str], now: datetime) -> Loss | None:
+    def _shut_out(self, lost: Collection[str], live: Collection[str], now: datetime) -> Loss | None:
         """It finds no place, and a node that it must keep off is back, or at least no longer held for lost."""
         wait = self.avoids_until(now)
-        if wait is None or wait > 0:
+        if wait is None:
             return None
         for pod in self.pods:
-            if not pod.node and (back := next((node for node in pod.avoids if node not in lost_nodes), "")):
-                return self._outside(pod, f"keeps off node {back}, which is not lost any more")
+            back = (node for node in pod.avoids if node in live or (wait <= 0 and node not in lost))
+            if not pod.node and (node := next(back, "")):
+                return self._outside(pod, f"keeps off node {node}, which is not lost any more")
         return None
 
     def _outside(self, pod: PodView, what: str, graceful: bool = False) -> Loss:

@@ -109,6 +109,7 @@ def plan_groups(
     *,
     max_restarts: int = DEFAULT_MAX_RESTARTS,
     lost_nodes: Collection[str] = (),
+    live_nodes: Collection[str] = (),
     busy: Mapping[str, int] | None = None,
     moving: Mapping[str, str] | None = None,
 ) -> GroupPlan:
@@ -122,13 +123,14 @@ def plan_groups(
         unavailable: ready groups that may be missing meanwhile.
         now: the time.
         max_restarts: restarts in place after which a group that does not work is replaced.
-        lost_nodes: where nothing may be put; pods that keep off other nodes than these may be made anew.
+        lost_nodes: where nothing may be put.
+        live_nodes: those that show life; a pod without a place that keeps off one of these is made anew.
         busy: requests that run in a group, by its key; the least busy go first when there are too many.
         moving: groups that should go elsewhere, by key, and why; they are exchanged like those of an old revision.
     """
     planner = _Planner(replicas, revision, surge, unavailable, now, busy or {}, moving or {})
     groups = [group for group in group_views(pods) if not group.deleting]
-    losses = {group.key: loss for group in groups if (loss := group.loss(max_restarts, lost_nodes, now))}
+    losses = {group.key: loss for group in groups if (loss := group.loss(max_restarts, lost_nodes, live_nodes, now))}
     planner.sort_out_failed([(group, losses[group.key]) for group in groups if group.key in losses])
     planner.move([group for group in groups if group.key not in losses])
     return planner.plan()
