@@ -8,13 +8,25 @@ import uvloop
 from wherry_protocol.engine_config import EngineConfig, from_args
 from wherry_protocol.http.logs import set_up
 from wherry_protocol.http.server import AddressError, bind
+from wherry_runtime.loading.errors import ModelError
 from wherry_runtime.server.lifecycle import tell_why
 from wherry_runtime.server.run import SettingsError, run, worker_token
 from wherry_runtime.server.surface import Engine
 
 
 def _engine(config: EngineConfig) -> Engine:
+    """What this process is: an engine, or a rank of another pod's.
+
+    Raises:
+        ModelError: bad_setting, where settings and environment do not fit together.
+    """
     # Imported late: a mistake in the settings is told before torch is loaded.
+    from wherry_runtime.parallel.group import place
+
+    if not place(config).shard.first:
+        from wherry_runtime.parallel.rank_engine import RankEngine
+
+        return RankEngine(config)
     from wherry_runtime.engine.async_engine import AsyncEngine
 
     return AsyncEngine(config)
@@ -30,8 +42,13 @@ def main(argv: list[str] | None = None) -> None:
     except (SettingsError, AddressError) as error:
         tell_why(f"{error}")
         sys.exit(2)
+    try:
+        engine = _engine(config)
+    except ModelError as error:
+        tell_why(f"{error.code}: {error.message}")
+        sys.exit(2)
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
-        status = runner.run(run(_engine(config), config, sock, token))
+        status = runner.run(run(engine, config, sock, token))
     sys.exit(status)
 
 

@@ -102,6 +102,10 @@ class AsyncEngine:
         )
         self._core.start()
 
+    def bound(self) -> bool:
+        """A group's other ranks wait for this one, not it for them."""
+        return False
+
     async def close(self) -> None:
         """Ends running requests with a retryable error, and frees the model. May be called more than once."""
         core, loaded, self._loaded = self._core, self._loaded, None
@@ -110,6 +114,8 @@ class AsyncEngine:
             gc.unfreeze()
         if loaded is not None and loaded.chat_template is not None:
             await asyncio.to_thread(loaded.chat_template.close)
+        if loaded is not None and loaded.leader is not None:
+            await asyncio.to_thread(loaded.leader.close)
 
     async def generate(self, request: ExecuteRequest) -> AsyncIterator[Event]:
         """Started, Token…, Metrics, and End; or an ErrorEvent as the last one.

@@ -13,6 +13,7 @@ from wherry_runtime.engine.eager_model import EagerModel
 from wherry_runtime.engine.runner import Model
 from wherry_runtime.kernels.cpu import library
 from wherry_runtime.kernels.cpu.model import NativeModel
+from wherry_runtime.kernels.cpu.recorder import Ranks
 from wherry_runtime.kernels.cuda import support as cuda_support
 from wherry_runtime.kvcache.formats import KVFormat
 from wherry_runtime.kvcache.native import GROUP, NativeKVCache
@@ -20,6 +21,7 @@ from wherry_runtime.kvcache.paged import PagedKVCache
 from wherry_runtime.loading.config import ModelConfig
 from wherry_runtime.loading.errors import ModelError
 from wherry_runtime.models.decoder import Decoder
+from wherry_runtime.parallel.collective import Collective
 
 log = logging.getLogger(__name__)
 
@@ -87,22 +89,26 @@ def build(
     threads: int,
     cuda: bool = False,
     max_decodes: int = 64,
+    ranks: Ranks | None = None,
+    collective: Collective | None = None,
 ) -> Model:
     """The model with a KV cache of its own, ready to compute.
 
-    `max_decodes`: rows of the largest step without prompts, which CUDA graphs are recorded for.
+    Args:
+        max_decodes: rows of the largest step without prompts, which CUDA graphs are recorded for.
+        ranks, collective: how a part of a model comes together with the others; on the native kernels, and elsewhere.
     """
     if native:
-        return NativeModel(model, NativeKVCache(model.config, num_blocks, block_size, stored=stored), threads)
+        return NativeModel(model, NativeKVCache(model.config, num_blocks, block_size, stored=stored), threads, ranks)
     cache = PagedKVCache(model.config, num_blocks, block_size, dtype=stored, device=model.storage.device)
     if cuda:
         # Imported here: Triton comes with PyTorch's CUDA builds only.
         from wherry_runtime.kernels.cuda.model import CudaModel
 
-        return CudaModel(model, cache, max_decodes)
+        return CudaModel(model, cache, max_decodes, collective)
     if model.storage.quantization != "none":
         log.warning("%s weights save memory but are slow on PyTorch, which unpacks them anew", model.storage)
-    return EagerModel(model, cache)
+    return EagerModel(model, cache, collective)
 
 
 def cuda_workspace(model: Decoder, block_size: int, stored: KVFormat, max_rows: int) -> int:

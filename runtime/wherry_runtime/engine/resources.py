@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 
 from wherry_protocol.naming import ENV_MEMORY_LIMIT
+from wherry_runtime.loading.errors import ModelError
 
 CGROUP = Path("/sys/fs/cgroup")
 KV_FRACTION = 0.5  # of the memory that is left once the model is loaded; the rest is for activations and the process
@@ -21,9 +22,18 @@ class Device:
     torch: torch.device
 
     @staticmethod
-    def choose() -> "Device":
-        """CUDA where there is a usable one, else CPU."""
-        return Device(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+    def choose(local_rank: int = 0) -> "Device":
+        """CUDA where there is a usable one, each rank of a machine its own; else CPU.
+
+        Raises:
+            ModelError: bad_setting, for more ranks than GPUs.
+        """
+        if not torch.cuda.is_available():
+            return Device(torch.device("cpu"))
+        if local_rank >= (count := torch.cuda.device_count()):
+            raise ModelError("bad_setting", f"rank {local_rank} of this pod has no GPU to itself: there are {count}")
+        torch.cuda.set_device(local_rank)
+        return Device(torch.device("cuda", local_rank) if local_rank else torch.device("cuda"))
 
     def memory_for_cache(self, workspace: int = 0) -> int:
         """Bytes that the KV cache may take, now that the model is loaded.

@@ -4,28 +4,21 @@ import asyncio
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 
 from wherry_protocol.engine_config import EngineConfig
-from wherry_runtime.engine.backend import build, cuda_workspace, use_cuda, use_native
 from wherry_runtime.engine.core import new_scheduler_factory
-from wherry_runtime.engine.resources import Device, cpu_threads
+from wherry_runtime.engine.part import Part, load_part
+from wherry_runtime.engine.resources import Device
 from wherry_runtime.engine.rng import NoiseCache, gumbel_noise
 from wherry_runtime.engine.runner import ModelRunner
 from wherry_runtime.engine.speculative.setup import load_draft, new_speculator
 from wherry_runtime.engine.speculative.speculator import Speculator
-from wherry_runtime.kernels.cpu import library
-from wherry_runtime.kvcache.formats import choose_format
-from wherry_runtime.kvcache.paged import bytes_per_token
 from wherry_runtime.loading.config import ModelConfig
-from wherry_runtime.loading.errors import ModelError
-from wherry_runtime.loading.loader import choose_dtype, load_model
-from wherry_runtime.loading.locate import locate
-from wherry_runtime.models.registry import read_config
-from wherry_runtime.quantization.storage import Storage
+from wherry_runtime.parallel.group import place as place_of
+from wherry_runtime.parallel.lead import Leader, lead
 from wherry_runtime.scheduling.scheduler import Scheduler
 from wherry_runtime.tokenization.chat_template import ChatTemplate, find_template
 from wherry_runtime.tokenization.tokenizer import Tokenizer
@@ -50,6 +43,7 @@ class Loaded:
     runner: ModelRunner
     new_scheduler: Callable[[], Scheduler]
     speculator: Speculator | None
+    leader: Leader | None  # of the group, if there are several ranks
 
     async def encode(self, text: str, *, special_tokens: bool) -> list[int]:
         """Token ids of `text`, off the event loop if it is long."""
@@ -59,64 +53,57 @@ class Loaded:
 
 
 def load(config: EngineConfig) -> Loaded:
-    """Loads the model and makes its KV cache.
+    """Loads the model and makes its KV cache, together with the group's other ranks if there are any.
 
     Raises:
         ModelError: why not.
     """
-    if config.tensor_parallel != 1:
-        raise ModelError("bad_setting", "tensor_parallel is 1 in this version")
-    device = Device.choose()
-    threads = config.threads or cpu_threads()
-    if device.torch.type == "cpu":
-        torch.set_num_threads(threads)
-    directory = locate(config.model_uri)
-    model_config = read_config(directory)
-    tokenizer = Tokenizer(directory)
-    dtype = choose_dtype(config.dtype, model_config, device.torch)
-    wanted = _model_length(config, model_config)
-    template = _chat_template(tokenizer, find_template(directory, tokenizer.settings))
-    stored = choose_format(config.kv_cache_dtype, dtype)
-    native = use_native(config.backend, model_config, dtype, stored, config.block_size, device.torch)
-    cuda = use_cuda(config.backend, model_config, stored, device.torch)
+    place = place_of(config)
+    leader = lead(config, place) if place.shard.size > 1 else None
     try:
-        storage = Storage(dtype, device.torch, config.quantization, config.quantization_group, native)
-    except ValueError as e:
-        raise ModelError("bad_setting", str(e)) from e
-    cache_root = Path(config.weight_cache).expanduser() if config.weight_cache else None
-    model = load_model(directory, model_config, wanted, storage, cache_root)
-    draft = load_draft(config, model_config, tokenizer, wanted, device.torch)
+        part = load_part(config, place)
+        return _load(config, part, leader)
+    except BaseException:
+        if leader is not None:
+            leader.close()
+        raise
+
+
+def _load(config: EngineConfig, part: Part, leader: Leader | None) -> Loaded:
+    model_config, wanted = part.model_config, part.model_len
+    tokenizer = Tokenizer(part.directory)
+    template = _chat_template(tokenizer, find_template(part.directory, tokenizer.settings))
+    draft = load_draft(config, model_config, tokenizer, wanted, part.device.torch)
     beside = draft.bytes_per_token if draft is not None else 0
-    workspace = cuda_workspace(model, config.block_size, stored, min(config.max_batched_tokens, wanted)) if cuda else 0
-    token_bytes = bytes_per_token(model_config, stored, native=native)
-    num_blocks = _num_blocks(config, wanted, token_bytes, device, beside, workspace)
+    if leader is None:
+        num_blocks = part.num_blocks(beside)
+        model = part.build(num_blocks)
+    else:
+        num_blocks, model = leader.build(part, beside)
     kv_tokens = num_blocks * config.block_size
     max_model_len = _fitting(config, wanted, kv_tokens)
     log.info(
-        "%s: %s, %s parameters, %s on %s (%s), context %d, KV cache %d tokens",
-        *(config.model_name, model_config.family, f"{model.num_parameters():,}", storage, device.torch),
-        library.target() if native else "Triton" if cuda else "PyTorch",
-        *(max_model_len, kv_tokens),
+        "%s: %s, %s parameters, %s on %s (%s), %d ranks, context %d, KV cache %d tokens",
+        *(config.model_name, model_config.family, f"{part.model.num_parameters():,}", part.model.storage),
+        *(part.device.torch, part.kernels, part.place.shard.size, max_model_len, kv_tokens),
     )
     noise = NoiseCache() if draft is not None else gumbel_noise  # a guess and its check draw with the same
-    rows = config.max_running * (1 + (0 if config.speculative == "none" else config.max_draft_tokens))
-    size, kernels = config.block_size, {"native": native, "cuda": cuda}
-    runner = ModelRunner(build(model, num_blocks, size, stored, **kernels, threads=threads, max_decodes=rows), noise)
     return Loaded(
         model_config=model_config,
         max_model_len=max_model_len,
         kv_tokens=kv_tokens,
-        dtype=dtype,
-        device=device,
-        num_parameters=model.num_parameters(),
+        dtype=part.dtype,
+        device=part.device,
+        num_parameters=part.model.num_parameters(),
         tokenizer=tokenizer,
         chat_template=template,
-        runner=runner,
+        runner=ModelRunner(model, noise),
         new_scheduler=new_scheduler_factory(
             *(num_blocks, config.block_size, config.prefix_cache, config.max_running),
             *(config.max_batched_tokens, config.max_queued, config.max_itl_ratio),
         ),
-        speculator=new_speculator(config, draft, kv_tokens, noise, threads),
+        speculator=new_speculator(config, draft, kv_tokens, noise, part.threads),
+        leader=leader,
     )
 
 
@@ -131,42 +118,9 @@ def _chat_template(tokenizer: Tokenizer, source: str | None) -> ChatTemplate | N
     return ChatTemplate(source, {name: content(name) for name in ("bos_token", "eos_token", "pad_token", "unk_token")})
 
 
-def _model_length(config: EngineConfig, model_config: ModelConfig) -> int:
-    """The context to serve.
-
-    Raises:
-        ModelError: bad_setting, when more is asked for than the model has.
-    """
-    own = model_config.max_position_embeddings
-    if config.max_model_len > own:
-        raise ModelError("bad_setting", f"max_model_len {config.max_model_len} is more than the model's context, {own}")
-    return config.max_model_len or own
-
-
 def _fitting(config: EngineConfig, wanted: int, kv_tokens: int) -> int:
     """The context that the KV cache has room for, if none was asked for."""
     if kv_tokens >= wanted or config.max_model_len:
         return wanted
     log.warning("the KV cache holds %d tokens, so the context is that and not the model's %d", kv_tokens, wanted)
     return kv_tokens
-
-
-def _num_blocks(
-    config: EngineConfig, max_model_len: int, token_bytes: int, device: Device, beside: int, workspace: int
-) -> int:
-    """KV cache blocks: what was asked for or what memory allows, but no more than a full batch can use.
-
-    `beside`: bytes that a token takes in a second cache as long as this one. `workspace`: see `Device`.
-
-    Raises:
-        ModelError: kv_cache_too_small, when there is no room for a single block.
-    """
-    per_block = token_bytes * config.block_size
-    memory = config.kv_cache_bytes or device.memory_for_cache(workspace) * token_bytes // (token_bytes + beside)
-    useful = config.max_running * -(-max_model_len // config.block_size)
-    num_blocks = min(memory // per_block, useful)
-    if num_blocks < 1:
-        raise ModelError(
-            "kv_cache_too_small", f"{memory} bytes for the KV cache are less than a block of {per_block}; give it more"
-        )
-    return num_blocks

@@ -3,10 +3,8 @@
 from typing import Protocol
 
 import torch
-import torch.distributed as dist
 
-from wherry_runtime.loading.config import ModelConfig
-from wherry_runtime.parallel.shard import Shard, Span
+from wherry_runtime.parallel.shard import Span
 
 
 class Collective(Protocol):
@@ -27,39 +25,6 @@ class Alone:
 
     def gather(self, x: torch.Tensor, columns: Span) -> torch.Tensor:
         return x
-
-
-class Distributed:
-    """torch.distributed: gloo between processes on CPUs, on one host or many; NCCL between GPUs.
-
-    Args:
-        shard: this rank.
-        config: of the whole model.
-        process_group: of all ranks.
-    """
-
-    def __init__(self, shard: Shard, config: ModelConfig, process_group: dist.ProcessGroup) -> None:
-        self._shard = shard
-        self._group = process_group
-        self._columns = [other.vocabulary(config) for other in shard.everyone()]
-        self._widest = max(span.length for span in self._columns)
-
-    def all_reduce(self, x: torch.Tensor) -> torch.Tensor:
-        dist.all_reduce(x, group=self._group)
-        return x
-
-    def gather(self, x: torch.Tensor, columns: Span) -> torch.Tensor:
-        rows = x.shape[0]
-        if rows == 0:
-            return x.new_empty(0, columns.total)
-        padded = x.new_zeros(rows, self._widest)
-        padded[:, : columns.length] = x
-        if not self._shard.first:
-            dist.gather(padded, None, 0, group=self._group)
-            return x
-        parts = [torch.empty_like(padded) for _ in self._columns]
-        dist.gather(padded, parts, 0, group=self._group)
-        return torch.cat([part[:, : span.length] for part, span in zip(parts, self._columns, strict=True)], dim=1)
 
 
 def embed_part(table: torch.Tensor, tokens: Span, token_ids: torch.Tensor) -> torch.Tensor:

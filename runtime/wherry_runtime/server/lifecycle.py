@@ -75,12 +75,13 @@ class Lifecycle:
             self._enter("ready", "Ready", "")
         return True
 
-    async def drain(self, timeout_s: float) -> None:
-        """Takes no more requests and waits for the running ones, `timeout_s` at most."""
+    async def drain(self, timeout_s: float, engine: Engine) -> None:
+        """Takes no more requests and waits for the running ones, and until nobody depends on `engine`, `timeout_s` at
+        most."""
         if self.state == "failed":
             return
         self._enter("draining", "Draining", "the worker is shutting down")
-        if not await drained(lambda: self.in_flight, timeout_s):
+        if not await drained(lambda: self.in_flight + engine.bound(), timeout_s):
             log.warning("drain timed out", extra={"fields": {"cut": self.in_flight, "drain_timeout_s": timeout_s}})
 
 

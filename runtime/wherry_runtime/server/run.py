@@ -49,7 +49,7 @@ async def run(engine: Engine, config: EngineConfig, sock: socket.socket, token: 
     loading = asyncio.create_task(_load(engine, lifecycle))
     app = WorkerApp(engine, config.model_name, token, lifecycle)
     log.info("listening", extra={"fields": {"url": url_of(sock), "model": config.model_name}})
-    await serve(app, [sock], lifecycle.stop, lambda: lifecycle.drain(config.drain_timeout_s))
+    await serve(app, [sock], lifecycle.stop, lambda: lifecycle.drain(config.drain_timeout_s, engine))
     if not loading.done():
         loading.cancel()
         await asyncio.gather(loading, return_exceptions=True)

@@ -28,6 +28,9 @@ class Engine(Protocol):
     def heartbeat_age(self) -> float:
         """Seconds since the step loop last went round; it also goes round while idle."""
 
+    def bound(self) -> bool:
+        """Whether other processes' requests end with this one, so that a drain waits for these too."""
+
     async def close(self) -> None:
         """Ends every request and frees the model."""
 

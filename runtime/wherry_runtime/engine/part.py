@@ -1,0 +1,188 @@
+"""What a rank holds of a model, from the settings to something that computes: blocking work, done once.
+
+One rank that holds all of it is the usual case.
+"""
+
+import mmap
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from wherry_protocol.engine_config import EngineConfig
+from wherry_runtime.engine.backend import build, cuda_workspace, use_cuda, use_native
+from wherry_runtime.engine.resources import Device, cpu_threads
+from wherry_runtime.engine.runner import Model
+from wherry_runtime.kernels.cpu import library
+from wherry_runtime.kernels.cpu.model import CAPACITY
+from wherry_runtime.kernels.cpu.ranks import DistributedRanks, SharedMemoryRanks, shared_bytes
+from wherry_runtime.kernels.cpu.recorder import Ranks
+from wherry_runtime.kvcache.formats import KVFormat, choose_format
+from wherry_runtime.kvcache.paged import bytes_per_token
+from wherry_runtime.loading.config import ModelConfig
+from wherry_runtime.loading.errors import ModelError
+from wherry_runtime.loading.loader import choose_dtype, load_model
+from wherry_runtime.loading.locate import locate
+from wherry_runtime.models.decoder import Decoder
+from wherry_runtime.models.registry import read_config
+from wherry_runtime.parallel.collective import Collective
+from wherry_runtime.parallel.group import Place
+from wherry_runtime.parallel.shard import check
+from wherry_runtime.quantization.storage import Storage
+
+
+@dataclass(frozen=True)
+class Part:
+    """A rank's weights.
+
+    Attributes:
+        model_config: of the whole model.
+        model_len: the context that was asked for, or the model's own.
+        stored: elements of the KV cache.
+        token_bytes: that a token takes in this rank's KV cache.
+    """
+
+    config: EngineConfig
+    place: Place
+    directory: Path
+    model_config: ModelConfig
+    model_len: int
+    device: Device
+    threads: int
+    stored: KVFormat
+    native: bool
+    cuda: bool
+    model: Decoder
+    token_bytes: int
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.model.storage.dtype
+
+    @property
+    def kernels(self) -> str:
+        """What computes."""
+        return library.target() if self.native else "Triton" if self.cuda else "PyTorch"
+
+    def num_blocks(self, beside: int = 0) -> int:
+        """KV cache blocks: what was asked for or what memory allows, but no more than a full batch can use.
+
+        Args:
+            beside: bytes that a token takes in a second cache as long as this one.
+
+        Raises:
+            ModelError: kv_cache_too_small, when there is no room for a single block.
+        """
+        config = self.config
+        per_block = self.token_bytes * config.block_size
+        if config.kv_cache_bytes:
+            memory = config.kv_cache_bytes // self.place.shard.size
+        else:
+            rows = min(config.max_batched_tokens, self.model_len)
+            workspace = cuda_workspace(self.model, config.block_size, self.stored, rows) if self.cuda else 0
+            sharing = 1 if self.cuda else self.place.per_pod
+            memory = self.device.memory_for_cache(workspace) // sharing
+            memory = memory * self.token_bytes // (self.token_bytes + beside)
+        useful = config.max_running * -(-self.model_len // config.block_size)
+        num_blocks = min(memory // per_block, useful)
+        if num_blocks < 1:
+            raise ModelError(
+                "kv_cache_too_small",
+                f"{memory} bytes for the KV cache are less than a block of {per_block}; give it more",
+            )
+        return num_blocks
+
+    def build(self, num_blocks: int, memory: int | None = None, store: tuple[str, int] | None = None) -> Model:
+        """The model with a KV cache, ready to compute.
+
+        Args:
+            memory: descriptor of the memory that the ranks share, where they do.
+            store: where the ranks meet, where they do not.
+        """
+        config = self.config
+        ranks: Ranks | None = None
+        collective: Collective | None = None
+        if memory is not None:
+            shared = torch.frombuffer(mmap.mmap(memory, 0), dtype=torch.uint8)
+            ranks = SharedMemoryRanks(shared, self.place.shard, self.model_config, CAPACITY, self.threads)
+        elif store is not None:
+            from wherry_runtime.parallel.distributed import Distributed, join
+
+            group = join(self.place.shard, store, cuda=self.device.torch.type == "cuda")
+            collective = Distributed(self.place.shard, self.model_config, group)
+            ranks = DistributedRanks(collective, self.model_config, CAPACITY) if self.native else None
+        guesses = 0 if config.speculative == "none" else config.max_draft_tokens
+        return build(
+            self.model,
+            num_blocks,
+            config.block_size,
+            self.stored,
+            native=self.native,
+            cuda=self.cuda,
+            threads=self.threads,
+            max_decodes=config.max_running * (1 + guesses),
+            ranks=ranks,
+            collective=collective,
+        )
+
+
+def load_part(config: EngineConfig, place: Place) -> Part:
+    """Loads what this rank holds.
+
+    Raises:
+        ModelError: why not.
+    """
+    device = Device.choose(place.local_rank)
+    threads = config.threads or max(1, cpu_threads() // place.per_pod)
+    if device.torch.type == "cpu":
+        torch.set_num_threads(threads)
+    directory = locate(config.model_uri)
+    model_config = read_config(directory)
+    check(model_config, place.shard.size)
+    dtype = choose_dtype(config.dtype, model_config, device.torch)
+    model_len = _model_length(config, model_config)
+    stored = choose_format(config.kv_cache_dtype, dtype)
+    native = use_native(config.backend, model_config, dtype, stored, config.block_size, device.torch)
+    cuda = use_cuda(config.backend, model_config, stored, device.torch)
+    try:
+        storage = Storage(dtype, device.torch, config.quantization, config.quantization_group, native)
+    except ValueError as e:
+        raise ModelError("bad_setting", str(e)) from e
+    cache_root = Path(config.weight_cache).expanduser() if config.weight_cache else None
+    model = load_model(directory, model_config, model_len, storage, cache_root, place.shard)
+    token_bytes = bytes_per_token(model.config, stored, native=native)
+    return Part(
+        *(config, place, directory, model_config, model_len, device, threads, stored, native, cuda, model, token_bytes)
+    )
+
+
+def _model_length(config: EngineConfig, model_config: ModelConfig) -> int:
+    """The context to serve.
+
+    Raises:
+        ModelError: bad_setting, when more is asked for than the model has.
+    """
+    own = model_config.max_position_embeddings
+    if config.max_model_len > own:
+        raise ModelError("bad_setting", f"max_model_len {config.max_model_len} is more than the model's context, {own}")
+    return config.max_model_len or own
+
+
+def shared_memory(config: EngineConfig, place: Place) -> int | None:
+    """Memory for the ranks to share, as a descriptor; None where they cannot: in several pods, or not on our kernels.
+
+    Raises:
+        ModelError: as `load_part`.
+    """
+    device = Device.choose(place.local_rank)
+    model_config = read_config(locate(config.model_uri))
+    check(model_config, place.shard.size)
+    dtype = choose_dtype(config.dtype, model_config, device.torch)
+    stored = choose_format(config.kv_cache_dtype, dtype)
+    native = use_native(config.backend, model_config, dtype, stored, config.block_size, device.torch)
+    if not (native and place.one_pod):
+        return None
+    descriptor = os.memfd_create("wherry-ranks")
+    os.ftruncate(descriptor, shared_bytes(place.shard.size, model_config, CAPACITY))
+    return descriptor

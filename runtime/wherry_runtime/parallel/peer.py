@@ -1,0 +1,111 @@
+"""A peer of the group at the other end of a link: what it says, and whether it is still there."""
+
+import logging
+import threading
+import time
+from collections.abc import Callable
+from queue import Empty, SimpleQueue
+
+from wherry_runtime.loading.errors import ModelError
+from wherry_runtime.parallel.wire import Beat, Fault, Link, Message, Stop, WireError
+
+log = logging.getLogger(__name__)
+
+BEAT_S = 0.2
+# How long a peer may be silent. Its beats need no more than a moment of one core: a slow step does not look frozen.
+SILENT_S = 1.5
+SILENT_WHILE_LOADING_S = 60.0  # reading a checkpoint may keep the interpreter's lock for long
+
+Lost = Callable[[str], None]
+
+
+class Peer:
+    """Reads a link in a thread of its own, and beats.
+
+    Args:
+        name: for messages, like "rank 1".
+        lost: called at most once, from any thread, with what happened: the peer is gone, silent or broken.
+    """
+
+    def __init__(self, name: str, link: Link, lost: Lost, clock: Callable[[], float] = time.monotonic) -> None:
+        self.name = name
+        self.link = link
+        self._lost = lost
+        self._clock = clock
+        self._heard = clock()
+        self._patience = SILENT_WHILE_LOADING_S
+        self._messages: SimpleQueue[Message | None] = SimpleQueue()
+        self._closed = threading.Event()
+        self._once = threading.Lock()
+        for work in (self._read, self._watch):
+            threading.Thread(target=work, name=f"wherry-{work.__name__[1:]}-{name}", daemon=True).start()
+
+    def loaded(self) -> None:
+        """From now on it must not be silent for longer than a moment."""
+        self._heard = self._clock()
+        self._patience = SILENT_S
+
+    def send(self, message: Message) -> None:
+        """Sends; a connection that is gone is told by `lost`, and here by a WireError."""
+        try:
+            self.link.send(message)
+        except WireError as e:
+            self._say(f"{self.name} cannot be reached: {e}")
+            raise
+
+    def receive(self) -> Message | None:
+        """The next message; None once the link is closed."""
+        return self._messages.get()
+
+    def wait_for(self, kind: type[Message], timeout_s: float) -> Message:
+        """The next message, which must be a `kind`.
+
+        Raises:
+            ModelError: rank_failed, with what the peer said instead or that it said nothing.
+        """
+        try:
+            message = self._messages.get(timeout=timeout_s)
+        except Empty:
+            raise ModelError("rank_failed", f"{self.name} was not ready within {timeout_s:.0f} s") from None
+        if isinstance(message, Fault):
+            raise ModelError(message.code, f"{self.name}: {message.message}")
+        if not isinstance(message, kind):
+            what = "ended" if message is None else f"said {type(message).__name__}"
+            raise ModelError("rank_failed", f"{self.name} {what} before it was ready")
+        return message
+
+    def close(self) -> None:
+        """Ends the link, on purpose."""
+        self._closed.set()
+        self.link.close()
+
+    def _say(self, what: str) -> None:
+        if not self._closed.is_set() and self._once.acquire(blocking=False):
+            self._lost(what)
+
+    def _read(self) -> None:
+        try:
+            while True:
+                message = self.link.receive()
+                self._heard = self._clock()
+                if type(message) is Beat:
+                    continue
+                if type(message) is Stop:
+                    self._closed.set()  # the end of the link is no surprise
+                self._messages.put(message)
+                if type(message) is Fault:
+                    self._say(f"{self.name} ended: {message.code}: {message.message}")
+        except WireError as e:
+            self._messages.put(None)
+            self._say(f"{self.name} is gone: {e}")
+
+    def _watch(self) -> None:
+        while not self._closed.wait(BEAT_S):
+            if (silence := self._clock() - self._heard) > self._patience:
+                self._say(f"{self.name} was silent for {silence:.1f} s")
+                return
+            try:
+                self.link.beat()
+            except WireError as e:
+                self._say(f"{self.name} cannot be reached: {e}")
+                return
