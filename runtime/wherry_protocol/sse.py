@@ -1,7 +1,8 @@
 """Server-sent events: https://html.spec.whatwg.org/multipage/server-sent-events.html, the part that Wherry speaks.
 
 Every event is one `event:` line, one `data:` line of JSON and a blank line, so a reader needs no more than to split at
-blank lines.
+blank lines. Where an answer pauses for `HEARTBEAT_S`, a comment says that worker and connection are there; a worker
+that does so promises it in the header `HEADER_HEARTBEAT`.
 """
 
 from collections.abc import AsyncIterator
@@ -9,6 +10,10 @@ from collections.abc import AsyncIterator
 import msgspec
 
 from wherry_protocol.worker import Event
+
+HEARTBEAT_S = 0.3
+HEARTBEAT = b": alive\n\n"
+HEADER_HEARTBEAT = "x-heartbeat-s"
 
 _encoder = msgspec.json.Encoder()
 _decoder: msgspec.json.Decoder[Event] = msgspec.json.Decoder(Event)

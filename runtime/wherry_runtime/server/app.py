@@ -24,17 +24,22 @@ from wherry_protocol.http.asgi import (
     respond_unread,
 )
 from wherry_protocol.http.auth import TokenGuard
-from wherry_protocol.sse import encode_event
+from wherry_protocol.sse import HEADER_HEARTBEAT, HEARTBEAT_S, encode_event
 from wherry_protocol.worker import CancelRequest, End, ErrorEvent, Event, ExecuteRequest, Metrics, Token
 from wherry_runtime.server.lifecycle import Lifecycle
 from wherry_runtime.server.metrics import WorkerMetrics
+from wherry_runtime.server.pulse import Pulse
 from wherry_runtime.server.surface import Engine, events_of, refusal
 
 log = logging.getLogger("wherry.worker")
 
 MAX_BODY_BYTES = 16 * 1024 * 1024
 _OPEN = frozenset({b"/health", b"/ready", b"/metrics"})
-_SSE: Headers = [(b"content-type", b"text/event-stream"), (b"cache-control", b"no-store")]
+_SSE: Headers = [
+    (b"content-type", b"text/event-stream"),
+    (b"cache-control", b"no-store"),
+    (HEADER_HEARTBEAT.encode(), str(HEARTBEAT_S).encode()),
+]
 _encode = msgspec.json.Encoder().encode
 _decode_execute = msgspec.json.Decoder(ExecuteRequest).decode
 _decode_cancel = msgspec.json.Decoder(CancelRequest).decode
@@ -130,30 +135,31 @@ class WorkerApp:
             log.info("client gone, cancelled", extra={"fields": self._fields(call, request)})
 
     async def _stream(self, call: _Call, request: ExecuteRequest) -> None:
-        send = call.send
-        started = False
+        pulse: Pulse | None = None
         last = call.began
         async with aclosing(events_of(self._engine, request)) as events:
             try:
                 async for event in events:
-                    if not started:
-                        started = True
+                    if pulse is None:
                         headers = [*_SSE, *call.headers]
-                        await send({"type": "http.response.start", "status": 200, "headers": headers})
+                        await call.send({"type": "http.response.start", "status": 200, "headers": headers})
+                        pulse = Pulse(call.send)
                     if type(event) is Token:
                         now = time.perf_counter()
                         (self._metrics.ttft if last is call.began else self._metrics.inter_token).observe(now - last)
                         last = now
                     else:
                         self._note(call, request, event)
-                    await send({"type": "http.response.body", "body": encode_event(event), "more_body": True})
+                    await pulse.send({"type": "http.response.body", "body": encode_event(event), "more_body": True})
             except Exception as error:
-                if started:
-                    await self._break_off(call, request, error)
-                else:
+                if pulse is None:
                     await self._refuse(call, request, error)
                     return
-        await send({"type": "http.response.body", "body": b""})
+                await self._break_off(call, request, error)
+            finally:
+                if pulse is not None:
+                    pulse.stop()
+        await call.send({"type": "http.response.body", "body": b""})
 
     async def _refuse(self, call: _Call, request: ExecuteRequest, error: Exception) -> None:
         known = refusal(error)
