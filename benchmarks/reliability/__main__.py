@@ -58,6 +58,7 @@ ROWS = {
     "the only worker killed, comes back": Row("kill", workers=1),
 }
 FIELDS = ("complete", "truncated", "refused", "hung", "wrong")
+HEADINGS = ["a worker is", "router", *FIELDS, "gap p50 s", "gap p99 s"]
 
 
 def request(number: int) -> dict[str, Any]:
@@ -130,15 +131,34 @@ async def compare(name: str, row: Row, rounds: int) -> dict[str, Any]:
     return result
 
 
-def show(results: dict[str, dict[str, Any]]) -> None:
-    table = Table("a worker is", "router", *FIELDS, "gap p50 s", "gap p99 s")
+def cells(results: dict[str, dict[str, Any]]) -> list[list[str]]:
+    """The table's rows, faults and routers in their order."""
+    rows = []
     for fault in ROWS:
         for name in KINDS:
             if cell := results.get(fault, {}).get(name):
                 gaps = [f"{cell[key]:.2f}" if key in cell else "–" for key in ("gap_p50_s", "gap_p99_s")]
-                table.add_row(fault, name, *(str(cell[field]) for field in FIELDS), *gaps)
-        table.add_section()
-    Console().print(table)
+                rows.append([fault, name, *(str(cell[field]) for field in FIELDS), *gaps])
+    return rows
+
+
+def show(results: dict[str, dict[str, Any]]) -> None:
+    console = Console()
+    console.width = max(console.width, 130)
+    table = Table(*HEADINGS)
+    last = ""
+    for fault, *rest in cells(results):
+        if last not in ("", fault):
+            table.add_section()
+        table.add_row(fault if fault != last else "", *rest)
+        last = fault
+    console.print(table)
+
+
+def markdown(results: dict[str, dict[str, Any]]) -> str:
+    """The table as docs/reliability.md has it."""
+    lines = [HEADINGS, ["---"] * len(HEADINGS), *cells(results)]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
 def main() -> None:
@@ -147,6 +167,7 @@ def main() -> None:
     parser.add_argument("--faults", nargs="+", choices=ROWS, default=list(ROWS), metavar="FAULT", help=", ".join(ROWS))
     parser.add_argument("--rounds", type=int, default=3, help=f"of {STREAMS} streams each (%(default)s)")
     parser.add_argument("--json", type=Path, default=Path("benchmarks/reliability/results.json"))
+    parser.add_argument("--markdown", action="store_true", help="print the table as the documentation has it")
     args = parser.parse_args()
     if needed := [name for name in args.routers if name in peers.VERSIONS]:
         peers.main(needed)
@@ -155,7 +176,10 @@ def main() -> None:
     for fault in args.faults:
         for name in args.routers:
             results.setdefault(fault, {})[name] = asyncio.run(compare(name, ROWS[fault], args.rounds))
-    show(results)
+    if args.markdown:
+        print(markdown(results))
+    else:
+        show(results)
     machine = {"cpus": os.cpu_count(), "python": platform.python_version(), "system": platform.system()}
     versions = {"peers": peers.VERSIONS, "machine": machine}
     args.json.write_text(json.dumps({"faults": results, **versions}, indent=1) + "\n")

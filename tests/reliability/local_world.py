@@ -209,15 +209,22 @@ def _send(pids: list[int], number: int) -> None:
             os.kill(pid, number)
 
 
+def _wait_ready(cluster: TestCluster) -> None:
+    try:
+        cluster.kubectl("wait", "--for=condition=Ready", "llmdeployment/chat", "--timeout=110s")
+    except AssertionError:
+        status = msgspec.json.encode(cluster.get("llmdeployment", "chat").get("status", {})).decode()
+        pods = cluster.kubectl("get", "pods", "-o", "wide", check=False)
+        raise AssertionError(f"the deployment is not ready: {status}\n{pods}") from None
+
+
 @contextlib.asynccontextmanager
 async def local_world() -> AsyncIterator[LocalWorld]:
     """A local cluster with three nodes and an `LLMDeployment` of three replicas, all routable."""
     with contextlib.ExitStack() as stack:
         cluster = await asyncio.to_thread(stack.enter_context, local_cluster(nodes=3, operator=True))
         await asyncio.to_thread(cluster.apply, _MANIFEST)
-        await asyncio.to_thread(
-            cluster.kubectl, "wait", "--for=condition=Ready", "llmdeployment/chat", "--timeout=110s"
-        )
+        await asyncio.to_thread(_wait_ready, cluster)
         url = cluster.get("llmdeployment", "chat")["status"]["url"]
         secret = cluster.get("secret", "chat-worker-token")
         token = base64.b64decode(secret["data"]["token"]).decode()

@@ -75,6 +75,11 @@ def free_port() -> int:
         return int(sock.getsockname()[1])
 
 
+def last_words(logs: Path) -> str:
+    """The end of each log."""
+    return "\n".join(f"{log.name}: {log.read_text(errors='replace')[-1500:]}" for log in sorted(logs.glob("*.log")))
+
+
 class Child:
     """A process that is started again whenever it ends, as a kubelet does, until it is stopped.
 
@@ -276,9 +281,12 @@ class StaticWorld(Workers):
 
 @contextlib.asynccontextmanager
 async def static_world(
-    workers: int = 3, routers: int = 2, router_args: Sequence[str] = (), ranks: int = 1
+    workers: int = 3, routers: Sequence[Sequence[str]] = ((), ()), ranks: int = 1
 ) -> AsyncIterator[StaticWorld]:
-    """A world whose workers, of so many `ranks` each, are all routable. Gone, with its logs, when the block ends."""
+    """A world whose workers, of so many `ranks` each, are all routable. Gone, with its logs, when the block ends.
+
+    `routers`: flags of each router, beside those that it needs.
+    """
     async with contextlib.AsyncExitStack() as stack:
         logs = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="wherry-reliability-")))
         command = [sys.executable, "-m", "wherry_runtime", "--model-uri", f"file://{TINY}"]
@@ -288,9 +296,9 @@ async def static_world(
             stack.push_async_callback(worker.stop)
             await worker.start()
         endpoints = ",".join(worker.proxy.url for worker in made)
-        ports = [free_port() for _ in range(routers)]
+        ports = [free_port() for _ in routers]
         for number, port in enumerate(ports):
-            flags = ["--endpoints", endpoints, "--model", MODEL, "--port", str(port), *router_args]
+            flags = ["--endpoints", endpoints, "--model", MODEL, "--port", str(port), *routers[number]]
             child = Child(
                 f"router-{number}",
                 logs,
@@ -305,5 +313,8 @@ async def static_world(
         async def all_there() -> bool:
             return len(await world.healthy()) == workers
 
-        await until(all_there, "all workers to be routable")
+        try:
+            await until(all_there, "all workers to be routable")
+        except AssertionError as error:
+            raise AssertionError(f"{error}\n{last_words(logs)}") from None
         yield world
