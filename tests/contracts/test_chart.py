@@ -26,6 +26,7 @@ SCHEMA = yaml.safe_load((CHART / "values.schema.json").read_text())
 CASES: dict[str, dict[str, Any]] = {
     "default": {},
     "namespaced": {"watchNamespaces": ["team-a", "team-b"], "rbac": {"aggregate": False}},
+    "namespaced-with-nodes": {"watchNamespaces": ["team-a"], "rbac": {"aggregate": False, "nodes": True}},
     "everything": {
         "fullnameOverride": "llm",
         "images": {
@@ -144,6 +145,18 @@ def test_a_namespaced_install_has_no_cluster_wide_rights(helm: str, tmp_path: Pa
     found = objects(helm, CASES["namespaced"], tmp_path)
     assert not [o["metadata"]["name"] for o in found if o["kind"].startswith("Cluster")]
     assert {o["metadata"]["namespace"] for o in found if o["kind"] == "Role"} == {"team-a", "team-b", "wherry-system"}
+
+
+@pytest.mark.parametrize(("name", "may"), [("default", True), ("namespaced", False), ("namespaced-with-nodes", True)])
+def test_nodes_are_read_where_that_was_allowed_and_never_changed(
+    name: str, may: bool, helm: str, tmp_path: Path
+) -> None:
+    found = objects(helm, CASES[name], tmp_path)
+    rules = [(o, rule) for o in found for rule in o.get("rules", []) if {"nodes", "leases"} & set(rule["resources"])]
+    nodes = [rule for o, rule in rules if rule["resources"] == ["nodes"] and o["kind"] == "ClusterRole"]
+    leases = [rule for o, rule in rules if o["metadata"].get("namespace") == "kube-node-lease"]
+    assert bool(nodes) == bool(leases) == may
+    assert all(set(rule["verbs"]) <= {"get", "list", "watch"} for rule in nodes + leases)
 
 
 @pytest.mark.parametrize("name", CASES)

@@ -56,7 +56,7 @@ class Observed:
     """An exact snapshot of what exists for one LLMDeployment.
 
     `pods` run the model; those with `lost_because` are on `lost_nodes`, where nothing may be put. `live_nodes` are seen
-    to live. `isolated`: why the operator trusts its own view of nodes no longer, and so holds none for lost; empty if it
+    to live. `isolated`: why the operator trusts its own view of nodes no longer and holds none for lost; empty if it
     does. `objects` are the raw children other than pods, by (kind, name); they may be someone else's. `token` is None
     where there is no Secret. `reports` are what routers answered, by their pods' uid; those that were not asked are
     missing too. `leaving_nodes` are being emptied, each with the words that say so; None where the operator may not see
