@@ -26,6 +26,7 @@ from wherry_protocol.router_report import RouterReport
 from wherry_protocol.worker import LoadReport
 
 _SELECTOR = "inference.wherry.dev/deployment=chat"
+_ONE_THREAD = ("sh", "-c", 'exec wherry-runtime "$@" --threads=1', "sh")
 _MANIFEST: dict[str, Any] = {
     "apiVersion": "inference.wherry.dev/v1alpha1",
     "kind": "LLMDeployment",
@@ -37,6 +38,8 @@ _MANIFEST: dict[str, Any] = {
         "batching": {"kvCacheMemory": "64Mi", "maxRunning": 32},
         "rolloutStrategy": {"drainTimeout": "2s"},
         "resources": {"requests": {"cpu": "100m", "memory": "768Mi"}, "limits": {"memory": "1Gi"}},
+        # Local mode enforces no CPU limit, and three engines that each take the whole machine are in each other's way.
+        "podTemplate": {"spec": {"containers": [{"name": "runtime", "command": [*_ONE_THREAD]}]}},
     },
 }
 _SYS_PIDFD_GETFD = 438  # the same on every architecture

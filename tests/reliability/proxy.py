@@ -3,6 +3,7 @@
 import asyncio
 import socket
 import struct
+import time
 from typing import cast
 
 _RESET = struct.pack("ii", 1, 0)  # SO_LINGER that turns close into a reset
@@ -24,6 +25,7 @@ class _Side(asyncio.Protocol):
             self.link.connect()
 
     def data_received(self, data: bytes) -> None:
+        self.link.used = time.monotonic()
         if self.other is not None and self.other.transport is not None and not self.other.transport.is_closing():
             self.other.transport.write(data)
 
@@ -52,6 +54,7 @@ class _Link:
         self.server = _Side(self)
         self.client.other, self.server.other = self.server, self.client
         self.silent = False
+        self.used = time.monotonic()
 
     def connect(self) -> None:
         """The client is there; now for the server."""
@@ -138,10 +141,13 @@ class Proxy:
         for link in list(self.links):
             link.reset()
 
-    def swallow(self) -> None:
-        """Silences every connection that there is; new ones work, as where a firewall forgot its old flows."""
+    def swallow(self, in_use_s: float = float("inf")) -> None:
+        """Silences the connections that carried something in the last `in_use_s`; others and new ones work, as where a
+        firewall forgot some flows."""
+        since = time.monotonic() - in_use_s
         for link in self.links:
-            link.silence()
+            if link.used >= since:
+                link.silence()
 
     def darken(self) -> None:
         """Silences every connection, new ones too, as where a network is partitioned."""

@@ -1,6 +1,7 @@
 """The proxy that breaks connections breaks them as it says."""
 
 import asyncio
+import time
 from collections.abc import AsyncIterator
 
 import pytest
@@ -73,6 +74,20 @@ async def test_swallowed_connections_are_silent_and_new_ones_work(proxy: Proxy) 
     proxy.mend()
     assert await asyncio.wait_for(old[0].readline(), 5) == b"hello\n"
     for streams in (old, new):
+        streams[1].close()
+
+
+async def test_connections_that_were_not_in_use_are_left_alone(proxy: Proxy) -> None:
+    idle = await connect(proxy)
+    assert await echoed(idle) == b"hello\n"
+    busy = await connect(proxy)
+    assert await echoed(busy) == b"hello\n"
+    first, second = sorted(proxy.links, key=lambda link: link.used)
+    proxy.swallow((time.monotonic() - first.used + time.monotonic() - second.used) / 2)
+    assert await echoed(idle) == b"hello\n"
+    with pytest.raises(TimeoutError):
+        await echoed(busy, timeout_s=0.2)
+    for streams in (idle, busy):
         streams[1].close()
 
 
