@@ -4,7 +4,11 @@ from collections.abc import AsyncGenerator
 from contextlib import aclosing
 
 from wherry_protocol.openai.errors import ApiError
-from wherry_protocol.worker import Event, ExecuteRequest
+from wherry_protocol.worker import ErrorEvent, Event, ExecuteRequest
+from wherry_router.backend import Delivery
+from wherry_router.fault import WorkerFault
+from wherry_router.ledger import Ledger
+from wherry_router.settings import Limits
 from wherry_runtime.server.lifecycle import MAX_HEARTBEAT_AGE_S
 from wherry_runtime.server.surface import Engine, events_of, refusal
 
@@ -14,23 +18,38 @@ class EngineBackend:
 
     def __init__(self, engine: Engine) -> None:
         self._engine = engine
+        self._max_tries = Limits().max_resume_tries
 
     def unready(self) -> str | None:
         """The engine hangs when its step loop has not gone round for long."""
         return None if self._engine.heartbeat_age() < MAX_HEARTBEAT_AGE_S else "the engine does not answer"
 
     async def generate(
-        self, request: ExecuteRequest, correlation_id: str, *, replayable: bool
+        self, request: ExecuteRequest, correlation_id: str, delivery: Delivery
     ) -> AsyncGenerator[Event, None]:
-        """See `wherry_router.backend.Backend.generate`. There is no other replica, so nothing is ever replayed."""
-        try:
-            async with aclosing(events_of(self._engine, request)) as events:
-                async for event in events:
-                    yield event
-        except Exception as error:
-            known = refusal(error)
-            if known is None:
-                raise
-            status, told = known
-            after = 1 if status in (429, 503) else None
-            raise ApiError(status, told.code, told.message, param=told.param, retry_after_s=after) from None
+        """See `wherry_router.backend.Backend.generate`. An engine that failed and is there again goes on with the
+        answer; one that shuts down does not."""
+        ledger = Ledger(request)
+        failed = fruitless = tokens = 0
+        while True:
+            try:
+                async with aclosing(events_of(self._engine, ledger.request(failed))) as events:
+                    async for event in events:
+                        told = ledger.take(event)
+                        if told is not None:
+                            yield told
+                return  # noqa: TRY300 - in a loop
+            except WorkerFault as fault:
+                failed += 1
+                fruitless, tokens = (0 if len(ledger.ids) > tokens else fruitless + 1), len(ledger.ids)
+                last = fault
+            except Exception as error:
+                known = refusal(error)
+                if known is None:
+                    raise
+                status, told = known
+                after = 1 if status in (429, 503) else None
+                raise ApiError(status, told.code, told.message, param=told.param, retry_after_s=after) from None
+            if last.reason == "shutting_down" or fruitless >= self._max_tries:
+                yield last.event or ErrorEvent(code="resume_failed", message=str(last), retryable=True)
+                return

@@ -6,19 +6,31 @@ from typing import Protocol
 from wherry_protocol.worker import Event, ExecuteRequest
 
 
+class Delivery:
+    """What the client has of an answer. Its choices share it.
+
+    `whole`: it gets the answer in one piece at the end, so a choice may begin anew. `begun`: a token of some choice was
+    passed on. From then on a choice is not refused any more, and what goes wrong can only end the answer.
+    """
+
+    __slots__ = ("begun", "whole")
+
+    def __init__(self, *, whole: bool) -> None:
+        self.whole = whole
+        self.begun = False
+
+
 class Backend(Protocol):
     """Workers behind a router, or one engine in the same process."""
 
-    def generate(
-        self, request: ExecuteRequest, correlation_id: str, *, replayable: bool
-    ) -> AsyncGenerator[Event, None]:
+    def generate(self, request: ExecuteRequest, correlation_id: str, delivery: Delivery) -> AsyncGenerator[Event, None]:
         """The events of one generation; closing the generator cancels it.
 
-        `replayable`: nothing reached the client yet and nothing will before the end, so another worker may begin anew
-        after tokens were yielded. A second `started` says that it did, and voids what came before.
+        Tokens follow on one another, whatever workers they come from. Only for a `whole` delivery a second `started`
+        may come after tokens: it voids what came before.
 
         Raises:
-            ApiError: before the first event, when the request cannot be run.
+            ApiError: before the first token, when the request cannot be run.
         """
 
     def unready(self) -> str | None:

@@ -14,7 +14,7 @@ from wherry_protocol.openai.requests import ChatCompletionRequest, CompletionReq
 from wherry_protocol.openai.stream import DONE, Chunks
 from wherry_protocol.openai.translate import to_execute
 from wherry_protocol.worker import End, ErrorEvent, Event, Started, Token
-from wherry_router.backend import Backend
+from wherry_router.backend import Backend, Delivery
 from wherry_router.merge import merge
 from wherry_router.metrics import RouterMetrics
 from wherry_router.settings import Limits
@@ -90,16 +90,17 @@ class Completions:
         finally:
             self.in_flight -= 1
 
-    def _generate(self, answer: Answer, *, replayable: bool) -> AsyncGenerator[tuple[int, Event], None]:
-        requests = to_execute(answer.request, answer.id)
-        return merge([self._backend.generate(r, answer.correlation, replayable=replayable) for r in requests])
+    def _generate(self, answer: Answer, *, whole: bool) -> AsyncGenerator[tuple[int, Event], None]:
+        requests = to_execute(answer.request, answer.id, answer.created)
+        delivery = Delivery(whole=whole)
+        return merge([self._backend.generate(r, answer.correlation, delivery) for r in requests])
 
     async def _whole(self, answer: Answer, send: Send) -> None:
         request = answer.request
         logprobs = bool(request.logprobs) if answer.chat else request.logprobs is not None
         prompts = 1 if isinstance(request, ChatCompletionRequest) else len(request.prompt)
         choices = [Choice(index, chat=answer.chat, logprobs=logprobs) for index in range(prompts * answer.n)]
-        async with aclosing(self._generate(answer, replayable=True)) as events:
+        async with aclosing(self._generate(answer, whole=True)) as events:
             async for index, event in events:
                 if type(event) is Started:
                     choices[index].restart()
@@ -115,7 +116,7 @@ class Completions:
         chunks = Chunks(answer.id, answer.created, self._model, chat=answer.chat, include_usage=include_usage)
         stream = _Stream(answer, chunks, send, self._metrics)
         try:
-            async with aclosing(self._generate(answer, replayable=False)) as events:
+            async with aclosing(self._generate(answer, whole=False)) as events:
                 async for index, event in events:
                     await stream.feed(index, event)
         except ApiError as error:

@@ -1,7 +1,9 @@
-"""The backend that spreads requests over replicas and hides one's failure while the client has seen no token of it."""
+"""The backend that spreads requests over replicas, and goes on elsewhere with the answers of one that fails."""
 
 import asyncio
+import functools
 import logging
+import random
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
 
@@ -9,17 +11,23 @@ import msgspec
 
 from wherry_protocol.openai.errors import ApiError
 from wherry_protocol.router_report import ReplicaReport
-from wherry_protocol.worker import ErrorEvent, Event, ExecuteRequest, Token
+from wherry_protocol.worker import End, Event, ExecuteRequest, Token
+from wherry_router.backend import Delivery
+from wherry_router.fault import Expired, WorkerFault
+from wherry_router.ledger import Ledger
 from wherry_router.metrics import RouterMetrics
 from wherry_router.pool import Pool, Replica
+from wherry_router.resilience.budget import backoff_s
 from wherry_router.resilience.prober import Prober
 from wherry_router.settings import Limits
-from wherry_router.upstream import QueueFull, Upstream, WorkerFault
+from wherry_router.tries import Tries
+from wherry_router.upstream import Upstream
 
 log = logging.getLogger("wherry.router")
 
 _encode = msgspec.json.Encoder().encode
 _BYTES_PER_TOKEN = 4
+_PROGRESS = (Token, End)
 
 
 class Replicas:
@@ -45,57 +53,85 @@ class Replicas:
         return self.pool.report()
 
     async def generate(
-        self, request: ExecuteRequest, correlation_id: str, *, replayable: bool
+        self, request: ExecuteRequest, correlation_id: str, delivery: Delivery
     ) -> AsyncGenerator[Event, None]:
-        """See `Backend.generate`. Each replica is tried once at most."""
-        body = _encode(request)
-        deadline = asyncio.get_running_loop().time() + self._limits.first_token_timeout_s
-        tried: list[Replica] = []
-        fault: WorkerFault | None = None
-        full: QueueFull | None = None
-        while len(tried) < self._limits.max_tries:
-            replica = await self._next(tried, fault)
-            if replica is None:
-                break
-            tried.append(replica)
-            emitted = False
+        """See `Backend.generate`. Until the first token each replica is tried once at most."""
+        now = asyncio.get_running_loop().time
+        ledger = Ledger(request, restarts=delivery.whole and not self._limits.resume)
+        tries = Tries(self._limits, now(), delivery, ledger)
+        while (replica := await self._next(tries)) is not None:
+            body = _encode(ledger.request(tries.failed))
             lease = self.pool.lease(replica, len(body) // _BYTES_PER_TOKEN, request.sampling.max_tokens)
+            leaves = functools.partial(self._leaves, replica, tries)
+            stream = self._upstream.execute(replica, body, correlation_id, tries.deadline, leaves)
             try:
-                async with aclosing(self._upstream.execute(replica, body, correlation_id, deadline)) as events:
+                async with aclosing(stream) as events:
                     async for event in events:
                         lease.observe(event)
-                        if type(event) is Token:
-                            emitted = True
-                        elif type(event) is ErrorEvent and event.retryable and (replayable or not emitted):
-                            raise WorkerFault("worker_error", event.message, suspect=False)  # noqa: TRY301
-                        yield event
-                return  # noqa: TRY300
+                        told = ledger.take(event)
+                        if tries.stuck and type(told) in _PROGRESS:
+                            self._moved_on(tries, now())
+                        if told is not None:
+                            yield told
+                return  # noqa: TRY300 - the generator's own errors are none of the worker
             except WorkerFault as error:
-                fault = error
-                full = error if isinstance(error, QueueFull) else full
-                lease.failed(fault.reason)
-                self._note(replica, fault, request.id, correlation_id)
+                lease.failed(error.reason)
+                tries.note(replica, error, now())
+                self._log(replica, error, request.id, correlation_id)
+            except Expired as error:
+                if not tries.begun:
+                    raise
+                tries.end("resume_timeout", error.message)
+            except ApiError as error:
+                if not tries.begun:
+                    raise
+                # The request was good when the answer began, so it is this worker that cannot go on with it.
+                refused = WorkerFault("refused", f"{error.status} {error.code}: {error.message}")
+                tries.note(replica, refused, now())
+                self._log(replica, refused, request.id, correlation_id)
             finally:
                 lease.release()
-            if emitted and not replayable:
-                self._metrics.lost.inc()
-                yield ErrorEvent(code="worker_lost", message="The replica that was answering is gone.", retryable=True)
-                return
-        raise self._exhausted(fault, full, tried)
+        if tries.error is None:
+            raise self._exhausted(tries)
+        self._metrics.lost.inc()
+        yield tries.error
 
-    async def _next(self, tried: list[Replica], fault: WorkerFault | None) -> Replica | None:
-        """The replica of the next try; None: there is none, or the budget allows no retry."""
-        replica = await self._choose(tried)
-        if replica is None or fault is None:
+    def _moved_on(self, tries: Tries, now: float) -> None:
+        if tries.going_on and tries.lost_at is not None:
+            self._metrics.resume_gap.observe(now - tries.lost_at)
+        tries.moved_on()
+
+    def _leaves(self, replica: Replica, tries: Tries) -> bool:
+        """Whether a try ends since its replica's time to drain is over and there is another to go on."""
+        deadline = replica.drain_deadline
+        if deadline is None or asyncio.get_running_loop().time() < deadline:
+            return False
+        return tries.movable and self.pool.has_another(replica)
+
+    async def _next(self, tries: Tries) -> Replica | None:
+        """The replica of the next try; None: there is none."""
+        if tries.error is not None:
+            return None
+        if tries.resuming:
+            return await self._successor(tries)
+        if len(tries.tried) >= self._limits.max_tries:
+            return None
+        replica = await self._choose(tries.tried)
+        if replica is None or tries.fault is None:
             return replica
-        pause = self.pool.retry_pause(fault.reason, len(tried) - 1)
+        return await self._retry(replica, tries, tries.fault.reason)
+
+    async def _retry(self, replica: Replica, tries: Tries, reason: str) -> Replica | None:
+        """`replica` or another, once the budget allows it."""
+        pause = self.pool.retry_pause(reason, len(tries.tried) - 1)
         if pause is None:
             return None
+        chosen: Replica | None = replica
         if pause:
             await asyncio.sleep(pause)
-            replica = self.pool.choose(tried)
-        self._metrics.retried(fault.reason)
-        return replica
+            chosen = self.pool.choose(tries.tried)
+        self._metrics.retried(reason)
+        return chosen
 
     async def _choose(self, tried: list[Replica]) -> Replica | None:
         replica = self.pool.choose(tried)
@@ -107,7 +143,24 @@ class Replicas:
             replica = self.pool.choose(tried)
         return replica
 
-    def _note(self, replica: Replica, fault: WorkerFault, request_id: str, correlation_id: str) -> None:
+    async def _successor(self, tries: Tries) -> Replica | None:
+        """The replica that goes on with an answer. Waits for one, within bounds."""
+        now = asyncio.get_running_loop().time
+        reason = "" if tries.fault is None else tries.fault.reason
+        while left := tries.left(now()):
+            replica = self.pool.choose_successor(tries.tried)
+            if replica is not None:
+                (self._metrics.resumed if tries.going_on else self._metrics.retried)(reason)
+                return replica
+            if tries.tried:
+                # Whoever failed since the last token may be well again.
+                await asyncio.sleep(min(backoff_s(tries.rounds, random.random()), left))  # noqa: S311 - not a secret
+                tries.again()
+            else:
+                await self.pool.change()
+        return None
+
+    def _log(self, replica: Replica, fault: WorkerFault, request_id: str, correlation_id: str) -> None:
         fields = {
             "replica": replica.endpoint.name,
             "reason": fault.reason,
@@ -117,12 +170,12 @@ class Replicas:
         }
         log.warning("try failed", extra={"fields": fields})
 
-    def _exhausted(self, fault: WorkerFault | None, full: QueueFull | None, tried: list[Replica]) -> ApiError:
-        if full is not None:
-            return full.refusal
-        if self.pool.lacks_room(tried):
+    def _exhausted(self, tries: Tries) -> ApiError:
+        if tries.full is not None:
+            return tries.full.refusal
+        if self.pool.lacks_room(tries.tried):
             self._metrics.bulkhead_refusals.inc()
             return ApiError(429, "replicas_busy", "Every replica has as many requests as it may have.", retry_after_s=1)
-        if fault is None:
+        if tries.fault is None:
             return ApiError(503, "no_replica", "No replica of the model is ready.", retry_after_s=2)
         return ApiError(503, "no_replica", "No replica could answer; the last one failed.", retry_after_s=1)

@@ -1,8 +1,7 @@
 """One try of one request on one worker."""
 
 import asyncio
-import time
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Callable
 
 import aiohttp
 import msgspec
@@ -10,9 +9,10 @@ import msgspec
 from wherry_protocol.openai.errors import ApiError
 from wherry_protocol.sse import decode_frame, frames
 from wherry_protocol.worker import End, ErrorEvent, Event, LoadReport, Token
+from wherry_router.fault import Expired, QueueFull, WorkerFault
 from wherry_router.pool import Replica
 from wherry_router.settings import Limits
-from wherry_router.watchdog import Watchdog
+from wherry_router.watchdog import Health, Watchdog
 
 _decode_error = msgspec.json.Decoder(ErrorEvent).decode
 _decode_load = msgspec.json.Decoder(LoadReport).decode
@@ -20,28 +20,12 @@ _JSON = "application/json"
 _MAX_REFUSAL = 64 * 1024
 
 
-class WorkerFault(Exception):
-    """The worker failed, not the request. `reason` is one of a few words, for metrics."""
-
-    def __init__(self, reason: str, detail: str, *, suspect: bool = True) -> None:
-        super().__init__(f"{reason}: {detail}")
-        self.reason = reason
-        self.suspect = suspect
-
-
-class QueueFull(WorkerFault):
-    """The worker is well and has no room. `refusal` is what the client gets when every replica says so."""
-
-    def __init__(self, refusal: ApiError) -> None:
-        super().__init__("queue_full", refusal.message, suspect=False)
-        self.refusal = refusal
-
-
 class Upstream:
     """Speaks the worker API over pooled connections."""
 
     def __init__(self, token: str | None, limits: Limits) -> None:
         self._limits = limits
+        self._health = Health(self._well, limits.probe_timeout_s)
         self._headers = {"content-type": _JSON} | ({"authorization": f"Bearer {token}"} if token else {})
         timeout = aiohttp.ClientTimeout(total=None, connect=None, sock_connect=limits.connect_timeout_s)
         self._session = aiohttp.ClientSession(
@@ -56,11 +40,15 @@ class Upstream:
 
     async def close(self) -> None:
         """Closes every connection."""
+        self._health.close()
         await self._session.close()
 
-    async def ask(self, url: str, path: str) -> bool:
+    async def _well(self, url: str, timeout_s: float) -> bool:
+        return await self.ask(url, "/health", timeout_s)
+
+    async def ask(self, url: str, path: str, timeout_s: float | None = None) -> bool:
         """Whether a GET of `path` answers 200 in time."""
-        timeout = aiohttp.ClientTimeout(total=self._limits.probe_timeout_s)
+        timeout = aiohttp.ClientTimeout(total=timeout_s or self._limits.probe_timeout_s)
         try:
             async with self._session.get(url + path, timeout=timeout) as response:
                 return response.status == 200
@@ -77,23 +65,32 @@ class Upstream:
             return None
 
     async def execute(
-        self, replica: Replica, body: bytes, correlation_id: str, deadline: float
+        self,
+        replica: Replica,
+        body: bytes,
+        correlation_id: str,
+        deadline: float,
+        leaves: Callable[[], bool] = lambda: False,
     ) -> AsyncGenerator[Event, None]:
-        """The worker's events. `deadline` (loop time) is for the first token. Closing the generator cancels it.
+        """The worker's events. Closing the generator cancels it.
+
+        Args:
+            deadline: for the first token, in the event loop's time.
+            leaves: asked now and then; once it is true, the try ends with the fault `draining`.
 
         Raises:
             WorkerFault: the worker is gone, frozen, not ready, full, or does not speak the protocol.
-            ApiError: the worker refused the request itself, or the deadline passed.
+            Expired: the deadline passed.
+            ApiError: the worker refused the request itself.
         """
         url = replica.endpoint.url
         headers = {**self._headers, "x-correlation-id": correlation_id}
         limit = asyncio.timeout(None)
-        began = time.monotonic()
 
         def abort() -> None:
             limit.reschedule(0)
 
-        watchdog = Watchdog(self._limits.stall_s, deadline, lambda: self.ask(url, "/health"), abort)
+        watchdog = Watchdog(self._limits.stall_s, deadline, lambda: self._health.ask(url), abort, leaves)
         try:
             # A timeout must not span a yield, so this one ends with the response's headers.
             async with limit:
@@ -105,7 +102,10 @@ class Upstream:
                 async for event in _events(response, watchdog):
                     yield event
         except (aiohttp.ClientError, OSError, TimeoutError, msgspec.DecodeError) as error:
-            raise _fault(error, watchdog, time.monotonic() - began) from None
+            fault = _fault(error, watchdog, self._limits.first_token_timeout_s)
+            if isinstance(fault, WorkerFault):
+                fault.since = watchdog.heard
+            raise fault from None
         finally:
             watchdog.stop()
 
@@ -130,7 +130,9 @@ async def _events(response: aiohttp.ClientResponse, watchdog: Watchdog) -> Async
 
 def _fault(error: Exception, watchdog: Watchdog, seconds: float) -> Exception:
     if watchdog.expired:
-        return ApiError(504, "first_token_timeout", f"No token came within {seconds:.0f} s.", retry_after_s=5)
+        return Expired(seconds)
+    if watchdog.left:
+        return WorkerFault("draining", "the replica's time to drain is over")
     if watchdog.lost:
         return WorkerFault("frozen", "no event, and no answer to /health")
     if isinstance(error, aiohttp.ClientConnectorError | aiohttp.ConnectionTimeoutError):
@@ -152,7 +154,7 @@ async def _refusal(response: aiohttp.ClientResponse) -> Exception:
         return QueueFull(ApiError(429, event.code, event.message, retry_after_s=int(after) if after.isdigit() else 1))
     if status == 401:
         # The router's own token is wrong: nothing that the client could mend.
-        return WorkerFault("unauthorized", "the worker refused the router's token", suspect=False)
+        return WorkerFault("unauthorized", "the worker refused the router's token")
     if status >= 500:
-        return WorkerFault("not_ready" if status == 503 else "worker_error", event.message, suspect=status == 503)
+        return WorkerFault("not_ready" if status == 503 else "worker_error", event.message)
     return ApiError(status, event.code, event.message, param=event.param)

@@ -1,33 +1,104 @@
 """Tells a worker that is slow from one that is gone or frozen.
 
-Silence alone proves nothing: a request may wait long in a full queue. So silence leads to a question, `GET /health`,
-and only a worker that does not answer it either is given up.
+Silence alone proves nothing: a request may wait long in a full queue, and a large model takes long for a token. So
+silence leads to a question, `GET /health`, and only a worker that does not answer it either is given up.
 """
 
 import asyncio
 from collections.abc import Awaitable, Callable
 
+# How many times as long as usual a worker may take to say that it is well, and at most in shares of the usual bound.
+_PATIENCE = 8.0
+_MOST = 4.0
+_WEIGHT = 0.2
+_MAX_KNOWN = 4096
+
+
+class Health:
+    """Asks workers whether they are well; many streams of one worker share a question.
+
+    A worker on a busy machine takes longer to answer, and longer is then no sign of death: what each has usually taken
+    lengthens the time that it gets.
+    """
+
+    def __init__(self, well: Callable[[str, float], Awaitable[bool]], timeout_s: float) -> None:
+        """`well(url, timeout_s)` asks once."""
+        self._well = well
+        self._timeout = timeout_s
+        self._usual: dict[str, float] = {}
+        self._asked: dict[str, asyncio.Task[bool]] = {}
+
+    def timeout(self, url: str) -> float:
+        """Seconds that this worker gets."""
+        return min(max(self._timeout, _PATIENCE * self._usual.get(url, 0.0)), _MOST * self._timeout)
+
+    async def ask(self, url: str) -> bool:
+        """Whether it says that it is well."""
+        task = self._asked.get(url)
+        if task is None:
+            task = self._asked[url] = asyncio.get_running_loop().create_task(self._ask(url))
+            task.add_done_callback(lambda _: self._asked.pop(url, None))
+        return await asyncio.shield(task)
+
+    def close(self) -> None:
+        """Ends all questions."""
+        for task in self._asked.values():
+            task.cancel()
+
+    async def _ask(self, url: str) -> bool:
+        loop = asyncio.get_running_loop()
+        began = loop.time()
+        well = await self._well(url, self.timeout(url))
+        if well:
+            if len(self._usual) >= _MAX_KNOWN:
+                self._usual.clear()  # of workers that went long ago, most of them
+            took = loop.time() - began
+            before = self._usual.get(url, took)
+            self._usual[url] = before + _WEIGHT * (took - before)
+        return well
+
 
 class Watchdog:
-    """Calls `abort` when the worker was silent for `stall_s` and `alive` says no, or `deadline` passes before a token.
+    """Calls `abort` when the worker was silent for `stall_s` and `alive` says no, when `deadline` passes before a
+    token, or when `leaves` says so.
 
     `touch` is called for every sign of life; it only notes the time, so that a token costs no timer.
     """
 
-    __slots__ = ("_alive", "_asking", "_deadline", "_last", "_loop", "_stall", "_timer", "abort", "expired", "lost")
+    __slots__ = (
+        "_alive",
+        "_asking",
+        "_deadline",
+        "_leaves",
+        "_loop",
+        "_stall",
+        "_timer",
+        "abort",
+        "expired",
+        "heard",
+        "left",
+        "lost",
+    )
 
     def __init__(
-        self, stall_s: float, deadline: float, alive: Callable[[], Awaitable[bool]], abort: Callable[[], None]
+        self,
+        stall_s: float,
+        deadline: float,
+        alive: Callable[[], Awaitable[bool]],
+        abort: Callable[[], None],
+        leaves: Callable[[], bool] = lambda: False,
     ) -> None:
         self._loop = asyncio.get_running_loop()
         self._stall = stall_s
         self._deadline: float | None = deadline
         self._alive = alive
+        self._leaves = leaves
         self._asking: asyncio.Task[None] | None = None
-        self._last = self._loop.time()
+        self.heard = self._loop.time()
         self.abort = abort
         self.lost = False
         self.expired = False
+        self.left = False
         self._timer = self._arm(stall_s)
 
     def _arm(self, delay: float) -> asyncio.TimerHandle:
@@ -37,7 +108,7 @@ class Watchdog:
 
     def touch(self) -> None:
         """The worker sent something."""
-        self._last = self._loop.time()
+        self.heard = self._loop.time()
 
     def first_token(self) -> None:
         """From now on only silence counts."""
@@ -54,14 +125,17 @@ class Watchdog:
         if self._deadline is not None and now >= self._deadline:
             self.expired = True
             self.abort()
-        elif now - self._last >= self._stall:
+        elif self._leaves():
+            self.left = True
+            self.abort()
+        elif now - self.heard >= self._stall:
             self._asking = self._loop.create_task(self._ask())
         else:
-            self._timer = self._arm(self._last + self._stall - now)
+            self._timer = self._arm(self.heard + self._stall - now)
 
     async def _ask(self) -> None:
-        asked = self._last
-        if await self._alive() or self._last != asked:
+        asked = self.heard
+        if await self._alive() or self.heard != asked:
             self._timer = self._arm(self._stall)
         else:
             self.lost = True

@@ -34,7 +34,14 @@ class Script(msgspec.Struct, kw_only=True, forbid_unknown_fields=True, omit_defa
     only: str = ""  # the script holds for the worker of this name; others answer at once
     exit_after: int = -1  # the process ends after so many tokens
     error_after: int = -1  # an error event after so many tokens
+    retryable: bool = False  # that error may be tried elsewhere
     garbage_after: int = -1  # something that is no event
+    skip_after: int = -1  # a token is left out
+    repeat_after: int = -1  # a token is told twice
+    cut_after: int = -1  # the connection is cut
+    named: bool = True  # the text says which worker it is from; else it is the same from all
+    refuse_resume: bool = False
+    forget_resume: bool = False  # as a worker does that has not heard of it
 
 
 class State(msgspec.Struct):
@@ -48,6 +55,7 @@ class State(msgspec.Struct):
     cancelled: int = 0
     correlation_ids: list[str] = []
     request_ids: list[str] = []
+    resumed_at: list[int] = []  # tokens that resumed requests came with
 
 
 class MockWorker:
@@ -110,9 +118,14 @@ class MockWorker:
             with suppress(msgspec.DecodeError):
                 script = msgspec.json.decode(prompt, type=Script)
         if script.only not in ("", self.state.name):
-            script = Script(tokens=script.tokens)
+            script = Script(tokens=script.tokens, text=script.text, named=script.named)
         if not self.state.ready:
             script = Script(status=503)
+        resume = request.resume
+        if resume is not None and not script.forget_resume:
+            self.state.resumed_at.append(len(resume.token_ids))
+            if script.refuse_resume or resume.token_ids != list(range(len(resume.token_ids))) or resume.seed != 1:
+                script = Script(status=400, code="invalid_resume")
         if script.status != 200:
             await self._refuse(send, script.status, script.code)
             return
@@ -137,19 +150,26 @@ class MockWorker:
         await emit(encode_event(Started(id=request.id, prompt_tokens=len(prompt), cached_tokens=0, seed=1)))
         if script.hold:
             await asyncio.Event().wait()
-        for index in range(script.tokens):
+        first = 0 if request.resume is None or script.forget_resume else len(request.resume.token_ids)
+        for index in range(first, script.tokens):
             if index == script.exit_after:
                 os._exit(3)
             if index == script.error_after:
-                await emit(encode_event(ErrorEvent(code="broken", message="it broke")))
+                await emit(encode_event(ErrorEvent(code="broken", message="it broke", retryable=script.retryable)))
                 await send({"type": "http.response.body", "body": b""})
                 return
             if index == script.garbage_after:
                 await emit(b"event: token\ndata: {nonsense\n\n")
             if index == script.hold_after:
                 await asyncio.Event().wait()
-            text = script.text or f"{self.state.name}|{prompt}|{index} "
+            if index == script.cut_after:
+                raise ConnectionError("cut")
+            if index == script.skip_after:
+                continue
+            text = script.text or f"{self.state.name if script.named else ''}|{prompt}|{index} "
             await emit(encode_event(Token(index=index, ids=[index], text=text)))
+            if index == script.repeat_after:
+                await emit(encode_event(Token(index=index, ids=[index], text=text)))
             self.state.tokens_sent += 1
             if script.pause_s:
                 await asyncio.sleep(script.pause_s)

@@ -100,34 +100,38 @@ def test_all_workers_gone_is_503_with_retry_after(trio: tuple[list[Mock], Proces
     assert response.json()["error"]["code"] == "no_replica"
 
 
-def test_a_worker_lost_mid_stream_ends_the_stream_with_an_error(trio: tuple[list[Mock], Process]) -> None:
-    mocks, front = trio
-    body = chat(script(tokens=9, hold_after=2), stream=True)
-    with httpx.stream("POST", front.url + "/v1/chat/completions", json=body, timeout=20) as response:
-        chunks = sse(response)
-        seen = [next(chunks) for _ in range(3)]
-        holder(mocks).process.signal(signal.SIGKILL)
-        seen += list(chunks)
-    assert text_of(seen[:-1]).count("|") == 4
-    assert seen[-1]["error"]["code"] == "worker_lost"
-    metrics = httpx.get(front.url + "/metrics").text
-    assert "wherry_router_streams_lost_total 1.0" in metrics
+@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGSTOP])
+def test_without_resume_a_stream_ends_with_its_worker(how: int) -> None:
+    with ExitStack() as stack:
+        mocks = [stack.enter_context(mock_worker(name)) for name in "ab"]
+        front = stack.enter_context(router(*(mock.url for mock in mocks), args=("--no-resume",)))
+        body = chat(script(tokens=9, hold_after=2), stream=True)
+        with httpx.stream("POST", front.url + "/v1/chat/completions", json=body, timeout=20) as response:
+            chunks = sse(response)
+            seen = [next(chunks) for _ in range(3)]
+            holder(mocks).process.signal(how)
+            seen += list(chunks)
+        assert text_of(seen[:-1]).count("|") == 4
+        assert seen[-1]["error"]["code"] == "worker_lost"
+        metrics = httpx.get(front.url + "/metrics").text
+        assert "wherry_router_streams_lost_total 1.0" in metrics
+        # Of a whole answer the client has nothing yet, so it begins anew.
+        alive = next(mock for mock in mocks if mock.process.popen.poll() is None)
+        content = script(tokens=4, exit_after=2, only=alive.name)
+        if how == signal.SIGKILL:
+            assert post(front.url, chat(content)).status_code == 503, "nobody is left"
 
 
-def test_a_worker_frozen_mid_stream_ends_the_stream_with_an_error(trio: tuple[list[Mock], Process]) -> None:
-    mocks, front = trio
-    body = chat(script(tokens=9, hold_after=2), stream=True)
-    with httpx.stream("POST", front.url + "/v1/chat/completions", json=body, timeout=20) as response:
-        chunks = sse(response)
-        seen = [next(chunks) for _ in range(3)]
-        holder(mocks).process.signal(signal.SIGSTOP)
-        seen += list(chunks)
-    assert seen[-1]["error"]["code"] == "worker_lost"
+@pytest.mark.parametrize("flags", [(), ("--no-resume",)])
+def test_a_whole_answer_survives_a_worker_lost_midway(flags: tuple[str, ...]) -> None:
+    """It goes on elsewhere, or begins anew where that is off, and nothing is doubled."""
+    with ExitStack() as stack:
+        mocks = [stack.enter_context(mock_worker(name)) for name in "abc"]
+        front = stack.enter_context(router(*(mock.url for mock in mocks), args=flags))
+        check_whole_answers(mocks, front)
 
 
-def test_a_whole_answer_survives_a_worker_lost_midway(trio: tuple[list[Mock], Process]) -> None:
-    """Nothing of it reached the client yet, so it begins anew elsewhere, and nothing is doubled."""
-    mocks, front = trio
+def check_whole_answers(mocks: list[Mock], front: Process) -> None:
     content = script(tokens=4, exit_after=2, only="a")
     for _ in range(3):
         message = post(front.url, chat(content)).json()["choices"][0]["message"]["content"]
@@ -181,7 +185,7 @@ def test_a_5xx_is_tried_once_on_each_replica(pair: tuple[list[Mock], Process], s
 def test_an_error_event_and_garbage_reach_the_client_as_errors(pair: tuple[list[Mock], Process]) -> None:
     _, front = pair
     assert stream(front.url, script(error_after=2))[-1]["error"]["message"] == "it broke"
-    assert stream(front.url, script(garbage_after=2))[-1]["error"]["code"] == "worker_lost"
+    assert stream(front.url, script(garbage_after=2))[-1]["error"]["code"] == "resume_failed"
     response = post(front.url, chat(script(error_after=2)))
     assert (response.status_code, response.json()["error"]["code"]) == (500, "broken")
 
