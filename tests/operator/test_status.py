@@ -13,6 +13,7 @@ from wherry_operator.desired.objects import render
 from wherry_operator.planning.objects import difference, object_actions
 from wherry_operator.planning.plan import make_plan
 from wherry_operator.planning.pods import ContainerState, PodView
+from wherry_operator.planning.revisions import choose
 from wherry_operator.planning.status import make_status
 from wherry_operator.planning.types import Observed, Plan, Refusal, Scale, Settings
 
@@ -24,7 +25,9 @@ def existing(who: Any = None, replicas: int = 2, **router_status: Any) -> dict[t
     """Every child but the pods, as the API server would have it."""
     who = who or owner()
     desired = render(who, SETTINGS.render, "token", replicas)
-    objects = {(b["kind"], b["metadata"]["name"]): dict(b) for b in (*desired.applied, desired.secret)}
+    [record] = choose(Observed(who), SETTINGS.render, "token").actions
+    bodies = (*desired.applied, desired.secret, record.body or {})
+    objects = {(b["kind"], b["metadata"]["name"]): dict(b) for b in bodies}
     objects["Deployment", "chat-router"]["status"] = router_status or {"readyReplicas": 1}
     for (kind, name), raw in objects.items():
         raw["metadata"] = {**raw["metadata"], "uid": f"uid-{kind}-{name}"}
@@ -55,8 +58,9 @@ def steps(made: Plan) -> list[str]:
 
 def test_the_first_plan_marks_the_object_before_it_makes_anything() -> None:
     made = plan(Observed(owner(finalizers=["other"])))
-    assert steps(made) == [
-        "finalizers LLMDeployment chat",
+    first, record, *rest = steps(made)
+    assert (first, record.rpartition("-")[0]) == ("finalizers LLMDeployment chat", "create ControllerRevision chat")
+    assert rest == [
         "create Secret chat-worker-token",
         "apply PodDisruptionBudget chat",
         "apply ServiceAccount chat-router",
@@ -224,7 +228,7 @@ def test_deletion_in_order() -> None:
     assert [(entry.action, entry.target) for entry in first.pending] == [("Wait", "a"), ("Wait", "b")]
     second = steps(plan(deleting()))
     assert second[:2] == ["delete PodDisruptionBudget chat", "delete Deployment chat-router"]
-    assert len(second) == 7
+    assert len(second) == 8
     last = plan(deleting(objects={}, finalizers=["other", FINALIZER]))
     assert steps(last) == ["finalizers LLMDeployment chat"]
     assert last.actions[0].finalizers == ("other",)

@@ -47,7 +47,8 @@ def test_it_foretells_what_the_operator_does(
     assert status == 1
     assert scaled["changes"] == [{"field": "spec.replicas", "before": 2, "after": 3}]
     assert [(a["verb"], a["kind"], a["reason"]) for a in scaled["actions"]] == [
-        ("create", "Pod", "3 replicas are wanted")
+        ("apply", "PodDisruptionBudget", "what is wanted of it changed"),
+        ("create", "Pod", "3 replicas are wanted"),
     ]
     status, text = run(plane, kube, manifest(replicas=2, image="x:2"))
     assert status == 1

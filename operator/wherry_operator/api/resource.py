@@ -28,6 +28,7 @@ class LLMDeployment:
     spec: LLMDeploymentSpec | None = None
     spec_error: str = ""
     status: dict[str, Any] = field(default_factory=dict)
+    annotations: dict[str, str] = field(default_factory=dict)
 
     @classmethod
     def from_raw(cls, raw: dict[str, Any]) -> "LLMDeployment":
@@ -50,6 +51,7 @@ class LLMDeployment:
             spec=spec,
             spec_error=error,
             status=raw.get("status") or {},
+            annotations=metadata.get("annotations") or {},
         )
 
     def owner_reference(self) -> dict[str, Any]:

@@ -11,6 +11,7 @@ from wherry_operator.desired.common import router_name, token_secret_name
 from wherry_operator.desired.disruption import router_budget_name, runtime_budget_name
 from wherry_operator.planning.objects import owned
 from wherry_operator.planning.pods import PodView
+from wherry_operator.planning.revisions import KIND as REVISION
 from wherry_operator.planning.types import Observed
 from wherry_protocol import naming
 
@@ -32,11 +33,13 @@ async def read(api: Api, raw: dict[str, Any]) -> Observed:
     owner = LLMDeployment.from_raw(raw)
     keys = children(owner)
     selector = f"{naming.LABEL_DEPLOYMENT}={owner.name}"
-    pods, *found = await asyncio.gather(
+    pods, revisions, *found = await asyncio.gather(
         api.list("Pod", owner.namespace, selector),
+        api.list(REVISION, owner.namespace, selector),
         *(api.get(kind, owner.namespace, name) for kind, name in keys),
     )
     objects = {key: value for key, value in zip(keys, found, strict=True) if value is not None}
+    objects |= {(REVISION, raw["metadata"]["name"]): {"kind": REVISION} | raw for raw in revisions}
     runtime = [p for p in pods if _component(p) == naming.COMPONENT_RUNTIME and owned(p, owner)]
     router = [p for p in pods if _component(p) == naming.COMPONENT_ROUTER]
     return Observed(

@@ -11,6 +11,8 @@ from wherry_protocol import naming
 MANAGER = "wherry-operator"
 ANNOTATION_APPLIED = f"{naming.DOMAIN}/applied"
 ANNOTATION_TOKEN = f"{naming.DOMAIN}/token"
+# On an LLMDeployment: a new value exchanges all pods for some that are made as the operator makes them now.
+ANNOTATION_ROLLOUT = f"{naming.DOMAIN}/rollout"
 ANNOTATION_FAILURES = f"{naming.DOMAIN}/failures"
 ANNOTATION_CAUSE = f"{naming.DOMAIN}/failed-before"
 ANNOTATION_AVOID = f"{naming.DOMAIN}/avoided-nodes"
@@ -68,6 +70,15 @@ def stamped(body: dict[str, Any]) -> dict[str, Any]:
     """The object with a hash of itself, by which a later version of it can be told apart without reading defaults."""
     annotations = {**body["metadata"].get("annotations", {}), ANNOTATION_APPLIED: digest(body)}
     return {**body, "metadata": {**body["metadata"], "annotations": annotations}}
+
+
+def template_annotations(owner: LLMDeployment, token: str) -> dict[str, str]:
+    """What makes pods be exchanged though nothing else about them changes: a new token, or the wish for new pods."""
+    # The hash of a random 256-bit value gives nothing away.
+    found = {ANNOTATION_TOKEN: digest(token)}
+    if rollout := owner.annotations.get(ANNOTATION_ROLLOUT):
+        found[ANNOTATION_ROLLOUT] = rollout
+    return found
 
 
 def pod_security() -> dict[str, Any]:

@@ -7,9 +7,18 @@ from wherry_operator.api.resource import InvalidSpecError, LLMDeployment
 from wherry_operator.api.v1alpha1 import LLMDeploymentSpec
 from wherry_operator.desired.common import RenderSettings, metadata, token_secret_name
 from wherry_operator.desired.disruption import budgets
-from wherry_operator.desired.router import router_objects
+from wherry_operator.desired.router import router_objects, router_template
 from wherry_operator.desired.runtime import pod_template, revision_of
 from wherry_protocol import naming
+
+
+@dataclass(frozen=True)
+class Templates:
+    """What pods are made from. `revision` is the name that the runtime's pods carry."""
+
+    revision: str
+    runtime: dict[str, Any]
+    router: dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -22,8 +31,36 @@ class Desired:
     secret: dict[str, Any]
 
 
+def spec_of(owner: LLMDeployment) -> LLMDeploymentSpec:
+    """The spec.
+
+    Raises:
+        InvalidSpecError: it cannot be read; the text says why.
+    """
+    if owner.spec is None:
+        raise InvalidSpecError(owner.spec_error)
+    return owner.spec
+
+
+def templates(owner: LLMDeployment, settings: RenderSettings, token: str) -> Templates:
+    """What this operator makes pods from for `owner`, whatever they were made from before.
+
+    Raises:
+        InvalidSpecError: the spec cannot be turned into objects; the text says why.
+    """
+    spec = spec_of(owner)
+    runtime = pod_template(owner, spec, settings, token)
+    return Templates(revision_of(runtime), runtime, router_template(owner, spec, settings, token))
+
+
 def render(
-    owner: LLMDeployment, settings: RenderSettings, token: str, replicas: int | None = None, *, moves: bool = True
+    owner: LLMDeployment,
+    settings: RenderSettings,
+    token: str,
+    replicas: int | None = None,
+    *,
+    moves: bool = True,
+    kept: Templates | None = None,
 ) -> Desired:
     """The objects for `owner`.
 
@@ -33,20 +70,18 @@ def render(
         token: the one in its Secret, or a new one where there is none yet.
         replicas: groups that are wanted; None takes the spec's number, or the lowest that its scaling allows.
         moves: whether the operator sees which nodes are being emptied.
+        kept: the templates to make pods from, where they are not those of today.
 
     Raises:
         InvalidSpecError: the spec cannot be turned into objects; the text says why.
     """
-    if owner.spec is None:
-        raise InvalidSpecError(owner.spec_error)
-    template = pod_template(owner, owner.spec, settings, token)
+    spec = spec_of(owner)
+    used = kept or templates(owner, settings, token)
+    wanted = _lowest(spec) if replicas is None else replicas
     return Desired(
-        template=template,
-        revision=revision_of(template),
-        applied=(
-            *budgets(owner, owner.spec, _wanted(owner.spec) if replicas is None else replicas, moves=moves),
-            *router_objects(owner, owner.spec, settings, token),
-        ),
+        template=used.runtime,
+        revision=used.revision,
+        applied=(*budgets(owner, spec, wanted, moves=moves), *router_objects(owner, spec, used.router)),
         secret={
             "apiVersion": "v1",
             "kind": "Secret",
@@ -57,5 +92,5 @@ def render(
     )
 
 
-def _wanted(spec: LLMDeploymentSpec) -> int:
+def _lowest(spec: LLMDeploymentSpec) -> int:
     return spec.scaling.min_replicas if spec.scaling else spec.fixed_replicas or 0

@@ -5,11 +5,9 @@ from typing import Any
 from wherry_operator.api.resource import LLMDeployment
 from wherry_operator.api.v1alpha1 import LLMDeploymentSpec
 from wherry_operator.desired.common import (
-    ANNOTATION_TOKEN,
     GRACE_MARGIN_S,
     RenderSettings,
     container_security,
-    digest,
     environment,
     labels,
     metadata,
@@ -18,6 +16,7 @@ from wherry_operator.desired.common import (
     router_name,
     selector,
     stamped,
+    template_annotations,
 )
 from wherry_operator.desired.runtime import drain_seconds
 from wherry_protocol import naming
@@ -42,11 +41,22 @@ def router_args(owner: LLMDeployment, spec: LLMDeploymentSpec) -> list[str]:
     ]
 
 
-def router_objects(
+def router_template(
     owner: LLMDeployment, spec: LLMDeploymentSpec, settings: RenderSettings, token: str
-) -> list[dict[str, Any]]:
-    """All of the router's objects, in the order in which they are applied."""
-    bodies = [*_access(owner), _service(owner), _deployment(owner, spec, settings, token)]
+) -> dict[str, Any]:
+    """The template of the router's pods."""
+    return {
+        "metadata": {
+            "labels": labels(owner, naming.COMPONENT_ROUTER),
+            "annotations": template_annotations(owner, token),
+        },
+        "spec": _pod_spec(owner, spec, settings),
+    }
+
+
+def router_objects(owner: LLMDeployment, spec: LLMDeploymentSpec, template: dict[str, Any]) -> list[dict[str, Any]]:
+    """All of the router's objects, in the order in which they are applied; its pods are made from `template`."""
+    bodies = [*_access(owner), _service(owner), _deployment(owner, spec, template)]
     return [stamped(body) for body in bodies]
 
 
@@ -82,7 +92,7 @@ def _service(owner: LLMDeployment) -> dict[str, Any]:
     }
 
 
-def _deployment(owner: LLMDeployment, spec: LLMDeploymentSpec, settings: RenderSettings, token: str) -> dict[str, Any]:
+def _deployment(owner: LLMDeployment, spec: LLMDeploymentSpec, template: dict[str, Any]) -> dict[str, Any]:
     chosen = selector(owner, naming.COMPONENT_ROUTER)
     return {
         "apiVersion": "apps/v1",
@@ -94,13 +104,7 @@ def _deployment(owner: LLMDeployment, spec: LLMDeploymentSpec, settings: RenderS
             "minReadySeconds": MIN_READY_S,
             "selector": {"matchLabels": chosen},
             "strategy": {"type": "RollingUpdate", "rollingUpdate": {"maxSurge": 1, "maxUnavailable": 0}},
-            "template": {
-                "metadata": {
-                    "labels": labels(owner, naming.COMPONENT_ROUTER),
-                    "annotations": {ANNOTATION_TOKEN: digest(token)},
-                },
-                "spec": _pod_spec(owner, spec, settings),
-            },
+            "template": template,
         },
     }
 

@@ -11,7 +11,6 @@ from wherry_operator.desired.common import (
     ANNOTATION_AVOID,
     ANNOTATION_CAUSE,
     ANNOTATION_FAILURES,
-    ANNOTATION_TOKEN,
     GRACE_MARGIN_S,
     RenderSettings,
     container_security,
@@ -21,6 +20,7 @@ from wherry_operator.desired.common import (
     pod_security,
     probe,
     selector,
+    template_annotations,
 )
 from wherry_operator.desired.merge import MergeError, strategic_merge
 from wherry_protocol import naming
@@ -86,8 +86,7 @@ def pod_template(owner: LLMDeployment, spec: LLMDeploymentSpec, settings: Render
     base = {
         "metadata": {
             "labels": labels(owner, naming.COMPONENT_RUNTIME),
-            # A new token needs new pods; the hash of a random 256-bit value gives nothing away.
-            "annotations": {ANNOTATION_TOKEN: digest(token)},
+            "annotations": template_annotations(owner, token),
         },
         "spec": _pod_spec(owner, spec, settings),
     }
@@ -201,7 +200,7 @@ def _tolerations(spec: LLMDeploymentSpec) -> list[dict[str, Any]]:
 
 
 def revision_of(template: dict[str, Any]) -> str:
-    """A stable hash of the template: pods with another one are out of date."""
+    """A stable hash of the template: the name of a revision that begins now. See planning/revisions.py."""
     return digest(template)
 
 
@@ -210,13 +209,15 @@ class Origin:
     """Why and how a pod is made, as it is written on it.
 
     `leader`: IP of the group's pod 0, for the others. `failures`: groups before this one that failed in a row, and
-    `cause` what the last of them died of. `avoid`: nodes that are lost, where it must not be bound.
+    `cause` what the last of them died of. `avoid`: nodes that are lost, where it must not be bound. `revision`: the
+    name of what it is made from; empty takes the template's hash.
     """
 
     leader: str = ""
     failures: int = 0
     cause: str = ""
     avoid: tuple[str, ...] = ()
+    revision: str = ""
 
 
 def pod(
@@ -230,7 +231,7 @@ def pod(
     metadata["labels"] |= {
         naming.LABEL_GROUP: group,
         naming.LABEL_RANK: str(index),
-        naming.LABEL_REVISION: revision_of(template),
+        naming.LABEL_REVISION: origin.revision or revision_of(template),
     }
     notes = {
         ANNOTATION_FAILURES: str(origin.failures or ""),

@@ -15,6 +15,7 @@ from wherry_operator.planning.group import GroupView, group_views
 from wherry_operator.planning.groups import GroupPlan, bounds, plan_groups
 from wherry_operator.planning.leaving import moving
 from wherry_operator.planning.objects import name_conflict, object_actions, owned, teardown_actions
+from wherry_operator.planning.revisions import choose
 from wherry_operator.planning.routers import Routers, plan_gates, routers_of
 from wherry_operator.planning.types import Action, Observed, Plan, Problem, Scale, Settings
 
@@ -37,7 +38,8 @@ def make_plan(
         return _teardown(observed, scale)
     try:
         token, moves = observed.token or new_token, observed.leaving_nodes is not None
-        desired = render(owner, settings.render, token, scale.replicas, moves=moves)
+        choice = choose(observed, settings.render, token)
+        desired = render(owner, settings.render, token, scale.replicas, moves=moves, kept=choice.templates)
     except InvalidSpecError as error:
         return Plan(observed, scale, problem=Problem("InvalidSpec", str(error)))
     spec = owner.spec
@@ -51,7 +53,8 @@ def make_plan(
         reason = "so that deletion lets running requests finish"
         finalizers = (*owner.finalizers, FINALIZER)
         actions.append(Action("finalizers", "LLMDeployment", owner.name, reason, uid=owner.uid, finalizers=finalizers))
-    actions += object_actions(desired, observed)
+    # What pods are made from is written down before any is made from it.
+    actions += [*choice.actions, *object_actions(desired, observed)]
     return _with_groups(observed, scale, desired, spec, actions, now, new_group)
 
 
@@ -68,11 +71,13 @@ def _with_groups(
     routers = routers_of(observed)
     groups = _plan_groups(observed, scale, desired.revision, spec, views, routers, now)
     for creation in groups.creations:
-        origin = Origin(failures=creation.failures, cause=creation.cause, avoid=observed.lost_nodes)
+        origin = Origin(
+            failures=creation.failures, cause=creation.cause, avoid=observed.lost_nodes, revision=desired.revision
+        )
         body = pod(observed.owner, desired.template, new_group(), origin=origin)
         actions.append(Action("create", "Pod", body["metadata"]["name"], creation.reason, body=body))
     for addition in groups.additions:
-        origin = Origin(leader=addition.leader, avoid=observed.lost_nodes)
+        origin = Origin(leader=addition.leader, avoid=observed.lost_nodes, revision=desired.revision)
         body = pod(observed.owner, desired.template, addition.group.key, addition.index, origin)
         actions.append(Action("create", "Pod", body["metadata"]["name"], addition.reason, body=body))
     gates = plan_gates(views, routers, now)
@@ -103,6 +108,7 @@ def _plan_groups(
         now,
         max_restarts=spec.failover.max_group_restarts,
         lost_nodes=observed.lost_nodes,
+        live_nodes=observed.live_nodes,
         busy={group.key: routers.about(group).in_flight for group in views},
         moving=moving(views, observed.leaving_nodes or {}),
     )
