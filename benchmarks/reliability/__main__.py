@@ -8,6 +8,7 @@ Prints a table and writes JSON. With --routers or --faults the file's other rows
 import argparse
 import asyncio
 import contextlib
+import itertools
 import json
 import os
 import platform
@@ -44,7 +45,7 @@ class Row:
 
     what: What
     workers: int = 3
-    drain_s: int = 1
+    drain_s: int = 0
 
 
 ROWS = {
@@ -53,7 +54,7 @@ ROWS = {
     "connections cut": Row("cut"),
     "connections silent": Row("swallow"),
     "network gone": Row("darken"),
-    "stopped, answers outlast the drain": Row("drain", drain_s=0),
+    "stopped, answers outlast the drain": Row("drain"),
     "stopped, answers fit into the drain": Row("drain", drain_s=30),
     "the only worker killed, comes back": Row("kill", workers=1),
 }
@@ -114,21 +115,30 @@ async def measure(
     return counts, verdict.gaps
 
 
-async def compare(name: str, row: Row, rounds: int) -> dict[str, Any]:
-    """All rounds of one router under one fault."""
-    counts: Counter[str] = Counter()
-    gaps: list[float] = []
-    async with stack(name, row.workers, row.drain_s) as one:
-        answers = await undisturbed(one, range(rounds * STREAMS))
-        for number in track(range(rounds), f"{name}: {row.what}", transient=True):
-            ends, found = await measure(one, row, answers, number * STREAMS)
-            counts += ends
-            gaps += found
+def cell(counts: Counter[str], gaps: list[float], streams: int) -> dict[str, Any]:
+    """What one router did under one fault."""
     result: dict[str, Any] = {field: counts[field] for field in FIELDS}
-    result["streams"] = rounds * STREAMS
+    result["streams"] = streams
     if gaps:
         result |= {"gap_p50_s": round(percentile(gaps, 50), 3), "gap_p99_s": round(percentile(gaps, 99), 3)}
     return result
+
+
+async def compare(name: str, faults: list[str], rounds: int) -> dict[str, dict[str, Any]]:
+    """One router under `faults`, which need the same workers."""
+    results = {}
+    first = ROWS[faults[0]]
+    async with stack(name, first.workers, first.drain_s) as one:
+        answers = await undisturbed(one, range(rounds * STREAMS))
+        for fault in track(faults, name, transient=True):
+            counts: Counter[str] = Counter()
+            gaps: list[float] = []
+            for number in range(rounds):
+                ends, found = await measure(one, ROWS[fault], answers, number * STREAMS)
+                counts += ends
+                gaps += found
+            results[fault] = cell(counts, gaps, rounds * STREAMS)
+    return results
 
 
 def cells(results: dict[str, dict[str, Any]]) -> list[list[str]]:
@@ -136,9 +146,9 @@ def cells(results: dict[str, dict[str, Any]]) -> list[list[str]]:
     rows = []
     for fault in ROWS:
         for name in KINDS:
-            if cell := results.get(fault, {}).get(name):
-                gaps = [f"{cell[key]:.2f}" if key in cell else "–" for key in ("gap_p50_s", "gap_p99_s")]
-                rows.append([fault, name, *(str(cell[field]) for field in FIELDS), *gaps])
+            if found := results.get(fault, {}).get(name):
+                gaps = [f"{found[key]:.2f}" if key in found else "–" for key in ("gap_p50_s", "gap_p99_s")]
+                rows.append([fault, name, *(str(found[field]) for field in FIELDS), *gaps])
     return rows
 
 
@@ -161,6 +171,12 @@ def markdown(results: dict[str, dict[str, Any]]) -> str:
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
+def save(path: Path, results: dict[str, dict[str, Any]]) -> None:
+    machine = {"cpus": os.cpu_count(), "python": platform.python_version(), "system": platform.system()}
+    body = {"faults": results, "peers": peers.VERSIONS, "machine": machine}
+    path.write_text(json.dumps(body, indent=1, ensure_ascii=False) + "\n")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None, allow_abbrev=False)
     parser.add_argument("--routers", nargs="+", choices=KINDS, default=list(KINDS))
@@ -173,16 +189,15 @@ def main() -> None:
         peers.main(needed)
     kept = json.loads(args.json.read_text()) if args.json.exists() else {}
     results: dict[str, dict[str, Any]] = kept.get("faults", {})
-    for fault in args.faults:
-        for name in args.routers:
-            results.setdefault(fault, {})[name] = asyncio.run(compare(name, ROWS[fault], args.rounds))
+    for name in args.routers:
+        for _, alike in itertools.groupby(args.faults, lambda fault: (ROWS[fault].workers, ROWS[fault].drain_s)):
+            for fault, found in asyncio.run(compare(name, list(alike), args.rounds)).items():
+                results.setdefault(fault, {})[name] = found
+            save(args.json, results)
     if args.markdown:
         print(markdown(results))
     else:
         show(results)
-    machine = {"cpus": os.cpu_count(), "python": platform.python_version(), "system": platform.system()}
-    versions = {"peers": peers.VERSIONS, "machine": machine}
-    args.json.write_text(json.dumps({"faults": results, **versions}, indent=1) + "\n")
 
 
 if __name__ == "__main__":
