@@ -13,27 +13,15 @@ from contextlib import AbstractAsyncContextManager
 from pathlib import Path
 
 from rich.console import Console
+from tests.reliability.checks import GAP_P99_S, rerun, told
 from tests.reliability.episode import play, stage
-from tests.reliability.history import Event, Fault, save
-from tests.reliability.judge import Verdict, judge, percentile
+from tests.reliability.history import Fault, save
+from tests.reliability.judge import judge, percentile
 from tests.reliability.local_world import local_world
 from tests.reliability.world import World, static_world
 
 STREAMS = 20
-GAP_P99_S = 2.0
 _console = Console(highlight=False, soft_wrap=True)
-
-
-def rerun(seed: int, world: str) -> str:
-    """The command that plays one seed again."""
-    return f"python -m tests.reliability --world {world} --seed {seed} --keep DIR"
-
-
-def told(seed: int, events: list[Event], verdict: Verdict) -> str:
-    """An episode in one line."""
-    faults = ", ".join(f"{e.what} {e.target}".strip() for e in events if isinstance(e, Fault))
-    ends = ", ".join(f"{count} {name}" for name, count in sorted(verdict.outcomes.items()))
-    return f"seed {seed:4d}: {ends}; longest gap {max(verdict.gaps, default=0):.2f} s; {faults or 'no fault'}"
 
 
 async def run(seeds: list[int], world_name: str, keep: Path | None, seconds: float) -> int:

@@ -10,8 +10,8 @@ Fault = Literal[
     "blink",  # SIGSTOP for a moment
     "freeze then kill",
     "cut",  # its connections are reset
-    "swallow",  # its connections carry nothing any more; new ones do
-    "darken",  # nor do new ones
+    "swallow",  # its connections that are in use carry nothing any more; others do
+    "darken",  # none carries anything, new ones neither
     "drain",  # SIGTERM, with less time than its answers need
     "lose a rank",  # SIGKILL to one process of several that are one worker
     "lose the node",

@@ -228,7 +228,7 @@ class Workers:
             case "cut":
                 victim.proxy.cut()
             case "swallow":
-                victim.proxy.swallow()
+                victim.proxy.swallow(in_use_s=0.3)
             case "darken":
                 victim.proxy.darken()
 
