@@ -222,13 +222,17 @@ class Pool:
 
         It was admitted before and its client has seen a part of it, so the bulkhead does not hold it back. It is not
         what tests a half-open replica while another is well, and no panic sends it to one that does not answer probes:
-        it can wait.
+        it can wait. One that drains and is well is better than none.
         """
         now = self.clock()
-        serving = [r for r in self._replicas.values() if not r.draining and r not in tried]
-        usable = [r for r in serving if not r.out(now)]
+        left = [r for r in self._replicas.values() if r not in tried]
+        usable = [r for r in left if not r.draining and not r.out(now)]
         if not usable:
-            usable = [r for r in serving if r.breaker.trial_due(now) or r.breaker.state is not State.OPEN]
+            usable = [
+                r for r in left if not r.draining and (r.breaker.state is not State.OPEN or r.breaker.trial_due(now))
+            ]
+        if not usable:
+            usable = [r for r in left if r.draining and not r.out(now)]
         return self._turn_of(least_outstanding.choose(usable))
 
     def has_another(self, replica: Replica) -> bool:

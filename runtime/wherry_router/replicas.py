@@ -78,10 +78,10 @@ class Replicas:
                 lease.failed(error.reason)
                 tries.note(replica, error, now())
                 self._log(replica, error, request.id, correlation_id)
-            except Expired as error:
+            except Expired:
                 if not tries.begun:
                     raise
-                tries.end("resume_timeout", error.message)
+                tries.expire()
             except ApiError as error:
                 if not tries.begun:
                     raise

@@ -116,8 +116,12 @@ class Tries:
         lost_at = self._began if self.lost_at is None else self.lost_at
         left = lost_at + self._limits.resume_wait_s - now
         if left <= 0:
-            self.end("resume_timeout", f"No replica went on with the answer within {self._limits.resume_wait_s:g} s.")
+            self.expire()
         return max(left, 0.0)
+
+    def expire(self) -> None:
+        """No try that goes on brought a token in time."""
+        self.end("resume_timeout", f"No replica went on with the answer within {self._limits.resume_wait_s:g} s.")
 
     def end(self, code: str, message: str) -> None:
         """Nothing more is tried."""

@@ -1,0 +1,139 @@
+"""What the books for resuming cost while nothing fails: a router that keeps them and one that does not, by turns.
+
+    python -m benchmarks.resume_cost [--rounds N] [--json FILE]
+
+Both are in front of the same mock workers, which send tokens as fast as they are taken; a round is the same streams to
+one router and then to the other, in alternating order, and gives one ratio of throughput and one of the router's CPU
+time. The one without books is this router with `Ledger.take` replaced by a function that does nothing.
+"""
+
+import argparse
+import asyncio
+import json
+import os
+import platform
+import statistics
+import sys
+import time
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import aiohttp
+from rich.console import Console
+from rich.progress import track
+from rich.table import Table
+from tests.router.harness import MODEL, Process, eventually, mock_worker, running
+
+STREAMS, AT_ONCE, TOKENS = 64, 32, 256
+WARM_UP = 2
+
+
+def bare(args: list[str]) -> None:
+    """A router without the books."""
+    from wherry_protocol.worker import Event
+    from wherry_router.__main__ import main as router
+    from wherry_router.ledger import Ledger
+
+    def take(_: Ledger, event: Event) -> Event:
+        return event
+
+    Ledger.take = take  # type: ignore[method-assign]
+    router(args)
+
+
+def start(stack: ExitStack, module: str, first: list[str], urls: list[str]) -> Process:
+    args = [*first, "--endpoints", ",".join(urls), "--model", MODEL, "--port", "0"]
+    process = stack.enter_context(running(Process(module, args)))
+    eventually(lambda: any(len(line["routable"]) >= len(urls) for line in process.messages("replicas")))
+    return process
+
+
+def cpu_seconds(process: Process) -> float:
+    """User and system time of the process so far."""
+    fields = Path(f"/proc/{process.popen.pid}/stat").read_text().rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+
+async def streams(session: aiohttp.ClientSession, url: str) -> None:
+    script = json.dumps({"tokens": TOKENS, "text": "word "})
+    body = json.dumps({"model": MODEL, "messages": [{"role": "user", "content": script}], "stream": True}).encode()
+    gate = asyncio.Semaphore(AT_ONCE)
+
+    async def one() -> None:
+        async with gate, session.post(url + "/v1/chat/completions", data=body) as response:
+            last = b""
+            async for chunk in response.content.iter_any():
+                last = chunk
+            if not last.endswith(b"data: [DONE]\n\n"):
+                raise RuntimeError(f"{response.status}: {last[-200:]!r}")
+
+    await asyncio.gather(*(one() for _ in range(STREAMS)))
+
+
+async def turn(session: aiohttp.ClientSession, process: Process) -> dict[str, float]:
+    cpu, began = cpu_seconds(process), time.perf_counter()
+    await streams(session, process.url)
+    seconds, tokens = time.perf_counter() - began, STREAMS * TOKENS
+    return {"tokens_per_s": tokens / seconds, "cpu_us_per_token": (cpu_seconds(process) - cpu) / tokens * 1e6}
+
+
+async def measure(routers: dict[str, Process], rounds: int) -> dict[str, list[dict[str, float]]]:
+    results: dict[str, list[dict[str, float]]] = {name: [] for name in routers}
+    connector = aiohttp.TCPConnector(limit=0)
+    async with aiohttp.ClientSession(connector=connector, headers={"content-type": "application/json"}) as session:
+        for number in track(range(rounds + WARM_UP), "rounds", transient=True):
+            for name in sorted(routers, reverse=bool(number % 2)):
+                result = await turn(session, routers[name])
+                if number >= WARM_UP:
+                    results[name].append(result)
+    return results
+
+
+def ratio(results: dict[str, list[dict[str, float]]], key: str) -> dict[str, float]:
+    """With books over without, round by round: the median and its standard error."""
+    pairs = [on[key] / off[key] for on, off in zip(results["books"], results["none"], strict=True)]
+    error = 1.2533 * statistics.stdev(pairs) / len(pairs) ** 0.5  # of a median, of values that scatter normally
+    return {"median": statistics.median(pairs), "standard_error": error, "rounds": len(pairs)}
+
+
+def show(summary: dict[str, Any]) -> None:
+    table = Table("", "without books", "with books", "ratio", title=f"{AT_ONCE} streams at once, {TOKENS} tokens each")
+    for key, text in (("tokens_per_s", "tokens/s"), ("cpu_us_per_token", "router CPU, µs a token")):
+        row = summary[key]
+        table.add_row(
+            text,
+            f"{row['none']:.1f}",
+            f"{row['books']:.1f}",
+            f"{row['ratio']['median']:.3f} ± {row['ratio']['standard_error']:.3f}",
+        )
+    Console().print(table)
+
+
+def main() -> None:
+    if sys.argv[1:2] == ["bare"]:
+        bare(sys.argv[2:])
+        return
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("--rounds", type=int, default=30)
+    parser.add_argument("--json", type=Path, default=Path("benchmarks/resume_cost.json"))
+    args = parser.parse_args()
+    with ExitStack() as stack:
+        urls = [stack.enter_context(mock_worker(name)).url for name in "ab"]
+        routers = {
+            "books": start(stack, "wherry_router", [], urls),
+            "none": start(stack, "benchmarks.resume_cost", ["bare"], urls),
+        }
+        results = asyncio.run(measure(routers, args.rounds))
+    summary: dict[str, Any] = {
+        key: {name: statistics.median(r[key] for r in rows) for name, rows in results.items()}
+        | {"ratio": ratio(results, key)}
+        for key in ("tokens_per_s", "cpu_us_per_token")
+    }
+    summary["machine"] = {"cpus": os.cpu_count(), "python": platform.python_version(), "system": platform.system()}
+    show(summary)
+    args.json.write_text(json.dumps(summary, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
