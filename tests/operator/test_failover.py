@@ -1,12 +1,15 @@
 """Who is lost: case tables over what the operator saw. Times are seconds before now."""
 
 from dataclasses import dataclass, field, replace
+from datetime import UTC, datetime
 
 import pytest
 from tests.operator.pods import owner, pod
 
-from wherry_operator.planning.failover import NodeSignal, PodSignal, evidence, judge, with_verdict
-from wherry_operator.planning.types import Observed
+from wherry_operator.planning.failover import NodeSignal, PodSignal, evidence, judge, lost_routers, with_verdict
+from wherry_operator.planning.plan import make_plan
+from wherry_operator.planning.pods import PodView
+from wherry_operator.planning.types import Observed, Scale, Settings
 
 NOW = 1000.0
 
@@ -94,6 +97,12 @@ CASES = [
         [node("n1", 8), node("n2", 6), node("n3"), node("n4"), node("n5")],
         ["a", "b", "c"],
     ),
+    Case(
+        "a pod that was bound to the lost node goes with the first",
+        [worker("a", "n1", 20), worker("b", "n1", 6, answered=False)],
+        [node("n1", 20), *OTHERS],
+        ["a", "b"],
+    ),
     # A pod that has no address yet, on a node that died under it.
     Case(
         "starting, on a dead node",
@@ -133,8 +142,28 @@ def test_an_operator_that_suspects_itself_says_how_much_it_sees() -> None:
 
 
 def test_the_snapshot_takes_the_verdict_over() -> None:
-    observed = Observed(owner(), (pod("a"), replace(pod("b"), node="n2")))
-    verdict = judge([worker("uid-a", "n1", 6), worker("uid-b", "n2")], [node("n1", 6), node("n2")], NOW)
+    observed = Observed(owner(), (pod("a"), replace(pod("b"), node="n2")), (pod("r"),))
+    workers = [worker("uid-a", "n1", 6), worker("uid-b", "n2"), worker("uid-r", "n1", 6)]
+    verdict = judge(workers, [node("n1", 6), node("n2")], NOW)
     marked = with_verdict(observed, verdict)
     assert [p.lost for p in marked.pods] == [True, False]
+    assert [p.lost for p in marked.router_pods] == [True]
     assert marked.lost_nodes == ("n1",)
+
+
+def test_a_lost_router_is_deleted_once() -> None:
+    lost, leaving = replace(pod("r"), lost_because="was lost with node n1"), pod("s", deleting=True)
+    made = lost_routers(Observed(owner(), router_pods=(lost, pod("t"), replace(leaving, lost_because="too"))))
+    assert [(action.verb, action.name, action.uid) for action in made] == [("delete", "r", "uid-r")]
+
+
+def test_deletion_does_not_wait_for_a_lost_node() -> None:
+    def steps(*pods: PodView) -> list[tuple[str, str]]:
+        observed = Observed(replace(owner(), deleting=True), pods)
+        plan = make_plan(observed, Scale(0), Settings(), datetime(2026, 1, 1, tzinfo=UTC), "token", lambda: "x")
+        return [(action.verb, action.name) for action in plan.actions]
+
+    lost = pod("a", lost_because="was lost with node n1")
+    assert steps(lost) == [("delete", "a")]
+    assert steps(replace(lost, deleting=True), pod("b", deleting=True)) == []
+    assert steps(replace(lost, deleting=True)) == [("finalizers", "chat")]

@@ -1,6 +1,6 @@
-"""Active probes: every second each worker is asked whether it is there, and where one is silent its node is too.
+"""Active probes: every second each worker and router is asked whether it is there, and its node where it is silent.
 
-What costs nothing while all is well: a worker that answers says enough about its node. Only where one does not, the
+What costs nothing while all is well: a pod that answers says enough about its node. Only where one does not, the
 node's kubelet and its Lease are looked at, and a few other nodes to compare with. The verdict is failover.py's.
 """
 
@@ -26,7 +26,7 @@ logger = logging.getLogger("wherry.operator")
 K = TypeVar("K", bound=Hashable)
 
 INTERVAL_S = 1.0
-# Above this many workers the interval grows, so that a large fleet costs a fixed share of a core.
+# Above this many pods the interval grows, so that a large fleet costs a fixed share of a core.
 PROBES_PER_S = 400
 TIMEOUT_S = 1.0
 API_TIMEOUT_S = 2.0
@@ -77,11 +77,12 @@ class _NodeMemory:
 class _Target(Generic[K]):
     key: K
     pod: PodView
+    port: int
     patience_s: float
 
 
 class Prober(Generic[K]):
-    """Watches over the workers that it is told of. `verdict` is what the last round came to."""
+    """Watches over the pods that it is told of. `verdict` is what the last round came to."""
 
     def __init__(
         self,
@@ -94,7 +95,6 @@ class Prober(Generic[K]):
         self.changed = changed
         self.verdict = Verdict()
         self._targets: dict[K, tuple[_Target[K], ...]] = {}
-        self._others: dict[K, dict[str, str]] = {}  # nodes of routers, and their addresses
         self._pods: dict[str, _Contact] = {}
         self._memory: dict[str, _NodeMemory] = {}
         self._leases_readable = True
@@ -110,14 +110,13 @@ class Prober(Generic[K]):
 
     def watch(self, key: K, pods: Sequence[PodView], routers: Sequence[PodView], patience_s: float) -> None:
         """These are the pods of `key` now. Pods that are being deleted count too: they tell about their nodes."""
-        bound = [pod for pod in pods if pod.node and not pod.ended]
-        self._targets[key] = tuple(_Target(key, pod, patience_s) for pod in bound)
-        self._others[key] = {pod.node: pod.host_ip for pod in routers if pod.node and pod.host_ip}
+        ports = [(pod, naming.WORKER_PORT) for pod in pods] + [(pod, naming.ROUTER_PORT) for pod in routers]
+        bound = [(pod, port) for pod, port in ports if pod.node and not pod.ended]
+        self._targets[key] = tuple(_Target(key, pod, port, patience_s) for pod, port in bound)
 
     def forget(self, key: K) -> None:
         """There is no `key` any more."""
         self._targets.pop(key, None)
-        self._others.pop(key, None)
 
     async def run(self) -> None:
         """Probes until cancelled; begins with no memory, as what was seen long ago says nothing."""
@@ -150,7 +149,7 @@ class Prober(Generic[K]):
     async def _round(self, session: aiohttp.ClientSession) -> None:
         targets = [target for group in self._targets.values() for target in group]
         self._remember(targets)
-        await _all(self._probe_worker(session, target.pod) for target in targets)
+        await _all(self._probe(session, target) for target in targets)
         silent = {target.pod.node for target in targets if self._pods[target.pod.uid].silent_since is not None}
         suspects = silent - {target.pod.node for target in targets if self._pods[target.pod.uid].answers}
         witnesses = self._witnesses(suspects)
@@ -170,8 +169,7 @@ class Prober(Generic[K]):
         """Keeps notes on what is there, and drops those on what is not any more."""
         uids = {target.pod.uid for target in targets}
         self._pods = {uid: self._pods.get(uid) or _Contact() for uid in uids}
-        hosts = {name: host for others in self._others.values() for name, host in others.items()}
-        hosts |= {target.pod.node: target.pod.host_ip for target in targets}
+        hosts = {target.pod.node: target.pod.host_ip for target in sorted(targets, key=lambda t: t.pod.host_ip)}
         spare = [name for name in self._nodes.names() if name not in hosts][:WITNESSES]
         self._memory = {name: self._memory.get(name) or _NodeMemory() for name in {*hosts, *spare}}
         for name, host in hosts.items():
@@ -182,10 +180,12 @@ class Prober(Generic[K]):
         bound = {target.pod.node for targets in self._targets.values() for target in targets}
         return [name for name in self._memory if name not in bound and name not in suspects]
 
-    async def _probe_worker(self, session: aiohttp.ClientSession, pod: PodView) -> None:
+    async def _probe(self, session: aiohttp.ClientSession, target: _Target[K]) -> None:
+        pod = target.pod
         async with self._limit:
             begun = self._clock()
-            self._note(self._pods[pod.uid], begun, bool(pod.ip) and await _answers_http(session, pod.ip))
+            answered = bool(pod.ip) and await _answers_http(session, pod.ip, target.port)
+            self._note(self._pods[pod.uid], begun, answered)
 
     def _note(self, contact: _Contact, begun: float, answered: bool) -> None:
         self._stalled |= self._clock() - begun > TIMEOUT_S + STALL_S
@@ -277,12 +277,12 @@ class Prober(Generic[K]):
                 self.changed(key)
 
 
-async def _answers_http(session: aiohttp.ClientSession, address: str) -> bool:
-    """Whether a worker answers, whatever it says: how it is doing is for the kubelet's probes."""
+async def _answers_http(session: aiohttp.ClientSession, address: str, port: int) -> bool:
+    """Whether a worker or a router answers, whatever it says: how it is doing is for the kubelet's probes."""
     try:
         ip = ipaddress.ip_address(address)
         host = f"[{ip}]" if ip.version == 6 else str(ip)
-        async with session.get(f"http://{host}:{naming.WORKER_PORT}/health", allow_redirects=False) as answer:
+        async with session.get(f"http://{host}:{port}/health", allow_redirects=False) as answer:
             await answer.read()
     except (aiohttp.ClientError, TimeoutError, OSError, ValueError):
         return False

@@ -4,7 +4,9 @@ A pod is lost when its worker has been out of reach for `failover.nodeUnreachabl
 says that its node is gone: the kubelet does not answer either, the node's Lease is no longer renewed, the node is not
 ready or has been deleted. A worker that this operator never reached tells nothing by being silent (a NetworkPolicy may
 stand between), so two signals of the node are needed then. A frozen process on a live node is no lost node: its kubelet
-answers, and restarts it.
+answers, and restarts it. Once a node is lost, whatever else is bound to it and silent is lost with it.
+
+Routers are watched like workers. Their Deployment replaces one as soon as it is deleted, and the Service forgets it.
 
 When more than half of the nodes that this operator has ever heard of look lost, it is the operator that is cut off, as
 far as anybody can tell: it then holds nothing for lost, neither deletes nor replaces, and says so. Kubernetes' own,
@@ -15,7 +17,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from types import MappingProxyType
 
-from wherry_operator.planning.types import Observed
+from wherry_operator.planning.pods import PodView
+from wherry_operator.planning.types import Action, Observed
 
 # A kubelet that misses one probe is busy; one that misses all for this long is not there.
 KUBELET_SILENT_S = 2.0
@@ -25,7 +28,7 @@ LEASE_SLACK = 1.5
 
 @dataclass(frozen=True)
 class PodSignal:
-    """One worker. Times are seconds of the operator's own clock.
+    """One worker or router. Times are seconds of the operator's own clock.
 
     `silent_since`: when the first of the probes began that have failed in a row; None while it answers. `answered`:
     whether it ever answered this operator. `patience_s`: its LLMDeployment's failover.nodeUnreachable.
@@ -99,13 +102,16 @@ def judge(pods: Sequence[PodSignal], nodes: Sequence[NodeSignal], now: float, ap
     by_name = {node.name: node for node in nodes}
     living = {pod.node for pod in pods if pod.silent_since is None and pod.answered}
     lost: dict[str, str] = {}
-    for pod in pods:
+    gone: set[str] = set()
+    for pod in sorted(pods, key=lambda pod: not pod.answered):
         node = by_name.get(pod.node)
         if node is None or pod.node in living or pod.silent_since is None:
             continue
         silent = now - pod.silent_since
         signs = evidence(node, now)
-        if silent >= pod.patience_s and len(signs) >= (1 if pod.answered else 2):
+        needed = 1 if pod.answered or pod.node in gone else 2
+        if silent >= pod.patience_s and len(signs) >= needed:
+            gone.add(pod.node)
             why = " and ".join(signs)
             lost[pod.uid] = f"was lost with node {pod.node}: it has been out of reach for {silent:.0f} s, and {why}"
     live = frozenset(living | {node.name for node in nodes if _shows_life(node, now)})
@@ -121,7 +127,7 @@ def judge(pods: Sequence[PodSignal], nodes: Sequence[NodeSignal], now: float, ap
             "itself may be cut off: it deletes and replaces nothing until it sees more than half of them",
             live=live,
         )
-    return Verdict(lost, tuple(sorted({pod.node for pod in pods if pod.uid in lost})), live=live)
+    return Verdict(lost, tuple(sorted(gone)), live=live)
 
 
 def _shows_life(node: NodeSignal, now: float) -> bool:
@@ -135,7 +141,24 @@ def _doubtful(node: NodeSignal, now: float) -> bool:
 
 def with_verdict(observed: Observed, verdict: Verdict) -> Observed:
     """The snapshot, with what the verdict says about its pods."""
-    pods = tuple(
-        replace(pod, lost_because=verdict.lost[pod.uid]) if pod.uid in verdict.lost else pod for pod in observed.pods
+
+    def marked(pods: tuple[PodView, ...]) -> tuple[PodView, ...]:
+        return tuple(replace(pod, lost_because=verdict.lost.get(pod.uid, "")) for pod in pods)
+
+    return replace(
+        observed,
+        pods=marked(observed.pods),
+        router_pods=marked(observed.router_pods),
+        lost_nodes=verdict.nodes,
+        live_nodes=verdict.live,
+        isolated=verdict.isolated,
     )
-    return replace(observed, pods=pods, lost_nodes=verdict.nodes, live_nodes=verdict.live, isolated=verdict.isolated)
+
+
+def lost_routers(observed: Observed) -> list[Action]:
+    """Deletes the router pods that are lost, so that their Deployment replaces them and their Service forgets them."""
+    return [
+        Action("delete", "Pod", pod.name, f"it {pod.lost_because}", uid=pod.uid)
+        for pod in observed.router_pods
+        if pod.lost_because and not pod.deleting
+    ]

@@ -11,6 +11,7 @@ from wherry_operator.api.v1alpha1 import LLMDeploymentSpec, PendingAction
 from wherry_operator.desired.objects import Desired, render
 from wherry_operator.desired.runtime import Origin, drain_seconds, pod
 from wherry_operator.planning.draining import plan_drains
+from wherry_operator.planning.failover import lost_routers
 from wherry_operator.planning.group import GroupView, group_views
 from wherry_operator.planning.groups import GroupPlan, bounds, plan_groups
 from wherry_operator.planning.leaving import moving
@@ -84,7 +85,7 @@ def _with_groups(
     drains = plan_drains(groups.deletions, views, routers, now, drain_seconds(spec))
     pending = (*groups.pending, *gates.pending, *drains.pending)
     waits = [part.retry_after for part in (groups, gates, drains) if part.retry_after is not None]
-    actions += [*gates.actions, *drains.actions]
+    actions += [*gates.actions, *drains.actions, *lost_routers(observed)]
     return Plan(observed, scale, desired.revision, tuple(actions), pending, retry_after=min(waits, default=None))
 
 
@@ -120,16 +121,17 @@ def _teardown(observed: Observed, scale: Scale) -> Plan:
     if FINALIZER not in owner.finalizers:
         return Plan(observed, scale)
     reason = "the LLMDeployment is being deleted"
-    if observed.pods:
-        actions = [Action("delete", "Pod", p.name, reason, uid=p.uid) for p in observed.pods if not p.deleting]
+    # A lost node may never say that its pods are gone. They are told to go, so it ends them if it comes back.
+    if left := [p for p in observed.pods if not (p.deleting and p.lost)]:
+        actions = [Action("delete", "Pod", p.name, reason, uid=p.uid) for p in left if not p.deleting]
         pending = [
             PendingAction(action="Wait", target=p.name, reason=f"it finishes its requests on {p.node or 'no node'}")
-            for p in sorted(observed.pods, key=lambda p: p.name)
+            for p in sorted(left, key=lambda p: p.name)
         ]
         return Plan(observed, scale, actions=tuple(actions), pending=tuple(pending))
     if any(owned(raw, owner) for raw in observed.objects.values()):
         wait = PendingAction(action="Wait", target="the router's objects", reason="they are being deleted")
         return Plan(observed, scale, actions=tuple(teardown_actions(observed)), pending=(wait,), retry_after=1.0)
-    left = tuple(finalizer for finalizer in owner.finalizers if finalizer != FINALIZER)
-    done = Action("finalizers", "LLMDeployment", owner.name, "everything is gone", uid=owner.uid, finalizers=left)
+    others = tuple(finalizer for finalizer in owner.finalizers if finalizer != FINALIZER)
+    done = Action("finalizers", "LLMDeployment", owner.name, "everything is gone", uid=owner.uid, finalizers=others)
     return Plan(observed, scale, actions=(done,))
