@@ -7,13 +7,27 @@ from collections.abc import AsyncIterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 from tests.runtime.engines import BACKENDS, TINY, VOCAB_SIZE, Answered, ask, running, save_byte_tokenizer
 from tests.runtime.random_models import CASES
 from tests.runtime.test_speculative_engine import DRAFT, always, counts
 
-from wherry_protocol.worker import ChatMessage, End, ExecuteRequest, Metrics, Prompt, Resume, SamplingParams, Token
+from wherry_cli.engine_backend import EngineBackend
+from wherry_protocol.worker import (
+    ChatMessage,
+    End,
+    ExecuteRequest,
+    Metrics,
+    Prompt,
+    Resume,
+    SamplingParams,
+    Started,
+    Token,
+)
+from wherry_router.backend import Delivery
 from wherry_runtime.engine.async_engine import AsyncEngine, RequestError
+from wherry_runtime.engine.core import EngineCore
 from wherry_runtime.engine.live import Live
 from wherry_runtime.engine.resume import recall
 from wherry_runtime.scheduling.request import Request
@@ -381,3 +395,43 @@ async def test_a_template_that_writes_the_time_writes_that_of_the_request(dated:
         assert await digest(engine, 1_700_000_000) != await digest(engine, 1_700_000_001)
         with pytest.raises(RequestError, match="created"):
             await digest(engine, 1 << 60)
+
+
+@pytest.mark.parametrize("failures, code", [(1, ""), (3, ""), (99, "engine_error")])
+async def test_serve_goes_on_after_its_step_loop_failed(
+    model: Path, monkeypatch: pytest.MonkeyPatch, failures: int, code: str
+) -> None:
+    """`wherry serve` has one engine, which starts anew; one that fails again and again without a token ends it."""
+    request = ExecuteRequest(
+        id="r", model="m", prompt=Prompt(token_ids=PROMPT), sampling=SamplingParams(max_tokens=LENGTH, logprobs=1)
+    )
+    async with running(model) as engine:
+        expected: Answered | None = None
+        left = 0
+        settle = EngineCore._settle
+
+        def failing(core: EngineCore, *args: Any) -> None:
+            nonlocal left
+            if left and expected is not None and core.completion_tokens >= before + 5:
+                left -= 1
+                raise RuntimeError("a bug")
+            settle(core, *args)
+
+        monkeypatch.setattr(EngineCore, "_settle", failing)
+        started = await resumed(engine, request)
+        seeded = msgspec.structs.replace(
+            request, sampling=msgspec.structs.replace(request.sampling, seed=started.started.seed)
+        )
+        expected, before, left = started, engine.load().completion_tokens_total, failures
+        backend = EngineBackend(engine)
+        answer = Answered([event async for event in backend.generate(seeded, "c", Delivery(whole=False))])
+        if code:
+            assert answer.error.code == code
+            assert 0 < len(answer.ids) < LENGTH
+            left = 0
+        else:
+            assert left == 0
+            assert answer.end.completion_tokens == LENGTH
+            assert sum(isinstance(event, Started) for event in answer.events) == 1
+        assert answer.ids == expected.ids[: len(answer.ids)]
+        assert expected.text.startswith(answer.text)
