@@ -7,7 +7,7 @@ import aiohttp
 import msgspec
 
 from wherry_protocol.openai.errors import ApiError
-from wherry_protocol.sse import decode_frame, frames
+from wherry_protocol.sse import HEADER_HEARTBEAT, decode_frame, frames
 from wherry_protocol.worker import End, ErrorEvent, Event, LoadReport, Token
 from wherry_router.fault import Expired, QueueFull, WorkerFault
 from wherry_router.pool import Replica
@@ -112,18 +112,23 @@ class Upstream:
 
 async def _events(response: aiohttp.ClientResponse, watchdog: Watchdog) -> AsyncGenerator[Event, None]:
     ended = False
+    if HEADER_HEARTBEAT in response.headers:
+        watchdog.beat()
     async for frame in frames(response.content.iter_any()):
-        watchdog.touch()
         event = decode_frame(frame)
         if event is None:
+            watchdog.beat()
             continue
+        watchdog.touch()
         kind = type(event)
         if kind is Token:
             watchdog.first_token()
         elif kind is End or kind is ErrorEvent:
             ended = True
         # Reading goes on to the end of the body, which gives the connection back to the pool.
+        watchdog.hold()
         yield event
+        watchdog.reads()
     if not ended:
         raise aiohttp.ClientPayloadError("the stream ended before the answer did")
 
@@ -133,6 +138,8 @@ def _fault(error: Exception, watchdog: Watchdog, seconds: float) -> Exception:
         return Expired(seconds)
     if watchdog.left:
         return WorkerFault("draining", "the replica's time to drain is over")
+    if watchdog.mute:
+        return WorkerFault("lost", "the connection is silent though the worker is well")
     if watchdog.lost:
         return WorkerFault("frozen", "no event, and no answer to /health")
     if isinstance(error, aiohttp.ClientConnectorError | aiohttp.ConnectionTimeoutError):

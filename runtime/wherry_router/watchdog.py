@@ -2,6 +2,9 @@
 
 Silence alone proves nothing: a request may wait long in a full queue, and a large model takes long for a token. So
 silence leads to a question, `GET /health`, and only a worker that does not answer it either is given up.
+
+A connection may be dead though its worker is well. A worker that has nothing to say says so (`sse.HEARTBEAT`), so one
+that is well and not heard at all is given up on this connection.
 """
 
 import asyncio
@@ -58,11 +61,18 @@ class Health:
         return well
 
 
+# Of `stall_s`: how long not even a sign of life came before a connection is given up. Long enough to ask twice.
+_MUTE = 1.5
+_LOOK_AGAIN_S = 0.05
+
+
 class Watchdog:
     """Calls `abort` when the worker was silent for `stall_s` and `alive` says no, when `deadline` passes before a
     token, or when `leaves` says so.
 
-    `touch` is called for every sign of life; it only notes the time, so that a token costs no timer.
+    `touch` is called for every event; it only notes the time, so that a token costs no timer. `hold` and `reads` stand
+    around the time in which nobody reads from the worker, since the client is slow: then silence says nothing of the
+    connection.
     """
 
     __slots__ = (
@@ -71,6 +81,8 @@ class Watchdog:
         "_deadline",
         "_leaves",
         "_loop",
+        "_pulse",
+        "_reads",
         "_stall",
         "_timer",
         "abort",
@@ -78,6 +90,7 @@ class Watchdog:
         "heard",
         "left",
         "lost",
+        "mute",
     )
 
     def __init__(
@@ -96,7 +109,10 @@ class Watchdog:
         self._asking: asyncio.Task[None] | None = None
         self.heard = self._loop.time()
         self.abort = abort
+        self._pulse: float | None = None  # last sign of life that is no event; None: none is promised
+        self._reads: float | None = self.heard  # since when somebody reads from the worker
         self.lost = False
+        self.mute = False  # it is lost though the worker is well
         self.expired = False
         self.left = False
         self._timer = self._arm(stall_s)
@@ -109,6 +125,18 @@ class Watchdog:
     def touch(self) -> None:
         """The worker sent something."""
         self.heard = self._loop.time()
+
+    def beat(self) -> None:
+        """The worker gave a sign of life, or promised them."""
+        self._pulse = self._loop.time()
+
+    def hold(self) -> None:
+        """An event is on its way to the client; nobody reads from the worker meanwhile."""
+        self._reads = None
+
+    def reads(self) -> None:
+        """Somebody reads again."""
+        self._reads = self._loop.time()
 
     def first_token(self) -> None:
         """From now on only silence counts."""
@@ -133,10 +161,20 @@ class Watchdog:
         else:
             self._timer = self._arm(self.heard + self._stall - now)
 
+    def _until_mute(self) -> float:
+        """Seconds until a connection without any sign of life is given up."""
+        if self._pulse is None or self._reads is None:
+            return self._stall
+        last = max(self.heard, self._pulse, self._reads)
+        return last + _MUTE * self._stall - self._loop.time()
+
     async def _ask(self) -> None:
         asked = self.heard
-        if await self._alive() or self.heard != asked:
-            self._timer = self._arm(self._stall)
-        else:
-            self.lost = True
-            self.abort()
+        alive = await self._alive()
+        left = self._until_mute()
+        if self.heard != asked or (alive and left > 0):
+            self._timer = self._arm(min(self._stall, max(left, _LOOK_AGAIN_S)))
+            return
+        self.lost = True
+        self.mute = alive
+        self.abort()
