@@ -8,6 +8,7 @@ from tests.operator.pods import NOW, at, owner, pod
 
 from wherry_operator.api.v1alpha1 import LLMDeploymentSpec
 from wherry_operator.desired.common import RenderSettings
+from wherry_operator.desired.router import router_args
 from wherry_operator.desired.runtime import Origin, engine_config, pod_template
 from wherry_operator.desired.runtime import pod as pod_body
 from wherry_operator.planning.causes import cause_of_group
@@ -291,3 +292,10 @@ class TestManifest:
         assert (engine_config(many).tensor_parallel, engine_config(many).ranks_per_pod) == (4, 2)
         one = LLMDeploymentSpec.model_validate({"model": model})
         assert (engine_config(one).tensor_parallel, engine_config(one).ranks_per_pod) == (1, 0)
+
+
+@pytest.mark.parametrize("resume", [True, False])
+def test_the_router_is_told_whether_streams_go_on_elsewhere(resume: bool) -> None:
+    who = owner({"failover": {"resume": resume}})
+    assert who.spec is not None
+    assert ("--no-resume" in router_args(who, who.spec)) != resume

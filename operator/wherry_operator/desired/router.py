@@ -38,6 +38,7 @@ def router_args(owner: LLMDeployment, spec: LLMDeploymentSpec) -> list[str]:
         f"--model={spec.model.name}",
         f"--drain-timeout-s={drain_seconds(spec)}",
         f"--drain-grace-s={LINGER_S}",
+        *([] if spec.failover.resume else ["--no-resume"]),
     ]
 
 
