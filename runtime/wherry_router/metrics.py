@@ -64,7 +64,7 @@ class RouterMetrics:
         )
         self.resume_gap = Histogram(
             "wherry_router_resume_gap_seconds",
-            "From the last sign of a worker that was lost to the next token of its answer, by whom it came.",
+            "From the last sign of life of a worker that was lost to its answer's next token.",
             registry=registry,
             buckets=RESUME_GAP_BUCKETS,
         )
