@@ -96,6 +96,8 @@ async def _break(on: Stage, recorder: Recorder, episode: Episode, total: int) ->
     hurt: set[int] = set()
     for act in episode.acts:
         await _either(recorder.reached(act.at * total), 3.0)
+        if recorder.over:
+            return  # no stream is left that it could disturb
         await _act(on, recorder, act, hurt)
 
 

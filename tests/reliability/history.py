@@ -87,6 +87,7 @@ class Recorder:
         self._numbers = itertools.count()
         self.events: list[Event] = []
         self.chunks = 0
+        self.over = False
 
     def now(self) -> float:
         """Seconds since the episode began."""
@@ -101,11 +102,12 @@ class Recorder:
 
     def finish(self) -> None:
         """No more chunks will come: nobody waits in vain."""
+        self.over = True
         self._wake(float("inf"))
 
     async def reached(self, chunks: float) -> None:
         """Returns once so many chunks came, or none will come any more."""
-        if self.chunks >= chunks:
+        if self.over or self.chunks >= chunks:
             return
         future = asyncio.get_running_loop().create_future()
         heapq.heappush(self._waiting, (chunks, next(self._numbers), future))
