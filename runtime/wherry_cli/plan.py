@@ -93,7 +93,12 @@ def _title(entry: Preview) -> str:
     return f"{entry.namespace}/{entry.name}"
 
 
-_SIGNS = {"create": "[green]+ create[/]", "apply": "[yellow]~ apply[/]", "delete": "[red]- delete[/]"}
+_SIGNS = {
+    "create": "[green]+ create[/]",
+    "apply": "[yellow]~ apply[/]",
+    "annotate": "[yellow]~ mark[/]",
+    "delete": "[red]- delete[/]",
+}
 
 
 def _show(entry: Preview) -> None:

@@ -345,6 +345,9 @@ class OperatorInfo(CamelModel):
     version: str = Field(description="Version of Wherry.")
     runtime_image: str = Field(description="Its --runtime-image.")
     router_image: str = Field(description="Its --router-image.")
+    sees_nodes: bool | None = Field(
+        None, description="Whether it may see nodes, and so moves replicas away from those that are being emptied."
+    )
 
 
 class LLMDeploymentStatus(CamelModel):

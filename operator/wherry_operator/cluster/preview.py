@@ -2,7 +2,7 @@
 
 import itertools
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from typing import Any
 
@@ -93,7 +93,9 @@ async def preview(api: Api, manifest: dict[str, Any], namespace: str, settings: 
         if error.code in (400, 403, 404, 409, 422):
             return Preview(name, namespace, live is not None, _plainly(error.message))
         raise
-    observed = await snapshot.read(api, raw)
+    # Whether the budget leaves room for evictions depends on what the operator may see, not on what the user may.
+    sees_nodes = ((raw.get("status") or {}).get("operator") or {}).get("seesNodes")
+    observed = replace(await snapshot.read(api, raw), leaving_nodes={} if sees_nodes else None)
     owner = observed.owner
     replicas = owner.spec.fixed_replicas if owner.spec else 0
     if replicas is None and owner.spec and (scaling := owner.spec.scaling):

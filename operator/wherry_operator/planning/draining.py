@@ -74,7 +74,6 @@ def _go(deletion: Deletion, routers: Routers, now: datetime) -> str:
 
 
 def _may_serve(group: GroupView) -> bool:
-    # Routers send requests to a group whose containers are ready, whether or not its gate is open.
     return all(pod.containers_ready for pod in group.pods) or group.ready or group.was_ready
 
 

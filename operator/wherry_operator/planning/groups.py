@@ -96,7 +96,9 @@ def backoff(failures: int) -> float:
 
 
 def _taken_down(group: GroupView, reason: str) -> Deletion:
-    return Deletion(group, reason, graceful=group.ready or group.was_ready)
+    # Routers send requests to a group whose containers are ready, also before its pods are Ready by their gates.
+    loaded = group.whole and all(pod.containers_ready for pod in group.pods)
+    return Deletion(group, reason, graceful=group.ready or group.was_ready or loaded)
 
 
 def plan_groups(

@@ -41,6 +41,7 @@ def make_status(plan: Plan, settings: Settings, now: datetime, refusals: Sequenc
             version=settings.version,
             runtime_image=settings.render.runtime_image,
             router_image=settings.render.router_image,
+            sees_nodes=plan.observed.leaving_nodes is not None,
         ),
         plan=pending or None,
         conditions=dated(findings, previous, text, owner.generation),
@@ -202,11 +203,13 @@ def _capacity(plan: Plan, refusal: Cause | None) -> Finding:
     lacking = worst(waiting)
     if lacking is None or lacking.severity != "capacity":
         return Finding(c.INSUFFICIENT_CAPACITY, False, "AsExpected", "every pod has a place")
-    old = any(pod.revision != plan.revision and not pod.deleting for pod in plan.observed.pods)
+    leaving, staying = plan.observed.leaving_nodes or {}, [p for p in plan.observed.pods if not p.deleting]
+    old = any(pod.revision != plan.revision for pod in staying)
+    moved = next((f"pod {pod.name} cannot move, {leaving[pod.node]}" for pod in staying if pod.node in leaving), "")
     spec = plan.observed.owner.spec
-    if old and spec and str(spec.rollout_strategy.max_unavailable) in ("0", "0%"):
+    if (old or moved) and spec and str(spec.rollout_strategy.max_unavailable) in ("0", "0%"):
         message = (
-            f"the rollout waits for room for one more pod: {lacking.message}; free some, or set "
+            f"{moved or 'the rollout waits for room for one more pod'}: {lacking.message}; free some, or set "
             "rolloutStrategy.maxUnavailable to 1 so that an old pod goes first"
         )
         return Finding(c.INSUFFICIENT_CAPACITY, True, "SurgeUnschedulable", message)
