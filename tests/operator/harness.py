@@ -224,6 +224,7 @@ class Kubelet:
     def __init__(self, kube: Kube, behaviour: Behaviour | None = None) -> None:
         self._kube = Kube(kube.plane, kube.namespace)
         self._ips = (f"127.9.{i // 250}.{i % 250 + 1}" for i in itertools.count())
+        self.node = "n1"  # where it binds pods to
         self.behaviour: Behaviour = behaviour or (lambda pod: running(next(self._ips)))
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._run, daemon=True)
@@ -249,7 +250,7 @@ class Kubelet:
                 self._kube.delete("pods", name, gracePeriodSeconds=0)
             elif not pod["status"].get("conditions") and (status := self.behaviour(pod)):
                 if status.get("containerStatuses"):
-                    target = {"apiVersion": "v1", "kind": "Node", "name": "n1"}
+                    target = {"apiVersion": "v1", "kind": "Node", "name": self.node}
                     binding = {"apiVersion": "v1", "kind": "Binding", "metadata": {"name": name}, "target": target}
                     self._kube.http.post(self._kube.path("pods", name, "binding"), json=binding)
                 self.set_status(pod, status)
