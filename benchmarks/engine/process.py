@@ -22,11 +22,15 @@ class EngineProcess:
     """Loads the job's weights and stays. Between two questions all its threads are stopped, so that many engines can be
     resident and none of them takes from the one that is measured more than the memory it lies in.
 
+    Args:
+        stops: whether it is stopped; processes that watch one another must not be.
+
     Raises:
         EngineFailed: it could not load.
     """
 
-    def __init__(self, job: Job) -> None:
+    def __init__(self, job: Job, *, stops: bool = True) -> None:
+        self._stops = stops
         self._log = tempfile.TemporaryFile("w+")  # noqa: SIM115 (close())
         self._socket, theirs = socket.socketpair()
         self._socket.settimeout(LIMIT_S)
@@ -54,6 +58,10 @@ class EngineProcess:
     def __exit__(self, *_: object) -> None:
         self.close()
 
+    @property
+    def pid(self) -> int:
+        return self._process.pid
+
     def ask(self, **question: Any) -> dict[str, Any]:
         """What workload.measure() or score() gives, and `memory`.
 
@@ -71,7 +79,8 @@ class EngineProcess:
             raise EngineFailed(f"{error}: {self._last_words()}") from error
         if not answer:
             raise EngineFailed(f"ended with exit code {self._process.wait()}: {self._last_words()}")
-        self._process.send_signal(signal.SIGSTOP)
+        if self._stops:
+            self._process.send_signal(signal.SIGSTOP)
         return dict(json.loads(answer))
 
     def _last_words(self) -> str:
