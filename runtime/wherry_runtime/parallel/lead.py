@@ -81,7 +81,7 @@ class Leader:
         if problem:
             raise ModelError("rank_failed", problem)
         log.info("the group is complete", extra={"fields": {"ranks": self._size, "epoch": members.epoch}})
-        return num_blocks, ParallelModel(own, members.send)
+        return num_blocks, ParallelModel(own, members.send, end)
 
     def close(self) -> None:
         """Ends the other ranks."""

@@ -45,13 +45,20 @@ class ParallelModel:
     Args:
         own: this rank's.
         send: sends to all others, in order.
+        fail: ends the group, with the reason.
     """
 
-    def __init__(self, own: Model, send: Send) -> None:
+    def __init__(self, own: Model, send: Send, fail: Callable[[str], None]) -> None:
         self.own = own
         self.cache = ParallelCache(own.cache, send)
         self._send = send
+        self._fail = fail
         self._numbers = itertools.count(1)
+
+    @property
+    def workspace_bytes(self) -> int:
+        """Of this rank."""
+        return int(getattr(self.own, "workspace_bytes", 0))
 
     @property
     def sampler(self) -> Sampler | None:
@@ -66,16 +73,24 @@ class ParallelModel:
         return Sent(number, unknown, self.own.prepare(prepared))
 
     def logits(self, prepared: Prepared) -> Iterator[torch.Tensor]:
-        """Begins the step everywhere. Every rank computes all of it, also when nobody wants the rest of it here."""
+        """Begins the step everywhere. Every rank computes all of it, also when nobody wants the rest of it here; the
+        group ends with a step that one of them cannot compute."""
         sent: Sent = prepared.work
         self._send(Go(sent.number, [s.tokens[-1] for s in sent.unknown]))
-        parts = self.own.logits(replace(prepared, work=sent.work))
+        parts = self._computed(replace(prepared, work=sent.work))
         try:
             for part in parts:  # noqa: UP028 - `yield from` would end them too
                 yield part
         finally:
             for _ in parts:
                 pass
+
+    def _computed(self, prepared: Prepared) -> Iterator[torch.Tensor]:
+        try:
+            yield from self.own.logits(prepared)
+        except Exception as e:  # out of memory, for one: the others are in the middle of the step
+            self._fail(f"step_failed: {type(e).__name__}: {e}")
+            raise
 
 
 def steps_of(message: Prepare) -> list[SequenceStep]:
