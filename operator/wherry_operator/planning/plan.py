@@ -73,12 +73,12 @@ def _with_groups(
     groups = _plan_groups(observed, scale, desired.revision, spec, views, routers, now)
     for creation in groups.creations:
         origin = Origin(
-            failures=creation.failures, cause=creation.cause, avoid=observed.lost_nodes, revision=desired.revision
+            failures=creation.failures, cause=creation.cause, avoid=observed.shunned_nodes, revision=desired.revision
         )
         body = pod(observed.owner, desired.template, new_group(), origin=origin)
         actions.append(Action("create", "Pod", body["metadata"]["name"], creation.reason, body=body))
     for addition in groups.additions:
-        origin = Origin(leader=addition.leader, avoid=observed.lost_nodes, revision=desired.revision)
+        origin = Origin(leader=addition.leader, avoid=observed.shunned_nodes, revision=desired.revision)
         body = pod(observed.owner, desired.template, addition.group.key, addition.index, origin)
         actions.append(Action("create", "Pod", body["metadata"]["name"], addition.reason, body=body))
     gates = plan_gates(views, routers, now)
@@ -108,8 +108,8 @@ def _plan_groups(
         unavailable,
         now,
         max_restarts=spec.failover.max_group_restarts,
-        lost_nodes=observed.lost_nodes,
-        live_nodes=observed.live_nodes,
+        lost_nodes=observed.shunned_nodes,
+        live_nodes=observed.open_nodes,
         busy={group.key: routers.about(group).in_flight for group in views},
         moving=moving(views, observed.leaving_nodes or {}),
     )

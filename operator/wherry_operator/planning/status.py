@@ -19,7 +19,7 @@ def make_status(plan: Plan, settings: Settings, now: datetime, refusals: Sequenc
     """The status after `plan` was carried out as far as `refusals` allowed."""
     owner = plan.observed.owner
     groups = [group for group in group_views(plan.observed.pods) if not group.deleting]
-    nodes = plan.observed.lost_nodes, plan.observed.live_nodes
+    nodes = plan.observed.shunned_nodes, plan.observed.open_nodes
     alive = [group for group in groups if group.loss(_most_restarts(plan), *nodes, now) is None]
     findings = [] if owner.deleting else _findings(plan, groups, alive, refusals)
     if owner.deleting:

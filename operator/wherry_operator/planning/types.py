@@ -74,6 +74,16 @@ class Observed:
     reports: dict[str, RouterReport] = field(default_factory=dict)
     leaving_nodes: dict[str, str] | None = None
 
+    @property
+    def shunned_nodes(self) -> tuple[str, ...]:
+        """Where no pod may be put now: lost nodes, and those that are being emptied, whatever the pod tolerates."""
+        return (*self.lost_nodes, *sorted((self.leaving_nodes or {}).keys() - set(self.lost_nodes)))
+
+    @property
+    def open_nodes(self) -> frozenset[str]:
+        """Nodes that show life and may be used."""
+        return self.live_nodes - (self.leaving_nodes or {}).keys()
+
 
 @dataclass(frozen=True)
 class Settings:
