@@ -156,11 +156,12 @@ def node_of(pod: dict[str, Any]) -> str:
     return str(pod["spec"]["nodeName"])
 
 
-def test_a_node_is_killed_under_one_replica(wherry: TestCluster) -> None:
-    one = Replicas(wherry, "one")
+@pytest.mark.parametrize("how", ["kill_node", "freeze_node"])
+def test_a_node_dies_under_one_replica(wherry: TestCluster, how: str) -> None:
+    one = Replicas(wherry, how.replace("_", "-"))
     [(name, pod)] = one.wait_ready(1).items()
     killed = time.monotonic()
-    wherry.cluster.kill_node(node_of(pod))
+    getattr(wherry.cluster, how)(node_of(pod))
     [replacement] = one.takes_over({name}, killed).values()
     required = replacement["spec"]["affinity"]["nodeAffinity"]["requiredDuringSchedulingIgnoredDuringExecution"]
     avoided = [field["values"] for term in required["nodeSelectorTerms"] for field in term["matchFields"]]
@@ -190,6 +191,23 @@ def test_the_node_of_a_groups_second_pod_is_killed(wherry: TestCluster) -> None:
     assert group not in min(old)
     wherry.cluster.start_node(node_of(follower))
     eventually(lambda: pair.pods().keys() == new.keys(), "nothing of the old group is left", 60)
+
+
+def test_the_node_of_the_router_is_killed(wherry: TestCluster) -> None:
+    replicas = Replicas(wherry, "routed", replicas=3)
+    replicas.wait_ready(3)
+    chosen = f"{DEPLOYMENT}=routed,app.kubernetes.io/component=router"
+    [router] = items(wherry, "pods", chosen)
+    killed = time.monotonic()
+    wherry.cluster.kill_node(node_of(router))
+
+    def routers() -> dict[str, dict[str, Any]]:
+        found = {pod["metadata"]["name"]: pod for pod in items(wherry, "pods", chosen)}
+        return {name: pod for name, pod in found.items() if "deletionTimestamp" not in pod["metadata"]}
+
+    eventually(lambda: (now := routers()) and router["metadata"]["name"] not in now, "another router", 30)
+    assert time.monotonic() - killed <= CREATED_WITHIN_S
+    eventually(lambda: any(ready(pod) for pod in routers().values()), "it serves", 60)
 
 
 def test_a_rank_dies_and_the_group_meets_again_in_place(wherry: TestCluster) -> None:

@@ -158,6 +158,7 @@ class Prober(Generic[K]):
         await _all(self._probe_kubelet(name) for name in suspects | due | (set(witnesses) if suspects else set()))
         # A kubelet that answers is on a live node, whatever its Lease says.
         unheard = {name for name in suspects if not self._memory[name].kubelet.answers}
+        self._api_answers = True
         await _all(self._read_lease(name) for name in unheard)
         for name in self._memory.keys() - unheard:
             self._memory[name].lease_since = None
@@ -223,12 +224,10 @@ class Prober(Generic[K]):
                     raw = await self._api.get("Lease", LEASE_NAMESPACE, name)
             except ApiError as error:
                 self._leases_readable = error.code not in (401, 403)
-                self._api_answers = True
                 return
             except (Unavailable, TimeoutError):
                 self._api_answers = False
                 return
-        self._api_answers = True
         spec: dict[str, Any] = (raw or {}).get("spec", {})
         if (renewed := spec.get("renewTime", "")) != memory.lease or memory.lease_since is None:
             memory.lease, memory.lease_since = renewed, self._clock()

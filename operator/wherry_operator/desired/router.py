@@ -18,7 +18,7 @@ from wherry_operator.desired.common import (
     stamped,
     template_annotations,
 )
-from wherry_operator.desired.runtime import drain_seconds
+from wherry_operator.desired.runtime import drain_seconds, lost_node_tolerations
 from wherry_protocol import naming
 
 CONTAINER = "router"
@@ -134,6 +134,7 @@ def _pod_spec(owner: LLMDeployment, spec: LLMDeploymentSpec, settings: RenderSet
         "securityContext": pod_security(),
         "serviceAccountName": router_name(owner),
         "terminationGracePeriodSeconds": drain_seconds(spec) + GRACE_MARGIN_S,
+        "tolerations": lost_node_tolerations(),
         "volumes": [{"name": "tmp", "emptyDir": {}}],
     }
     if spec.image_pull_secrets:

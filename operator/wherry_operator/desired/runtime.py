@@ -191,12 +191,15 @@ def _ports(spec: LLMDeploymentSpec) -> list[dict[str, Any]]:
 def _tolerations(spec: LLMDeploymentSpec) -> list[dict[str, Any]]:
     given = [toleration.to_wire() for toleration in spec.tolerations or []]
     named = {toleration.get("key") for toleration in given}
-    defaults = [
+    return given + [t for t in lost_node_tolerations() if t["key"] not in named and None not in named]
+
+
+def lost_node_tolerations() -> list[dict[str, Any]]:
+    """How long a pod is kept on a node that Kubernetes holds for lost."""
+    return [
         {"key": key, "operator": "Exists", "effect": "NoExecute", "tolerationSeconds": NODE_LOST_SECONDS}
         for key in ("node.kubernetes.io/not-ready", "node.kubernetes.io/unreachable")
-        if key not in named and None not in named
     ]
-    return given + defaults
 
 
 def revision_of(template: dict[str, Any]) -> str:
