@@ -13,12 +13,14 @@ from datetime import UTC, datetime, timedelta
 from wherry_operator.api.v1alpha1 import PendingAction
 from wherry_operator.planning.group import GroupView
 from wherry_operator.planning.groups import Deletion
-from wherry_operator.planning.routers import POLL_S, Routers
+from wherry_operator.planning.routers import Routers
 from wherry_operator.planning.types import Action
 from wherry_protocol import naming
 
 # Routers get this much, of the drain timeout, to move what is left; half of a timeout that is shorter.
 RESUME_MARGIN_S = 10.0
+# Routers are asked this often what is left.
+POLL_S = 1.0
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from wherry_operator.planning.types import Action, Observed
 from wherry_protocol import naming
 from wherry_protocol.router_report import RouterReport
 
-# What waits for routers asks them this often.
+# While a pod waits to be known, routers are asked this often.
 POLL_S = 0.5
 # Routers that run and answer nothing for so long (an older version, a network policy in the way) stop no rollout.
 SILENT_S = 30.0
