@@ -14,7 +14,7 @@ from wherry_operator.api.resource import LLMDeployment
 from wherry_operator.desired.common import RenderSettings
 from wherry_operator.desired.objects import Desired, render
 from wherry_operator.desired.router import router_args
-from wherry_operator.desired.runtime import engine_config, pod
+from wherry_operator.desired.runtime import Origin, engine_config, pod
 from wherry_protocol.engine_config import from_args
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -42,7 +42,10 @@ def as_yaml(objects: list[dict[str, Any]]) -> str:
 @pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.stem)
 def test_golden(path: Path, regenerate: bool) -> None:
     owner, desired = rendered(path)
-    text = as_yaml([desired.secret, *desired.applied, pod(owner, desired.template, "abcde")])
+    assert owner.spec is not None
+    leader = Origin(leader="10.0.0.1")
+    pods = [pod(owner, desired.template, "abcde", index, leader) for index in range(owner.spec.parallelism.pods)]
+    text = as_yaml([desired.secret, *desired.applied, *pods])
     golden = GOLDEN / path.name
     if regenerate:
         golden.parent.mkdir(exist_ok=True)

@@ -174,7 +174,7 @@ class GroupView:
         for pod in self.pods:
             back = (node for node in pod.avoids if node in live or (wait <= 0 and node not in lost))
             if not pod.node and (node := next(back, "")):
-                return self._outside(pod, f"keeps off node {node}, which is not lost any more")
+                return self._outside(pod, f"keeps off node {node}, which may be used again")
         return None
 
     def _outside(self, pod: PodView, what: str, graceful: bool = False) -> Loss:
