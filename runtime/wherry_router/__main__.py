@@ -27,6 +27,28 @@ log = logging.getLogger("wherry.router")
 ENV_API_KEY = "WHERRY_API_KEY"
 _SHARES = frozenset({"eject_share", "eject_fault_rate", "retry_share", "panic_share"})
 
+_BOUNDS = {
+    "max_body_bytes": "bytes of a request's body",
+    "max_concurrent": "requests at a time; over it the answer is 429",
+    "first_token_timeout_s": "seconds from a request to its first token",
+    "no_replica_wait_s": "seconds that a request waits while no replica is ready",
+    "max_tries": "replicas that one request may be tried on",
+    "resume_wait_s": "seconds that an answer whose worker is lost waits for another",
+    "max_resume_tries": "workers that may be lost one after the other without a new token of an answer",
+    "stall_s": "seconds of silence after which a worker is asked whether it is alive",
+    "probe_timeout_s": "seconds that it has to answer; more for one that has usually taken longer",
+    "max_per_replica": "requests at a time on one replica; over it another is chosen, and with none left it is 429",
+    "breaker_faults": "failed requests in a row that open a replica's circuit breaker; a lost worker opens it at once",
+    "breaker_max_open_s": "seconds after which an open breaker lets a request try though no probe succeeded",
+    "eject_share": "share of the replicas that outlier ejection may take out at a time; 0: none",
+    "eject_s": "seconds that an outlier is out the first time; then twice as long each time",
+    "eject_fault_rate": "share of failed requests in 30 s that makes an outlier, if others fail much less",
+    "eject_ttft_factor": "times the others' median time to first token that makes an outlier",
+    "retry_share": "retries allowed as a share of the requests of ten seconds",
+    "retry_min_per_s": "retries a second that are allowed anyway",
+    "panic_share": "share of replicas that look bad, over which all of them are used again",
+}
+
 
 def _share(text: str) -> float:
     value = float(text)
@@ -67,33 +89,7 @@ def argument_parser() -> argparse.ArgumentParser:
         help="end a stream whose worker is lost with an error, instead of going on with it on another",
     )
     defaults = Limits()
-    for name, text in (
-        ("max_body_bytes", "bytes of a request's body"),
-        ("max_concurrent", "requests at a time; over it the answer is 429"),
-        ("first_token_timeout_s", "seconds from a request to its first token"),
-        ("no_replica_wait_s", "seconds that a request waits while no replica is ready"),
-        ("max_tries", "replicas that one request may be tried on"),
-        ("resume_wait_s", "seconds that an answer whose worker is lost waits for another"),
-        ("max_resume_tries", "workers that may be lost one after the other without a new token of an answer"),
-        ("stall_s", "seconds of silence after which a worker is asked whether it is alive"),
-        ("probe_timeout_s", "seconds that it has to answer; more for one that has usually taken longer"),
-        (
-            "max_per_replica",
-            "requests at a time on one replica; over it another is chosen, and with none left it is 429",
-        ),
-        (
-            "breaker_faults",
-            "failed requests in a row that open a replica's circuit breaker; a lost worker opens it at once",
-        ),
-        ("breaker_max_open_s", "seconds after which an open breaker lets a request try though no probe succeeded"),
-        ("eject_share", "share of the replicas that outlier ejection may take out at a time; 0: none"),
-        ("eject_s", "seconds that an outlier is out the first time; then twice as long each time"),
-        ("eject_fault_rate", "share of failed requests in 30 s that makes an outlier, if others fail much less"),
-        ("eject_ttft_factor", "times the others' median time to first token that makes an outlier"),
-        ("retry_share", "retries allowed as a share of the requests of ten seconds"),
-        ("retry_min_per_s", "retries a second that are allowed anyway"),
-        ("panic_share", "share of replicas that look bad, over which all of them are used again"),
-    ):
+    for name, text in _BOUNDS.items():
         default = getattr(defaults, name)
         flag = "--" + name.replace("_", "-")
         kind = _share if name in _SHARES else type(default)

@@ -15,14 +15,12 @@ def metric(front: Process, name: str) -> float:
 def test_a_full_replica_is_passed_over_and_with_none_left_it_is_429() -> None:
     with ExitStack() as stack:
         mocks: list[Mock] = [stack.enter_context(mock_worker(name)) for name in "ab"]
-        front = stack.enter_context(router(*(mock.url for mock in mocks), args=("--max-per-replica", "2")))
-        held = [Background(front.url, script(tokens=9, hold_after=2, only="a")) for _ in range(1)]
-        for request in held:
-            request.start()
-        eventually(lambda: sum(mock.state()["running"] for mock in mocks) == 1)
+        front = stack.enter_context(
+            router(*(mock.url for mock in mocks), args=("--max-per-replica", "2", "--no-resume"))
+        )
         # Held for ever, on both: two each.
-        held += [Background(front.url, script(tokens=9, hold_after=2)) for _ in range(3)]
-        for request in held[1:]:
+        held = [Background(front.url, script(tokens=9, hold_after=2)) for _ in range(4)]
+        for request in held:
             request.start()
         eventually(lambda: [mock.state()["running"] for mock in mocks] == [2, 2])
         refused = post(front.url, chat("hello"))
