@@ -36,8 +36,9 @@ e2e: setup ## The tests on a three-node kind cluster: e2e/
 	@$(STEP) "e2e tests" $(BIN)/pytest e2e
 	@$(STEP) "kind cluster down" e2e/cluster/down
 
-reliability: setup ## Many seeded streams through workers that fail: 1,000 on processes, 1,000 in local mode
+reliability: setup ## 2,200 seeded streams through workers that fail, on processes and in local mode
 	@$(STEP) "streams on processes" $(BIN)/python -m tests.reliability --world static
+	@$(STEP) "streams on ranks" $(BIN)/python -m tests.reliability --world ranks --histories 200
 	@$(STEP) "control-plane binaries" $(BIN)/wherry local assets --for local
 	@$(STEP) "streams in local mode" $(BIN)/python -m tests.reliability --world local
 
