@@ -14,9 +14,12 @@ Fault = Literal[
     "darken",  # none carries anything, new ones neither
     "drain",  # SIGTERM, with less time than its answers need
     "lose a rank",  # SIGKILL to one process of several that are one worker
+    "freeze a rank",  # SIGSTOP to it
     "lose the node",
 ]
 FAULTS: tuple[Fault, ...] = ("kill", "freeze", "blink", "freeze then kill", "cut", "swallow", "darken", "drain")
+# Where a worker is several processes.
+RANK_FAULTS: tuple[Fault, ...] = ("lose a rank", "freeze a rank", "kill", "freeze", "drain")
 # How many different requests there are. Each one's undisturbed answer is computed once.
 CATALOGUE = 256
 CHAT, COMPLETIONS = "/v1/chat/completions", "/v1/completions"

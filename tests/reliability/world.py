@@ -16,7 +16,7 @@ import aiohttp
 import msgspec
 import psutil
 from tests.reliability.proxy import Proxy
-from tests.reliability.workload import FAULTS, Fault
+from tests.reliability.workload import FAULTS, RANK_FAULTS, Fault
 from tests.router.harness import MODEL, ROOT, TINY
 
 from wherry_protocol.naming import ENV_WORKER_TOKEN
@@ -180,6 +180,7 @@ class Workers:
         self.size = len(workers)
         self._http = aiohttp.ClientSession(headers=_HEADERS, trust_env=False, timeout=aiohttp.ClientTimeout(total=3))
         self._tasks: set[asyncio.Task[None]] = set()
+        self._frozen: list[psutil.Process] = []
 
     async def close(self) -> None:
         for task in self._tasks:
@@ -221,16 +222,26 @@ class Workers:
             case "drain":
                 victim.child.signal(signal.SIGTERM)
             case "lose a rank":
-                ranks = psutil.Process(victim.child.pid).children(recursive=True)
-                if not ranks:
-                    raise RuntimeError(f"{victim.child.name} has no ranks in processes of their own")
-                ranks[-1].kill()
+                self._rank(victim).kill()
+            case "freeze a rank":
+                rank = self._rank(victim)
+                self._frozen.append(rank)
+                rank.suspend()
             case "cut":
                 victim.proxy.cut()
             case "swallow":
                 victim.proxy.swallow(in_use_s=0.3)
             case "darken":
                 victim.proxy.darken()
+
+    @staticmethod
+    def _rank(victim: Worker) -> psutil.Process:
+        """One of the worker's processes that is a rank, not the first."""
+        children = psutil.Process(victim.child.pid).children(recursive=True)
+        ranks = [child for child in children if "wherry_runtime.parallel" in child.cmdline()]
+        if not ranks:
+            raise RuntimeError(f"{victim.child.name} has no ranks in processes of their own")
+        return ranks[-1]
 
     def _later(self, delay_s: float, victim: Worker, number: int) -> None:
         pid = victim.child.pid
@@ -248,6 +259,9 @@ class Workers:
         """See `World`."""
         self.workers[worker].child.signal(signal.SIGCONT)
         self.workers[worker].proxy.mend()
+        while self._frozen:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                self._frozen.pop().resume()
 
 
 class StaticWorld(Workers):
@@ -257,7 +271,7 @@ class StaticWorld(Workers):
 
     def __init__(self, workers: list[Worker], ports: list[int], ranks: int = 1) -> None:
         super().__init__(workers)
-        self.faults = (*FAULTS, "lose a rank") if ranks > 1 else FAULTS
+        self.faults = RANK_FAULTS if ranks > 1 else FAULTS
         self.routers = [f"http://127.0.0.1:{port}" for port in ports]
 
     async def healthy(self) -> set[int]:
