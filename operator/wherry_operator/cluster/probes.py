@@ -27,7 +27,7 @@ K = TypeVar("K", bound=Hashable)
 
 INTERVAL_S = 1.0
 # Above this many pods the interval grows, so that a large fleet costs a fixed share of a core.
-PROBES_PER_S = 400
+PROBES_PER_S = 1000
 TIMEOUT_S = 1.0
 API_TIMEOUT_S = 2.0
 AT_ONCE = 256
