@@ -13,6 +13,7 @@ import json
 import os
 import platform
 import random
+import signal
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
@@ -185,6 +186,8 @@ def main() -> None:
     parser.add_argument("--json", type=Path, default=Path("benchmarks/reliability/results.json"))
     parser.add_argument("--markdown", action="store_true", help="print the table as the documentation has it")
     args = parser.parse_args()
+    # Told to stop, it ends what it started, as on Ctrl-C.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     if needed := [name for name in args.routers if name in peers.VERSIONS]:
         peers.main(needed)
     kept = json.loads(args.json.read_text()) if args.json.exists() else {}

@@ -5,6 +5,7 @@ Prints a line for each episode and a summary; exits with 1 if anything was wrong
 
 import argparse
 import asyncio
+import signal
 import sys
 import time
 from collections import Counter
@@ -80,6 +81,8 @@ def main() -> None:
     parser.add_argument("--keep", type=Path, help="directory to keep the histories in")
     parser.add_argument("--seconds", type=float, default=0, help="begin no episode after so long; 0: no limit")
     args = parser.parse_args()
+    # Told to stop, it ends what it started, as on Ctrl-C.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     count = -(-args.histories // STREAMS)
     seeds = [args.seed] if args.seed is not None else list(range(args.first_seed, args.first_seed + count))
     sys.exit(asyncio.run(run(seeds, args.world, args.keep, args.seconds)))
