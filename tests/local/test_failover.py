@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 from tests.local.harness import TestCluster, eventually, local_cluster, python
 
+from wherry_local.paths import project_root
 from wherry_local.processes import Identity, marked
 
 # Answers as a worker does. In a group it is ready once all ranks have met, and ends as soon as one of them is gone.
@@ -116,7 +117,13 @@ class Replicas:
 
     def __init__(self, wherry: TestCluster, name: str, **spec: Any) -> None:
         self.wherry, self.name = wherry, name
-        wherry.apply(llmd(name, **spec))
+        if spec.pop("make", True):
+            wherry.apply(llmd(name, **spec))
+
+    @classmethod
+    def of(cls, wherry: TestCluster, name: str) -> "Replicas":
+        """Those of an LLMDeployment that exists."""
+        return cls(wherry, name, make=False)
 
     def pods(self) -> dict[str, dict[str, Any]]:
         """By name, those too that are being deleted."""
@@ -292,6 +299,16 @@ def test_without_room_it_says_so_and_recovers_when_the_node_returns(wherry: Test
     [serving] = only.wait_ready(1, timeout_s=120)
     assert serving != name
     assert only.condition("InsufficientCapacity")["status"] == "False"
+
+
+def test_the_engine_itself_in_two_pods(wherry: TestCluster) -> None:
+    wherry.kubectl("apply", "-f", str(project_root() / "examples" / "two-pods.yaml"))
+    pair = Replicas.of(wherry, "chat-two-pods")
+    old = pair.wait_ready(2, timeout_s=120)
+    killed = time.monotonic()
+    wherry.cluster.kill_node(node_of(old[max(old)]))
+    pair.takes_over(set(old), killed)
+    assert not set(pair.wait_ready(2, timeout_s=120)) & set(old)
 
 
 def restarts(pods: dict[str, dict[str, Any]]) -> list[int]:
