@@ -299,3 +299,30 @@ def test_budgets_follow_the_deployment(
     eventually(lambda: len(kube.items("poddisruptionbudgets")) == 1, "a single router has none")
     kube.delete("llmdeployments", "chat")
     eventually(lambda: not kube.items("poddisruptionbudgets") + kube.items("controllerrevisions"), "all is gone")
+
+
+def test_another_operator_with_other_images_changes_no_pod(
+    kube: Kube, start_operator: Callable[..., OperatorProcess], kubelet: Kubelet
+) -> None:
+    def images() -> list[str]:
+        return sorted(pod["spec"]["containers"][0]["image"] for pod in kube.runtime_pods())
+
+    first = start_operator("operator-a", "--runtime-image=runtime:1", "--router-image=router:1")
+    kube.deployment(replicas=2)
+    kube.wait_ready()
+    before = names(kube)
+    router = kube.get("deployments", "chat-router")["metadata"]["generation"]
+    assert first.stop() == 0
+    start_operator("operator-b", "--runtime-image=runtime:2", "--router-image=router:2")
+    scale(kube, 3)
+    kube.wait_ready()
+    assert before < names(kube)
+    assert images() == ["runtime:1"] * 3, "replicas of one revision are alike"
+    assert kube.get("deployments", "chat-router")["metadata"]["generation"] == router
+    wish = {"metadata": {"annotations": {"inference.wherry.dev/rollout": "1"}}}
+    kube.patch("llmdeployments", "chat", wish)
+    eventually(lambda: images() == ["runtime:2"] * 3, "new pods were asked for")
+    [container] = kube.get("deployments", "chat-router")["spec"]["template"]["spec"]["containers"]
+    assert container["image"] == "router:2"
+    kube.wait_ready()
+    eventually(lambda: len(kube.items("controllerrevisions")) == 1, "the old record is gone")
