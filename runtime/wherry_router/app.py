@@ -36,6 +36,8 @@ log = logging.getLogger("wherry.router")
 _HOT = {path.encode(): (path.removeprefix("/v1/"), kind) for path, kind in HOT_ROUTES.items()}
 _OPEN = frozenset({b"/health", b"/healthz", b"/readyz", b"/metrics"})
 _REPORT = REPORT_PATH.encode()
+# How long nothing must have run before a router that drains closes its connections.
+_QUIET_S = 2.0
 
 
 class RouterApp:
@@ -76,7 +78,10 @@ class RouterApp:
         self._draining = True
         began = time.monotonic()
         log.info("draining", extra={"fields": {"in_flight": self._completions.in_flight}})
-        if not await drained(lambda: self._completions.in_flight, timeout_s, grace_s):
+        # A client that keeps its connection may send its next request as soon as an answer ends. It gets that one
+        # answered too, with `connection: close`; a socket closed in that moment would cost it the request.
+        quiet_s = min(grace_s, _QUIET_S)
+        if not await drained(lambda: self._completions.in_flight, timeout_s, grace_s, quiet_s):
             log.warning("drain timed out", extra={"fields": {"cut": self._completions.in_flight}})
         return timeout_s - (time.monotonic() - began)
 

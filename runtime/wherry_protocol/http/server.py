@@ -127,12 +127,6 @@ async def serve(
     stopping = asyncio.create_task(stop.wait())
     try:
         await asyncio.wait({serving, stopping}, return_when=asyncio.FIRST_COMPLETED)
-        # Responses whose head is out cannot say `connection: close` any more; their connections close at their end, so
-        # that no client sends its next request down one that is about to go.
-        for connection in list(server.server_state.connections):
-            cycle = getattr(connection, "cycle", None)
-            if cycle is not None and not cycle.response_complete:
-                cycle.keep_alive = False
         left = await drain()
         config.timeout_graceful_shutdown = max(math.ceil(left or 0), 1)
     finally:
@@ -153,12 +147,19 @@ def stop_on_signals(stop: asyncio.Event) -> None:
     loop.add_signal_handler(signal.SIGINT, interrupt)
 
 
-async def drained(in_flight: Callable[[], int], timeout_s: float, grace_s: float = 0.0) -> bool:
-    """Waits until nothing is in flight, at least `grace_s` and at most `timeout_s`. False: time ran out."""
+async def drained(in_flight: Callable[[], int], timeout_s: float, grace_s: float = 0.0, quiet_s: float = 0.0) -> bool:
+    """Waits until nothing has been in flight for `quiet_s`, at least `grace_s` and at most `timeout_s`.
+
+    False: time ran out with something in flight.
+    """
     loop = asyncio.get_running_loop()
-    began = loop.time()
-    while loop.time() - began < grace_s or in_flight() > 0:
-        if loop.time() - began >= timeout_s:
-            return False
+    began = busy = loop.time()
+    while True:
+        now = loop.time()
+        if in_flight() > 0:
+            busy = now
+        elif now - began >= grace_s and now - busy >= quiet_s:
+            return True
+        if now - began >= timeout_s:
+            return in_flight() == 0
         await asyncio.sleep(0.02)
-    return True
