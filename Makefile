@@ -6,7 +6,7 @@ BIN := .venv/bin
 STEP := hack/step
 
 .DEFAULT_GOAL := help
-.PHONY: help setup kernels up down check test unit e2e reliability generate bench docs
+.PHONY: help setup kernels up down check test unit e2e chaos reliability generate bench docs
 
 ##@ Using Wherry
 up: setup ## Start everything on this machine and have one chat answered
@@ -33,8 +33,12 @@ unit: setup ## Every test that needs no container: tests/
 
 e2e: setup ## The tests on a three-node kind cluster: e2e/
 	@$(STEP) "kind cluster" e2e/cluster/up
-	@$(STEP) "e2e tests" $(BIN)/pytest e2e
+	@$(STEP) "e2e tests" $(BIN)/pytest e2e --ignore e2e/chaos
 	@$(STEP) "kind cluster down" e2e/cluster/down
+
+chaos: setup ## Streams on the kind cluster while nodes are killed and drained, pods, routers and the operator replaced
+	@$(STEP) "kind cluster" e2e/cluster/up
+	@$(STEP) "chaos" $(BIN)/pytest -s e2e/chaos
 
 reliability: setup ## 2,200 seeded streams through workers that fail, on processes and in local mode
 	@$(STEP) "streams on processes" $(BIN)/python -m tests.reliability --world static

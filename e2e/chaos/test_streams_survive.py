@@ -1,0 +1,191 @@
+"""Streams go on while the cluster moves: nodes killed and drained, pods, routers and the operator replaced."""
+
+import subprocess
+import time
+from collections.abc import Iterator
+from datetime import datetime
+from typing import Any
+
+import pytest
+from e2e.conftest import SYSTEM, Install
+from e2e.kube import RUNTIME, Cluster, eventually, example, is_ready
+from e2e.load import Streams
+
+pytestmark = pytest.mark.timeout(600)
+ROUTER = "app.kubernetes.io/component=router"
+ALL = "app.kubernetes.io/part-of=wherry"
+
+
+def workers(cluster: Cluster) -> list[str]:
+    """Names of the worker nodes, which are also those of their containers."""
+    nodes = cluster.get("default", "nodes", "-l", "!node-role.kubernetes.io/control-plane")["items"]
+    return sorted(node["metadata"]["name"] for node in nodes)
+
+
+def engine() -> str:
+    """What runs the nodes' containers."""
+    found = subprocess.run(
+        ["docker", "ps", "--filter=name=wherry-e2e", "-q"], capture_output=True, text=True, check=False
+    )
+    return "docker" if found.returncode == 0 and found.stdout.strip() else "podman"
+
+
+@pytest.fixture(scope="module")
+def steady(cluster: Cluster, install: Install, namespace: str) -> str:
+    """Two replicas, one on each worker; the router and the operator are on the first. Gives the second's name."""
+    first, second = workers(cluster)
+    cluster.kubectl("cordon", second)
+    try:
+        install()
+        cluster.apply(namespace, example(replicas=1))
+        cluster.wait_ready(namespace, "chat", 1)
+    finally:
+        cluster.kubectl("uncordon", second)
+    cluster.kubectl("-n", namespace, "scale", "llmd/chat", "--replicas=2")
+    cluster.wait_ready(namespace, "chat", 2)
+    assert {pod["spec"]["nodeName"] for pod in cluster.pods(namespace)} == {first, second}
+    return second
+
+
+@pytest.fixture
+def url(cluster: Cluster, namespace: str, steady: str) -> Iterator[str]:
+    with cluster.service(namespace, "chat") as address:
+        yield address
+
+
+def identities(pods: list[dict[str, Any]]) -> set[tuple[str, int]]:
+    return {(p["metadata"]["uid"], sum(s["restartCount"] for s in p["status"]["containerStatuses"])) for p in pods}
+
+
+def check(streams: Streams, at_least: int) -> None:
+    """Nothing was lost, and the figures for who reads the log."""
+    print(f"{streams.finished} streams, {len(streams.failures)} failed, gap p99 {streams.gap_p99:.2f} s")
+    assert not streams.failures
+    assert streams.finished >= at_least
+
+
+def flowing(streams: Streams, more: int = 20) -> None:
+    """Waits for so many more streams to end as they should."""
+    before = streams.finished
+    eventually("streams", lambda: streams.failures or streams.finished >= before + more)
+
+
+def test_a_killed_node(cluster: Cluster, namespace: str, steady: str, url: str) -> None:
+    """Under 50 streams. The replacement is there within 10 s, and what the node brings back is harmless."""
+    (victim,) = [pod for pod in cluster.pods(namespace) if pod["spec"]["nodeName"] == steady]
+    known = {pod["metadata"]["uid"] for pod in cluster.pods(namespace)}
+    try:
+        with Streams(url, clients=50) as streams:
+            flowing(streams, 50)
+            killed = time.time()
+            subprocess.run([engine(), "kill", steady], check=True, capture_output=True)
+            new = eventually(
+                "a replacement",
+                lambda: [p for p in cluster.pods(namespace, RUNTIME) if p["metadata"]["uid"] not in known],
+            )
+            created = datetime.fromisoformat(new[0]["metadata"]["creationTimestamp"]).timestamp()
+            print(f"replacement created {created - killed:.1f} s after the kill (to the second)")
+            assert created - killed <= 10
+            flowing(streams, 50)
+        check(streams, 100)
+        assert streams.gap_p99 < 2
+        cluster.wait_ready(namespace, "chat", 2)
+    finally:
+        subprocess.run([engine(), "start", steady], check=True, capture_output=True)
+    with Streams(url, clients=2, max_tokens=150) as streams:
+        cluster.kubectl("wait", "--for=condition=Ready", f"node/{steady}", "--timeout=180s")
+        eventually(
+            "the old pod to be gone",
+            lambda: victim["metadata"]["uid"] not in str(cluster.get(namespace, "pods", "-l", RUNTIME)),
+            180,
+        )
+        flowing(streams)
+    check(streams, 20)
+    cluster.wait_ready(namespace, "chat", 2)
+
+
+def test_a_group_on_two_nodes_loses_one(cluster: Cluster, namespace: str, steady: str, url: str) -> None:
+    """Two ranks on two nodes; the one that does not lead is killed with its node. With no spare group, streams wait."""
+    manifest = example(replicas=1, parallelism={"tensor": 2, "ranksPerPod": 1})
+    cluster.apply(namespace, manifest)
+    cluster.wait_ready(namespace, "chat", 1)
+    pods = cluster.pods(namespace)
+    assert len(pods) == 2
+    assert all(is_ready(pod) for pod in pods)
+    nodes = {pod["metadata"]["labels"]["inference.wherry.dev/rank"]: pod["spec"]["nodeName"] for pod in pods}
+    if nodes["1"] != steady:
+        pytest.skip(f"the second rank is where the router is: {nodes}")
+    known = {pod["metadata"]["uid"] for pod in pods}
+    with Streams(url, clients=8, max_tokens=300) as streams:
+        flowing(streams)
+        subprocess.run([engine(), "kill", steady], check=True, capture_output=True)
+        try:
+            eventually(
+                "a new group",
+                lambda: len([p for p in cluster.pods(namespace) if p["metadata"]["uid"] not in known]) == 2,
+            )
+            flowing(streams)
+        finally:
+            subprocess.run([engine(), "start", steady], check=True, capture_output=True)
+            cluster.kubectl("wait", "--for=condition=Ready", f"node/{steady}", "--timeout=180s")
+    check(streams, 30)
+
+
+@pytest.fixture(scope="module")
+def two_routers(cluster: Cluster, namespace: str, steady: str) -> None:
+    """One alone could not be replaced or evicted without a gap."""
+    cluster.apply(namespace, example(replicas=2, router={"replicas": 2}))
+    cluster.wait_ready(namespace, "chat", 2)
+    cluster.kubectl("-n", namespace, "rollout", "status", "deployment/chat-router", "--timeout=180s")
+
+
+@pytest.mark.usefixtures("two_routers")
+def test_scale_and_rollout(cluster: Cluster, namespace: str, url: str) -> None:
+    with Streams(url, clients=6, max_tokens=150) as streams:
+        flowing(streams)
+        for replicas in (3, 1, 2):
+            cluster.kubectl("-n", namespace, "scale", "llmd/chat", f"--replicas={replicas}")
+            cluster.wait_ready(namespace, "chat", replicas)
+        cluster.patch(namespace, "chat", {"spec": {"batching": {"maxRunning": 48}}})
+        cluster.wait_ready(namespace, "chat", 2)
+        flowing(streams)
+    check(streams, 40)
+
+
+@pytest.mark.usefixtures("two_routers")
+def test_router_rollout_and_operator_upgrade(cluster: Cluster, namespace: str, url: str) -> None:
+    """The router's pod is exchanged under streams. Then the operator is: no pod of the deployment changes in 60 s."""
+    with Streams(url, clients=6, max_tokens=150) as streams:
+        flowing(streams)
+        old = {pod["metadata"]["uid"] for pod in cluster.pods(namespace, ROUTER)}
+        cluster.kubectl("-n", namespace, "rollout", "restart", "deployment/chat-router")
+        cluster.kubectl("-n", namespace, "rollout", "status", "deployment/chat-router", "--timeout=180s")
+        eventually(
+            "the old router to end its streams",
+            lambda: not old & {p["metadata"]["uid"] for p in cluster.get(namespace, "pods", "-l", ROUTER)["items"]},
+        )
+        before = identities(cluster.pods(namespace, ALL))
+        cluster.kubectl("-n", SYSTEM, "rollout", "restart", "deployment/wherry-operator")
+        cluster.kubectl("-n", SYSTEM, "rollout", "status", "deployment/wherry-operator", "--timeout=120s")
+        deadline = time.monotonic() + 60
+        while time.monotonic() < deadline:
+            assert identities(cluster.pods(namespace, ALL)) == before
+            time.sleep(2)
+        flowing(streams)
+    check(streams, 40)
+
+
+@pytest.mark.usefixtures("two_routers")
+def test_a_drained_node(cluster: Cluster, namespace: str, steady: str, url: str) -> None:
+    """`kubectl drain` waits until a replacement serves elsewhere, and ends."""
+    with Streams(url, clients=6, max_tokens=150) as streams:
+        flowing(streams)
+        try:
+            options = ["--ignore-daemonsets", "--delete-emptydir-data", "--timeout=180s", f"--pod-selector={ALL}"]
+            cluster.run("kubectl", "drain", steady, *options)
+            assert all(pod["spec"]["nodeName"] != steady for pod in cluster.pods(namespace))
+            flowing(streams)
+        finally:
+            cluster.kubectl("uncordon", steady)
+    check(streams, 40)
+    cluster.wait_ready(namespace, "chat", 2)
