@@ -16,6 +16,8 @@ from tests.local.harness import TestCluster, eventually, local_cluster, python
 from wherry_local.paths import project_root
 from wherry_local.processes import Identity, marked
 
+pytestmark = pytest.mark.alone
+
 # Answers as a worker does. In a group it is ready once all ranks have met, and ends as soon as one of them is gone.
 WORKER = """
 import http.server, os, socket, sys, threading

@@ -12,6 +12,8 @@ import openai
 import pytest
 from tests.local.harness import TestCluster, eventually, local_cluster
 
+pytestmark = pytest.mark.alone
+
 CLIENTS = 4
 TOKENS = 160
 PROMPTS = [f"Tell me all about the number {number}." for number in range(CLIENTS)]

@@ -16,6 +16,8 @@ import pytest
 from tests.operator.control_plane import ControlPlane
 from tests.operator.harness import Kube, Kubelet, OperatorProcess, audit, eventually, running
 
+pytestmark = pytest.mark.alone
+
 CREATED_WITHIN_S = 10.0
 PODS = 4  # addresses that a node has for pods
 # It needs no certificate: whoever answers a TLS hello with anything is alive.

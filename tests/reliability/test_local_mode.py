@@ -8,7 +8,7 @@ from tests.reliability.checks import right, short
 from tests.reliability.episode import Stage, stage
 from tests.reliability.local_world import local_world
 
-pytestmark = [pytest.mark.asyncio(loop_scope="module"), pytest.mark.timeout(240)]
+pytestmark = [pytest.mark.alone, pytest.mark.asyncio(loop_scope="module"), pytest.mark.timeout(240)]
 EPISODES = 5
 _gaps: list[float] = []
 

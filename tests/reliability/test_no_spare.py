@@ -12,7 +12,7 @@ from tests.reliability.judge import judge
 from tests.reliability.workload import CHAT, Client, Fault
 from tests.reliability.world import StaticWorld, static_world
 
-pytestmark = [pytest.mark.asyncio(loop_scope="module"), pytest.mark.timeout(120)]
+pytestmark = [pytest.mark.alone, pytest.mark.asyncio(loop_scope="module"), pytest.mark.timeout(120)]
 STREAMS = 6
 WAIT_S = 3.0
 PATIENT, IMPATIENT = 0, 1  # routers

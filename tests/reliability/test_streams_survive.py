@@ -11,7 +11,7 @@ from tests.reliability.checks import right, short
 from tests.reliability.episode import Stage, stage
 from tests.reliability.world import static_world
 
-pytestmark = [pytest.mark.asyncio(loop_scope="module"), pytest.mark.timeout(120)]
+pytestmark = [pytest.mark.alone, pytest.mark.asyncio(loop_scope="module"), pytest.mark.timeout(120)]
 EPISODES = 12
 _gaps: list[float] = []
 

@@ -6,7 +6,10 @@ from contextlib import ExitStack
 from typing import Any
 
 import httpx
+import pytest
 from tests.router.harness import MODEL, Process, chat, eventually, post, router, sse, worker
+
+pytestmark = pytest.mark.alone
 
 LONG: dict[str, Any] = {"max_tokens": 1500, "ignore_eos": True}
 REQUESTS: list[tuple[str, dict[str, Any]]] = [

@@ -7,7 +7,10 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 
 import httpx
+import pytest
 from tests.router.harness import Process, chat, eventually, mock_worker, router, script, sse, text_of
+
+pytestmark = pytest.mark.alone
 
 TOKENS = 12
 CLIENTS = 6

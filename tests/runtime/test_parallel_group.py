@@ -26,6 +26,8 @@ from wherry_runtime.parallel.follow import join_leader
 from wherry_runtime.parallel.group import Place
 from wherry_runtime.parallel.shard import Shard
 
+pytestmark = pytest.mark.alone
+
 TOKEN = "a-token-of-tests"
 SETTINGS = ["--model-name=m", "--model-uri=sample://tiny", "--threads=1"]
 HEADERS = {"Authorization": f"Bearer {TOKEN}"}
