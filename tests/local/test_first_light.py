@@ -103,7 +103,7 @@ async def test_a_hundred_streams_over_three_replicas(wherry: TestCluster, client
     assert served == 3, "every replica took its share"
 
 
-async def test_a_replica_killed_before_its_first_token_costs_no_request(
+async def test_a_replica_that_freezes_and_is_killed_costs_no_request(
     wherry: TestCluster, client: openai.AsyncOpenAI
 ) -> None:
     eventually(lambda: len(runtimes(wherry)) >= 2, "two ready replicas", 60)
@@ -112,12 +112,11 @@ async def test_a_replica_killed_before_its_first_token_costs_no_request(
     assert pids
     for pid in pids:
         os.kill(pid, signal.SIGSTOP)  # it takes requests but gives no token
-    requests = [asyncio.create_task(stream(client, prompt)) for prompt in PROMPTS * 2]
-    _, waiting = await asyncio.wait(requests, timeout=2.5)
-    assert waiting, "some requests wait for the replica that stands still"
-    for pid in pids:
-        os.kill(pid, signal.SIGKILL)
-    answers = await asyncio.gather(*requests)
+    try:
+        answers = await asyncio.gather(*(stream(client, prompt) for prompt in PROMPTS * 2))
+    finally:
+        for pid in pids:
+            os.kill(pid, signal.SIGKILL)
     assert all(answer.finish in ("stop", "length") and answer.text for answer in answers)
 
     def seen() -> bool:
