@@ -13,7 +13,7 @@ from tests.runtime.cuda_models import DEVICE, FAMILIES, model_config, random_mod
 from tests.runtime.engines import VOCAB_SIZE, ask_all, running, save_byte_tokenizer
 
 from wherry_protocol.engine_config import Backend
-from wherry_runtime.engine import backend, setup
+from wherry_runtime.engine import backend, part
 from wherry_runtime.engine.failures import is_out_of_memory
 from wherry_runtime.kernels.cuda import support
 from wherry_runtime.kernels.cuda.model import CudaModel
@@ -143,8 +143,8 @@ async def test_the_engine_answers_as_on_pytorch(checkpoint: Path, monkeypatch: p
             built.append(self)
 
     monkeypatch.setattr("wherry_runtime.kernels.cuda.model.CudaModel", Watched)
-    monkeypatch.setattr(setup, "use_cuda", lambda *args: True)
+    monkeypatch.setattr(part, "use_cuda", lambda *args: True)
     if DEVICE.type == "cpu":
-        monkeypatch.setattr(setup, "use_native", lambda *args: False)
+        monkeypatch.setattr(part, "use_native", lambda *args: False)
     assert await answers() == expected
     assert built
