@@ -107,7 +107,7 @@ def tiny_job(**changes: Any) -> Job:
         "prefill": (16,),
         "batches": (1, 2),
         "prompt_tokens": 8,
-        "new_tokens": 10,
+        "new_tokens": 60,
     }
     return Job(**{**base, **changes})
 
@@ -116,7 +116,7 @@ def tiny_job(**changes: Any) -> Job:
 def test_a_process_measures_and_reports(engine: str) -> None:
     with EngineProcess(tiny_job(engine=engine)) as process:
         decoded = process.ask(kind="decode", size=2, number=0)
-        assert decoded["steps"] == 5
+        assert decoded["steps"] == 55
         assert decoded["rate"] > 0
         assert process.ask(kind="prefill", size=16, number=0)["rate"] > 0
         assert process.loaded["memory"]["rss"] > 1e7
