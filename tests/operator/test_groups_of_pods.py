@@ -12,7 +12,7 @@ from wherry_operator.desired.router import router_args
 from wherry_operator.desired.runtime import Origin, engine_config, pod_template
 from wherry_operator.desired.runtime import pod as pod_body
 from wherry_operator.planning.causes import cause_of_group
-from wherry_operator.planning.group import GroupView, group_views
+from wherry_operator.planning.group import GroupView, group_views, ready_leaders
 from wherry_operator.planning.groups import GroupPlan, plan_groups
 from wherry_operator.planning.pods import ContainerState, PodView
 from wherry_operator.planning.status import make_status
@@ -202,6 +202,12 @@ class TestPlacesToAvoid:
 
     def test_a_pod_that_found_a_place_stays(self) -> None:
         assert not planned([pod("a", age=70, avoids=("n1",))]).deletions
+
+
+def test_only_leaders_of_groups_that_serve_are_asked_for_their_load() -> None:
+    leaving = [member("d", index, deleting=True) for index in range(2)]
+    pods = [*group("a"), member("b", 0), member("b", 1, ready=False), *group("c"), *leaving, pod("chat-e", "new")]
+    assert [leader.name for leader in ready_leaders(pods)] == ["chat-a-0", "chat-c-0", "chat-e"]
 
 
 class TestStatus:

@@ -5,7 +5,6 @@ node's kubelet and its Lease are looked at, and a few other nodes to compare wit
 """
 
 import asyncio
-import ipaddress
 import logging
 import ssl
 import time
@@ -15,6 +14,7 @@ from typing import Any, Generic, TypeVar
 
 import aiohttp
 
+from wherry_operator.cluster.asking import url_of
 from wherry_operator.cluster.client import Api, ApiError, Unavailable
 from wherry_operator.cluster.nodes import KUBELET_PORT, Nodes
 from wherry_operator.metrics import ISOLATED, LOST_NODES
@@ -279,9 +279,7 @@ class Prober(Generic[K]):
 async def _answers_http(session: aiohttp.ClientSession, address: str, port: int) -> bool:
     """Whether a worker or a router answers, whatever it says: how it is doing is for the kubelet's probes."""
     try:
-        ip = ipaddress.ip_address(address)
-        host = f"[{ip}]" if ip.version == 6 else str(ip)
-        async with session.get(f"http://{host}:{port}/health", allow_redirects=False) as answer:
+        async with session.get(url_of(address, port, "/health"), allow_redirects=False) as answer:
             await answer.read()
     except (aiohttp.ClientError, TimeoutError, OSError, ValueError):
         return False

@@ -18,6 +18,7 @@ from wherry_operator.cluster.execute import execute, write_status
 from wherry_operator.cluster.nodes import Nodes
 from wherry_operator.cluster.probes import Prober
 from wherry_operator.planning.failover import with_verdict
+from wherry_operator.planning.group import ready_leaders
 from wherry_operator.planning.plan import make_plan
 from wherry_operator.planning.routers import live_routers, worth_asking
 from wherry_operator.planning.status import make_status
@@ -117,8 +118,7 @@ class Reconciler:
         if (scaling := owner.spec.scaling) is None:
             return Scale(owner.spec.fixed_replicas or 0)
         current = before if before is not None else scaling.min_replicas
-        ready = [pod for pod in observed.pods if pod.ready and not pod.deleting]
-        signals = await load.poll(ready, observed.token)
+        signals = await load.poll(ready_leaders(observed.pods), observed.token)
         now = self._clock()
         # After a restart the number that runs counts as recommended, so that it does not drop for lack of memory.
         history = self._history.get(owner.uid) or (Recommendation(now, current),)

@@ -193,3 +193,8 @@ def group_views(pods: Iterable[PodView]) -> tuple[GroupView, ...]:
     """The groups of `pods`, by name. A pod without a group is one by itself."""
     ordered = sorted(pods, key=lambda pod: (pod.group or pod.name, pod.index, pod.name))
     return tuple(GroupView(key, tuple(members)) for key, members in groupby(ordered, lambda p: p.group or p.name))
+
+
+def ready_leaders(pods: Iterable[PodView]) -> list[PodView]:
+    """The pods that take requests and speak for their whole group: the leaders of groups that serve and stay."""
+    return [group.pods[0] for group in group_views(pods) if group.ready and not group.deleting]

@@ -1,0 +1,62 @@
+"""Asks many pods the same: GET, all at once, in bounded time and with bounded answers."""
+
+import asyncio
+import ipaddress
+from collections.abc import Sequence
+from typing import TypeVar
+
+import aiohttp
+import msgspec
+
+from wherry_operator.planning.pods import PodView
+
+TIMEOUT_S = 2.0
+MAX_AT_ONCE = 64
+
+T = TypeVar("T")
+
+
+def url_of(address: str, port: int, path: str) -> str:
+    """Where a pod answers.
+
+    Raises:
+        ValueError: the address is none.
+    """
+    ip = ipaddress.ip_address(address)
+    host = f"[{ip}]" if ip.version == 6 else str(ip)
+    return f"http://{host}:{port}{path}"
+
+
+async def ask(
+    pods: Sequence[PodView], port: int, path: str, token: str | None, decoder: msgspec.json.Decoder[T], max_bytes: int
+) -> list[T | None]:
+    """Each pod's answer, in order; None where it does not answer as it should."""
+    headers = {"Authorization": f"Bearer {token}"} if token else {}
+    limit = asyncio.Semaphore(MAX_AT_ONCE)
+    timeout = aiohttp.ClientTimeout(total=TIMEOUT_S)
+    async with aiohttp.ClientSession(timeout=timeout, headers=headers) as session:
+
+        async def one(address: str) -> T | None:
+            try:
+                url = url_of(address, port, path)
+                async with limit, session.get(url, allow_redirects=False) as response:
+                    return decoder.decode(await _body(response, max_bytes)) if response.status == 200 else None
+            except (aiohttp.ClientError, TimeoutError, OSError, ValueError, msgspec.MsgspecError):
+                return None
+
+        return list(await asyncio.gather(*(one(pod.ip) for pod in pods)))
+
+
+async def _body(response: aiohttp.ClientResponse, max_bytes: int) -> bytes:
+    """The whole body.
+
+    Raises:
+        ValueError: it is larger than it may be.
+    """
+    parts, size = [], 0
+    async for part in response.content.iter_any():
+        size += len(part)
+        if size > max_bytes:
+            raise ValueError("the answer is too large")
+        parts.append(part)
+    return b"".join(parts)
