@@ -260,6 +260,31 @@ def test_a_rank_that_cannot_load_is_named_by_the_leader() -> None:
         assert reason_of(leader).startswith("wherry-runtime: kv_cache_too_small: rank 1: 0 bytes for the KV cache")
 
 
+def test_a_leader_that_waits_for_its_ranks_stops_when_it_is_told_to() -> None:
+    with group(2, 2) as (leader, other):
+        other.stop()
+        leader.find(lambda _: "yes" if listens(leader.host) else "")
+        leader.popen.terminate()
+        assert leader.wait(20) == 0
+
+
+def listens(host: str) -> bool:
+    with contextlib.suppress(OSError), socket.create_connection((host, naming.GROUP_PORT), 1):
+        return True
+    return False
+
+
+def test_a_rank_that_waits_for_its_leader_stops_when_it_is_told_to() -> None:
+    host = next(_hosts)
+    lws = {naming.ENV_GROUP_SIZE: "2", naming.ENV_LEADER_ADDRESS: host, naming.ENV_WORKER_INDEX: "1"}
+    with socket.create_server((host, naming.GROUP_PORT)) as mute:
+        mute.settimeout(60)
+        pod = Pod(next(_hosts), "--tensor-parallel=2", "--ranks-per-pod=1", **lws)
+        with contextlib.closing(Stranger(pod)), mute.accept()[0]:
+            pod.popen.terminate()
+            assert pod.wait(20) == 0
+
+
 @pytest.mark.parametrize(
     ("flags", "env", "message"),
     [

@@ -51,8 +51,10 @@ async def run(engine: Engine, config: EngineConfig, sock: socket.socket, token: 
     log.info("listening", extra={"fields": {"url": url_of(sock), "model": config.model_name}})
     await serve(app, [sock], lifecycle.stop, lambda: lifecycle.drain(config.drain_timeout_s, engine))
     if not loading.done():
-        loading.cancel()
-        await asyncio.gather(loading, return_exceptions=True)
-        return 0
+        # The thread that loads, or waits for the group's other ranks, cannot be interrupted, and an orderly end would
+        # wait for it.
+        log.info("stopped while loading")
+        logging.shutdown()
+        os._exit(0)
     await engine.close()
     return loading.result()
