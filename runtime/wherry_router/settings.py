@@ -16,7 +16,7 @@ class Limits(msgspec.Struct, kw_only=True, frozen=True):
     max_tries: int = 4
     # Silence after which a worker that owes tokens is asked whether it is alive, and how long it has to answer. Both
     # and the time of one prefill are what a frozen worker's clients wait, so together they stay well under 2 s.
-    stall_s: float = 0.7
+    stall_s: float = 0.5
     probe_timeout_s: float = 0.5
     # Answers that lost their worker go on elsewhere. How long one waits for a replica, and how many tries in a row may
     # bring no new token: a request that ends every worker that it comes to must not go round for ever.

@@ -10,9 +10,10 @@ that is well and not heard at all is given up on this connection.
 import asyncio
 from collections.abc import Awaitable, Callable
 
-# How many times as long as usual a worker may take to say that it is well, and at most in shares of the usual bound.
+# How many times as long as usual a worker may take to say that it is well, and at most in shares of the usual bound:
+# what a frozen worker's clients wait is bounded by it, on the busiest machine too.
 _PATIENCE = 8.0
-_MOST = 4.0
+_MOST = 2.0
 _WEIGHT = 0.2
 _MAX_KNOWN = 4096
 
