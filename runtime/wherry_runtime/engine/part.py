@@ -33,14 +33,14 @@ from wherry_runtime.quantization.storage import Storage
 
 
 @dataclass(frozen=True)
-class Part:
-    """A rank's weights.
+class Outline:
+    """What is known of a rank's part before a weight is read.
 
     Attributes:
         model_config: of the whole model.
         model_len: the context that was asked for, or the model's own.
+        dtype: of weights that are not quantized, and of what is computed.
         stored: elements of the KV cache.
-        token_bytes: that a token takes in this rank's KV cache.
     """
 
     config: EngineConfig
@@ -50,20 +50,81 @@ class Part:
     model_len: int
     device: Device
     threads: int
+    dtype: torch.dtype
     stored: KVFormat
     native: bool
     cuda: bool
+
+    @classmethod
+    def of(cls, config: EngineConfig, place: Place) -> "Outline":
+        """What this rank will hold.
+
+        Raises:
+            ModelError: why it cannot.
+        """
+        device = Device.choose(place.local_rank)
+        directory = locate(config.model_uri)
+        model_config = read_config(directory)
+        check(model_config, place.shard.size)
+        dtype = choose_dtype(config.dtype, model_config, device.torch)
+        stored = choose_format(config.kv_cache_dtype, dtype)
+        return cls(
+            config=config,
+            place=place,
+            directory=directory,
+            model_config=model_config,
+            model_len=_model_length(config, model_config),
+            device=device,
+            threads=config.threads or max(1, cpu_threads() // place.per_pod),
+            dtype=dtype,
+            stored=stored,
+            native=use_native(config.backend, model_config, dtype, stored, config.block_size, device.torch),
+            cuda=use_cuda(config.backend, model_config, stored, device.torch),
+        )
+
+    def shared_memory(self) -> int | None:
+        """New memory for the ranks to share, as a descriptor; None where they cannot: in several pods, or not on our
+        kernels."""
+        if not (self.native and self.place.one_pod):
+            return None
+        descriptor = os.memfd_create("wherry-ranks")
+        os.ftruncate(descriptor, shared_bytes(self.place.shard.size, self.model_config, CAPACITY))
+        return descriptor
+
+    def load(self) -> "Part":
+        """Reads the weights.
+
+        Raises:
+            ModelError: why not.
+        """
+        config, place, device = self.config, self.place, self.device
+        if device.torch.type == "cpu":
+            torch.set_num_threads(self.threads)
+        try:
+            storage = Storage(self.dtype, device.torch, config.quantization, config.quantization_group, self.native)
+        except ValueError as e:
+            raise ModelError("bad_setting", str(e)) from e
+        cache_root = Path(config.weight_cache).expanduser() if config.weight_cache else None
+        model = load_model(self.directory, self.model_config, self.model_len, storage, cache_root, place.shard)
+        return Part(self, model, bytes_per_token(model.config, self.stored, native=self.native))
+
+
+@dataclass(frozen=True)
+class Part:
+    """A rank's weights.
+
+    Attributes:
+        token_bytes: that a token takes in this rank's KV cache.
+    """
+
+    outline: Outline
     model: Decoder
     token_bytes: int
 
     @property
-    def dtype(self) -> torch.dtype:
-        return self.model.storage.dtype
-
-    @property
     def kernels(self) -> str:
         """What computes."""
-        return library.target() if self.native else "Triton" if self.cuda else "PyTorch"
+        return library.target() if self.outline.native else "Triton" if self.outline.cuda else "PyTorch"
 
     def num_blocks(self, beside: int = 0) -> int:
         """KV cache blocks: what was asked for or what memory allows, but no more than a full batch can use.
@@ -74,17 +135,17 @@ class Part:
         Raises:
             ModelError: kv_cache_too_small, when there is no room for a single block.
         """
-        config = self.config
+        outline, config = self.outline, self.outline.config
         per_block = self.token_bytes * config.block_size
         if config.kv_cache_bytes:
-            memory = config.kv_cache_bytes // self.place.shard.size
+            memory = config.kv_cache_bytes // outline.place.shard.size
         else:
-            rows = min(config.max_batched_tokens, self.model_len)
-            workspace = cuda_workspace(self.model, config.block_size, self.stored, rows) if self.cuda else 0
-            sharing = 1 if self.cuda else self.place.per_pod
-            memory = self.device.memory_for_cache(workspace) // sharing
+            rows = min(config.max_batched_tokens, outline.model_len)
+            workspace = cuda_workspace(self.model, config.block_size, outline.stored, rows) if outline.cuda else 0
+            sharing = 1 if outline.cuda else outline.place.per_pod
+            memory = outline.device.memory_for_cache(workspace) // sharing
             memory = memory * self.token_bytes // (self.token_bytes + beside)
-        useful = config.max_running * -(-self.model_len // config.block_size)
+        useful = config.max_running * -(-outline.model_len // config.block_size)
         num_blocks = min(memory // per_block, useful)
         if num_blocks < 1:
             raise ModelError(
@@ -100,61 +161,31 @@ class Part:
             memory: descriptor of the memory that the ranks share, where they do.
             store: where the ranks meet, where they do not.
         """
-        config = self.config
+        outline, config = self.outline, self.outline.config
         ranks: Ranks | None = None
         collective: Collective | None = None
         if memory is not None:
             shared = torch.frombuffer(mmap.mmap(memory, 0), dtype=torch.uint8)
-            ranks = SharedMemoryRanks(shared, self.place.shard, self.model_config, CAPACITY, self.threads)
+            ranks = SharedMemoryRanks(shared, outline.place.shard, outline.model_config, CAPACITY, outline.threads)
         elif store is not None:
             from wherry_runtime.parallel.distributed import Distributed, join
 
-            group = join(self.place.shard, store, cuda=self.device.torch.type == "cuda")
-            collective = Distributed(self.place.shard, self.model_config, group)
-            ranks = DistributedRanks(collective, self.model_config, CAPACITY) if self.native else None
+            group = join(outline.place.shard, store, cuda=outline.device.torch.type == "cuda")
+            collective = Distributed(outline.place.shard, outline.model_config, group)
+            ranks = DistributedRanks(collective, outline.model_config, CAPACITY) if outline.native else None
         guesses = 0 if config.speculative == "none" else config.max_draft_tokens
         return build(
             self.model,
             num_blocks,
             config.block_size,
-            self.stored,
-            native=self.native,
-            cuda=self.cuda,
-            threads=self.threads,
+            outline.stored,
+            native=outline.native,
+            cuda=outline.cuda,
+            threads=outline.threads,
             max_decodes=config.max_running * (1 + guesses),
             ranks=ranks,
             collective=collective,
         )
-
-
-def load_part(config: EngineConfig, place: Place) -> Part:
-    """Loads what this rank holds.
-
-    Raises:
-        ModelError: why not.
-    """
-    device = Device.choose(place.local_rank)
-    threads = config.threads or max(1, cpu_threads() // place.per_pod)
-    if device.torch.type == "cpu":
-        torch.set_num_threads(threads)
-    directory = locate(config.model_uri)
-    model_config = read_config(directory)
-    check(model_config, place.shard.size)
-    dtype = choose_dtype(config.dtype, model_config, device.torch)
-    model_len = _model_length(config, model_config)
-    stored = choose_format(config.kv_cache_dtype, dtype)
-    native = use_native(config.backend, model_config, dtype, stored, config.block_size, device.torch)
-    cuda = use_cuda(config.backend, model_config, stored, device.torch)
-    try:
-        storage = Storage(dtype, device.torch, config.quantization, config.quantization_group, native)
-    except ValueError as e:
-        raise ModelError("bad_setting", str(e)) from e
-    cache_root = Path(config.weight_cache).expanduser() if config.weight_cache else None
-    model = load_model(directory, model_config, model_len, storage, cache_root, place.shard)
-    token_bytes = bytes_per_token(model.config, stored, native=native)
-    return Part(
-        *(config, place, directory, model_config, model_len, device, threads, stored, native, cuda, model, token_bytes)
-    )
 
 
 def _model_length(config: EngineConfig, model_config: ModelConfig) -> int:
@@ -167,22 +198,3 @@ def _model_length(config: EngineConfig, model_config: ModelConfig) -> int:
     if config.max_model_len > own:
         raise ModelError("bad_setting", f"max_model_len {config.max_model_len} is more than the model's context, {own}")
     return config.max_model_len or own
-
-
-def shared_memory(config: EngineConfig, place: Place) -> int | None:
-    """Memory for the ranks to share, as a descriptor; None where they cannot: in several pods, or not on our kernels.
-
-    Raises:
-        ModelError: as `load_part`.
-    """
-    device = Device.choose(place.local_rank)
-    model_config = read_config(locate(config.model_uri))
-    check(model_config, place.shard.size)
-    dtype = choose_dtype(config.dtype, model_config, device.torch)
-    stored = choose_format(config.kv_cache_dtype, dtype)
-    native = use_native(config.backend, model_config, dtype, stored, config.block_size, device.torch)
-    if not (native and place.one_pod):
-        return None
-    descriptor = os.memfd_create("wherry-ranks")
-    os.ftruncate(descriptor, shared_bytes(place.shard.size, model_config, CAPACITY))
-    return descriptor

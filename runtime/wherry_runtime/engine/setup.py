@@ -10,7 +10,7 @@ import torch
 
 from wherry_protocol.engine_config import EngineConfig
 from wherry_runtime.engine.core import new_scheduler_factory
-from wherry_runtime.engine.part import Part, load_part
+from wherry_runtime.engine.part import Outline, Part
 from wherry_runtime.engine.resources import Device
 from wherry_runtime.engine.rng import NoiseCache, gumbel_noise
 from wherry_runtime.engine.runner import ModelRunner
@@ -58,22 +58,22 @@ def load(config: EngineConfig) -> Loaded:
     Raises:
         ModelError: why not.
     """
-    place = place_of(config)
-    leader = lead(config, place) if place.shard.size > 1 else None
+    outline = Outline.of(config, place_of(config))
+    leader = lead(outline) if outline.place.shard.size > 1 else None
     try:
-        part = load_part(config, place)
-        return _load(config, part, leader)
+        return _load(outline.load(), leader)
     except BaseException:
         if leader is not None:
             leader.close()
         raise
 
 
-def _load(config: EngineConfig, part: Part, leader: Leader | None) -> Loaded:
-    model_config, wanted = part.model_config, part.model_len
-    tokenizer = Tokenizer(part.directory)
-    template = _chat_template(tokenizer, find_template(part.directory, tokenizer.settings))
-    draft = load_draft(config, model_config, tokenizer, wanted, part.device.torch)
+def _load(part: Part, leader: Leader | None) -> Loaded:
+    outline = part.outline
+    config, model_config, wanted = outline.config, outline.model_config, outline.model_len
+    tokenizer = Tokenizer(outline.directory)
+    template = _chat_template(tokenizer, find_template(outline.directory, tokenizer.settings))
+    draft = load_draft(config, model_config, tokenizer, wanted, outline.device.torch)
     beside = draft.bytes_per_token if draft is not None else 0
     if leader is None:
         num_blocks = part.num_blocks(beside)
@@ -85,15 +85,15 @@ def _load(config: EngineConfig, part: Part, leader: Leader | None) -> Loaded:
     log.info(
         "%s: %s, %s parameters, %s on %s (%s), %d ranks, context %d, KV cache %d tokens",
         *(config.model_name, model_config.family, f"{part.model.num_parameters():,}", part.model.storage),
-        *(part.device.torch, part.kernels, part.place.shard.size, max_model_len, kv_tokens),
+        *(outline.device.torch, part.kernels, outline.place.shard.size, max_model_len, kv_tokens),
     )
     noise = NoiseCache() if draft is not None else gumbel_noise  # a guess and its check draw with the same
     return Loaded(
         model_config=model_config,
         max_model_len=max_model_len,
         kv_tokens=kv_tokens,
-        dtype=part.dtype,
-        device=part.device,
+        dtype=outline.dtype,
+        device=outline.device,
         num_parameters=part.model.num_parameters(),
         tokenizer=tokenizer,
         chat_template=template,
@@ -102,7 +102,7 @@ def _load(config: EngineConfig, part: Part, leader: Leader | None) -> Loaded:
             *(num_blocks, config.block_size, config.prefix_cache, config.max_running),
             *(config.max_batched_tokens, config.max_queued, config.max_itl_ratio),
         ),
-        speculator=new_speculator(config, draft, kv_tokens, noise, part.threads),
+        speculator=new_speculator(config, draft, kv_tokens, noise, outline.threads),
         leader=leader,
     )
 

@@ -11,7 +11,7 @@ import torch
 
 from wherry_protocol.engine_config import EngineConfig
 from wherry_protocol.naming import GROUP_PORT
-from wherry_runtime.engine.part import Part, load_part
+from wherry_runtime.engine.part import Outline, Part
 from wherry_runtime.engine.prepared import Prepared
 from wherry_runtime.engine.runner import Model, ModelRunner
 from wherry_runtime.loading.errors import ModelError
@@ -76,7 +76,7 @@ class Follower:
         link = _inherited() or join_leader(self._config, self._place)
         peer = self._peer = Peer("the leader", link, self._lost)
         try:
-            part = load_part(self._config, self._place)
+            part = Outline.of(self._config, self._place).load()
             self._runner = ModelRunner(self._build(peer, part))
         except Exception as e:
             code = e.code if isinstance(e, ModelError) else type(e).__name__
@@ -90,8 +90,6 @@ class Follower:
         peer.wait_for(Measure, FORM_S)
         peer.send(Room(part.num_blocks()))
         build = peer.wait_for(Build, FORM_S)
-        if not isinstance(build, Build):
-            raise TypeError("a message of another kind")
         memory = os.environ.get(ENV_MEMORY)
         return part.build(build.num_blocks, int(memory) if memory else None, build.store)
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from wherry_protocol.engine_config import EngineConfig
 from wherry_protocol.naming import EXIT_PEER_LOST
-from wherry_runtime.engine.part import Part, shared_memory
+from wherry_runtime.engine.part import Outline, Part
 from wherry_runtime.engine.runner import Model
 from wherry_runtime.loading.errors import ModelError
 from wherry_runtime.parallel.ending import end
@@ -65,7 +65,7 @@ class Leader:
             members.wait()
             members.collect(Loaded)
             members.send(Measure())
-            room = [message.num_blocks for message in members.collect(Room) if isinstance(message, Room)]
+            room = [message.num_blocks for message in members.collect(Room)]
             num_blocks = min(part.num_blocks(beside), *room)
             members.send(Build(num_blocks, self._meet))
             own = part.build(num_blocks, self._memory, self._meet)
@@ -93,14 +93,15 @@ class Leader:
             self._memory = None
 
 
-def lead(config: EngineConfig, place: Place) -> Leader:
+def lead(outline: Outline) -> Leader:
     """Begins to form the group.
 
     Raises:
         ModelError: it cannot be formed like this.
     """
+    place = outline.place
     if not place.shard.first:
         raise ModelError("bad_setting", f"rank {place.shard.rank} does not lead its group")
-    leader = Leader(place, config, shared_memory(config, place))
+    leader = Leader(place, outline.config, outline.shared_memory())
     leader.members.form()
     return leader

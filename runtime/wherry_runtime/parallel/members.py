@@ -54,6 +54,7 @@ FORM_S = 600.0  # for pods to be scheduled, images pulled, checkpoints read
 HANDSHAKE_S = 5.0
 NONCE = 32
 H = TypeVar("H", bound=Handshake)
+M = TypeVar("M", bound=Message)
 
 
 class Child:
@@ -209,7 +210,7 @@ class Members:
         for rank in range(1, self._place.shard.size):
             self._peers[rank].send(message)
 
-    def collect(self, kind: type[Message], timeout_s: float = FORM_S) -> list[Message]:
+    def collect(self, kind: type[M], timeout_s: float = FORM_S) -> list[M]:
         """One message from each rank.
 
         Raises:

@@ -5,6 +5,7 @@ import threading
 import time
 from collections.abc import Callable
 from queue import Empty, SimpleQueue
+from typing import TypeVar
 
 from wherry_runtime.loading.errors import ModelError
 from wherry_runtime.parallel.wire import Beat, Fault, Link, Message, Stop, WireError
@@ -16,6 +17,7 @@ BEAT_S = 0.2
 SILENT_S = 1.5
 SILENT_WHILE_LOADING_S = 60.0  # reading a checkpoint may keep the interpreter's lock for long
 
+M = TypeVar("M", bound=Message)
 Lost = Callable[[str], None]
 
 
@@ -57,7 +59,7 @@ class Peer:
         """The next message; None once the link is closed."""
         return self._messages.get()
 
-    def wait_for(self, kind: type[Message], timeout_s: float) -> Message:
+    def wait_for(self, kind: type[M], timeout_s: float) -> M:
         """The next message, which must be a `kind`.
 
         Raises:
