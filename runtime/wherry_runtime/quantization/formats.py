@@ -9,6 +9,12 @@ PANEL = 64  # output columns that lie together
 INPUT_MULTIPLE = 128  # rows of a panel are padded to this, so that whole groups fit whatever their size
 GROUPS = (32, 64, 128)
 
+
+def padded_inputs(width: int) -> int:
+    """Columns that `width` values take as the input of a product."""
+    return -(-width // INPUT_MULTIPLE) * INPUT_MULTIPLE
+
+
 _KINDS: dict[Method, int] = {"float32": 0, "bfloat16": 1, "int8": 2, "int4": 3}
 _BITS: dict[Method, int] = {"float32": 32, "bfloat16": 16, "int8": 8, "int4": 4}
 

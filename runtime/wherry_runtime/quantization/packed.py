@@ -8,7 +8,7 @@ from torch.nn import functional
 
 from wherry_runtime.quantization import native
 from wherry_runtime.quantization.activations import quantize_activations
-from wherry_runtime.quantization.formats import INPUT_MULTIPLE, PANEL, Format
+from wherry_runtime.quantization.formats import PANEL, Format, padded_inputs
 from wherry_runtime.quantization.methods import PACKINGS, quantize
 from wherry_runtime.quantization.tensors import split
 
@@ -37,7 +37,7 @@ class PackedMatrix:
         self.num_inputs = num_inputs
         self.num_panels = -(-num_outputs // PANEL)
         self.padded_outputs = self.num_panels * PANEL
-        self.padded_inputs = -(-num_inputs // INPUT_MULTIPLE) * INPUT_MULTIPLE
+        self.padded_inputs = padded_inputs(num_inputs)
         weights = self.padded_outputs * self.padded_inputs
         self.data = allocate(weights * format_.bits // 8)
         self.scales: torch.Tensor | None = None

@@ -9,7 +9,7 @@ from wherry_runtime.kernels.cpu.recorder import Capacity, Recorder, Rows, aligne
 from wherry_runtime.loading.config import ModelConfig
 from wherry_runtime.parallel.collective import Collective
 from wherry_runtime.parallel.shard import Shard, Span
-from wherry_runtime.quantization.formats import INPUT_MULTIPLE
+from wherry_runtime.quantization.formats import padded_inputs
 
 COUNTER = 64  # bytes: one to a cache line
 # Two for a layer's sums in turn, and one for the embedding's: a step's last sum must not be where the next one's first
@@ -17,14 +17,10 @@ COUNTER = 64  # bytes: one to a cache line
 SETS = 3
 
 
-def _stride(width: int) -> int:
-    return -(-width // INPUT_MULTIPLE) * INPUT_MULTIPLE
-
-
 def shared_bytes(size: int, config: ModelConfig, capacity: Capacity) -> int:
     """How much memory `size` ranks share."""
-    summands = SETS * size * capacity.rows * _stride(config.hidden_size)
-    return COUNTER * size + 4 * (summands + capacity.sampled * _stride(config.vocab_size))
+    summands = SETS * size * capacity.rows * padded_inputs(config.hidden_size)
+    return COUNTER * size + 4 * (summands + capacity.sampled * padded_inputs(config.vocab_size))
 
 
 class SharedMemoryRanks:
@@ -42,10 +38,10 @@ class SharedMemoryRanks:
         self._shard = shard
         self._width, self._vocabulary = config.hidden_size, config.vocab_size
         self._arrivals, floats = memory[: COUNTER * shard.size], memory[COUNTER * shard.size :].view(torch.float32)
-        stride = _stride(config.hidden_size)
+        stride = padded_inputs(config.hidden_size)
         summands = SETS * shard.size * capacity.rows * stride
         self._summands = floats[:summands].view(SETS, shard.size, capacity.rows, stride)
-        self._logits = floats[summands:].view(capacity.sampled, _stride(config.vocab_size))
+        self._logits = floats[summands:].view(capacity.sampled, padded_inputs(config.vocab_size))
         self._turns = aligned(torch.uint8, threads, COUNTER)
         self._sums = 0
 
@@ -81,7 +77,7 @@ class DistributedRanks:
 
     def __init__(self, collective: Collective, config: ModelConfig, capacity: Capacity) -> None:
         self._collective = collective
-        stride = _stride(config.hidden_size)
+        stride = padded_inputs(config.hidden_size)
         self._summand = Rows(config.hidden_size, stride, aligned(torch.float32, capacity.rows, stride))
         self._vocabulary = config.vocab_size
 
@@ -99,10 +95,10 @@ class DistributedRanks:
         recorder.program.add("all_reduce", [None, summand.buffer, out.buffer], numbers)
 
     def record_logits(self, recorder: Recorder, tokens: Span, multiply: Callable[[Rows], None]) -> Rows:
-        rows, stride = recorder.capacity.sampled, _stride(tokens.length)
+        rows, stride = recorder.capacity.sampled, padded_inputs(tokens.length)
         own = Rows(tokens.length, stride, aligned(torch.float32, rows, stride), sampled=True)
         multiply(own)
-        everything = aligned(torch.float32, rows, _stride(self._vocabulary))
+        everything = aligned(torch.float32, rows, padded_inputs(self._vocabulary))
 
         def exchange(step: Step) -> None:
             count = len(step.sampled_rows)

@@ -18,7 +18,7 @@ from wherry_runtime.layers.linear import Linear
 from wherry_runtime.layers.norm import RMSNorm
 from wherry_runtime.models.ops import Attention
 from wherry_runtime.parallel.shard import Span
-from wherry_runtime.quantization.formats import INPUT_MULTIPLE
+from wherry_runtime.quantization.formats import padded_inputs
 from wherry_runtime.quantization.huge_pages import map_memory
 from wherry_runtime.quantization.packed import PackedMatrix
 
@@ -127,7 +127,7 @@ class Value(Rows):
     """
 
     def __init__(self, arena: Arena, rows: int, width: int, *, sampled: bool) -> None:
-        stride = -(-width // INPUT_MULTIPLE) * INPUT_MULTIPLE
+        stride = padded_inputs(width)
         self._arena = arena
         self._shared = width == stride and not sampled
         buffer = arena.take(torch.float32, rows, stride) if self._shared else arena.take_kept(width, rows, stride)
