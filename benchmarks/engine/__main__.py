@@ -100,7 +100,7 @@ def as_json(results: dict[str, Any]) -> str:
 def main() -> None:
     args = arguments()
     wanted = chosen(args.only)
-    for missing in (name for name in peers.ENVIRONMENTS if not peers.installed(name)):
+    for missing in (name for name in peers.ENGINES if not peers.installed(name)):
         console.print(
             f"[yellow]{missing} is not installed and left out: python -m benchmarks.engine.peers {missing}[/]"
         )

@@ -1,4 +1,4 @@
-"""Installs the peers, each in an environment of its own: `python -m benchmarks.engine.peers [llamacpp] [openvino]`.
+"""Installs peers in environments of their own, by default the engines: `python -m benchmarks.engine.peers [NAME…]`.
 
 llama.cpp is compiled for this machine's processor (minutes, needs cmake and a C++ compiler). OpenVINO's converter needs
 torch, gigabytes that the environment which runs this has already: it is found there through a `.pth` file.
@@ -29,7 +29,7 @@ class Environment:
     borrows: bool = False  # finds packages that it lacks where this interpreter finds them
 
 
-ENVIRONMENTS = {
+ENGINES = {
     "llamacpp": Environment(
         requirements=("llama-cpp-python==0.3.36", "gguf==0.19.0"),
         build={
@@ -42,6 +42,11 @@ ENVIRONMENTS = {
         requirements=("openvino-genai==2026.4.1.0", "optimum-intel==2.2.0", "nncf==3.4.0"), borrows=True
     ),
 }
+ROUTERS = {
+    "vllm-router": Environment(("vllm-router==0.1.17",)),
+    "sglang-router": Environment(("sglang-router==0.3.2",)),
+}
+ENVIRONMENTS = ENGINES | ROUTERS
 
 
 def python(name: str) -> Path:
@@ -71,7 +76,7 @@ def install(name: str) -> None:
 
 
 def main(names: list[str]) -> None:
-    for name in names or list(ENVIRONMENTS):
+    for name in names or list(ENGINES):
         if not installed(name):
             with step(f"Installing {name}"):
                 install(name)

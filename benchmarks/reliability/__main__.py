@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from benchmarks.reliability import peers
+from benchmarks.engine import peers
 from benchmarks.reliability.stacks import KINDS, Stack, stack
 from rich.console import Console
 from rich.progress import track
@@ -174,7 +174,11 @@ def markdown(results: dict[str, dict[str, Any]]) -> str:
 
 def save(path: Path, results: dict[str, dict[str, Any]]) -> None:
     machine = {"cpus": os.cpu_count(), "python": platform.python_version(), "system": platform.system()}
-    body = {"faults": results, "peers": peers.VERSIONS, "machine": machine}
+    body = {
+        "faults": results,
+        "peers": [line for peer in peers.ROUTERS.values() for line in peer.requirements],
+        "machine": machine,
+    }
     path.write_text(json.dumps(body, indent=1, ensure_ascii=False) + "\n")
 
 
@@ -188,7 +192,7 @@ def main() -> None:
     args = parser.parse_args()
     # Told to stop, it ends what it started, as on Ctrl-C.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
-    if needed := [name for name in args.routers if name in peers.VERSIONS]:
+    if needed := [name for name in args.routers if name in peers.ROUTERS]:
         peers.main(needed)
     kept = json.loads(args.json.read_text()) if args.json.exists() else {}
     results: dict[str, dict[str, Any]] = kept.get("faults", {})

@@ -7,7 +7,7 @@ from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from benchmarks.reliability.peers import python
+from benchmarks.engine.peers import python
 from tests.reliability.world import TOKEN, Child, Worker, Workers, free_port, until
 from tests.router.harness import MODEL, TINY
 
