@@ -20,13 +20,13 @@ class Tries:
         "_fruitless",
         "_ledger",
         "_limits",
-        "_rounds",
         "error",
         "failed",
         "fault",
         "full",
         "going_on",
         "lost_at",
+        "rounds",
         "stuck",
         "tried",
     )
@@ -37,7 +37,7 @@ class Tries:
         self._delivery = delivery
         self._ledger = ledger
         self._fruitless = 0  # tries in a row that a worker took on and that brought no new token
-        self._rounds = 0  # times that every replica was tried without one
+        self.rounds = 0  # times that every replica was tried without one
         self.failed = 0
         self.tried: list[Replica] = []
         self.fault: WorkerFault | None = None
@@ -69,11 +69,6 @@ class Tries:
             return self.lost_at + self._limits.resume_wait_s
         return self._began + self._limits.first_token_timeout_s
 
-    @property
-    def rounds(self) -> int:
-        """Times that every replica was tried since the last token."""
-        return self._rounds
-
     def note(self, replica: Replica, fault: WorkerFault, now: float) -> None:
         """A try failed."""
         self.failed += 1
@@ -104,12 +99,12 @@ class Tries:
         self.full = None
         self.lost_at = None
         self.stuck = self.going_on = False
-        self._fruitless = self._rounds = 0
+        self._fruitless = self.rounds = 0
 
     def again(self) -> None:
         """Every replica had its turn: all may be tried anew."""
         self.tried.clear()
-        self._rounds += 1
+        self.rounds += 1
 
     def left(self, now: float) -> float:
         """Seconds that a try which goes on may still be waited for; at 0 the answer has ended."""

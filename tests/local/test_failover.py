@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
+import yaml
 from tests.local.harness import TestCluster, eventually, local_cluster, python
 
 from wherry_local.paths import project_root
@@ -80,9 +81,18 @@ def whole(wherry: TestCluster) -> Iterator[None]:
     for name in wherry.cluster.node_names():
         wherry.cluster.start_node(name)
     wherry.kubectl("delete", "llmd", "--all", "--wait=false")
-    eventually(lambda: not items(wherry, "llmd") and not items(wherry, "pods"), "all is gone", 90)
+    gone(wherry)
     eventually(lambda: all(ready(node) for node in items(wherry, "nodes")), "all nodes are Ready", 60)
     eventually(lambda: not any(node["spec"].get("taints") for node in items(wherry, "nodes")), "no taints", 60)
+
+
+def gone(wherry: TestCluster, timeout_s: float = 90.0) -> None:
+    """Waits until nothing of any LLMDeployment is left; says what is, if it stays."""
+    deadline = time.monotonic() + timeout_s
+    while left := [*items(wherry, "llmd"), *items(wherry, "pods")]:
+        if time.monotonic() > deadline:
+            raise AssertionError(f"still there after {timeout_s:g} s:\n{yaml.safe_dump_all(left)}")
+        time.sleep(0.05)
 
 
 def items(wherry: TestCluster, kind: str, selector: str = "") -> list[dict[str, Any]]:
