@@ -14,8 +14,8 @@ from wherry_operator.planning.types import Observed, Scale, Settings
 NOW = 1000.0
 
 
-def worker(name: str, node: str, silent: float | None = None, answered: bool = True, patience: float = 5) -> PodSignal:
-    return PodSignal(name, node, None if silent is None else NOW - silent, answered, patience)
+def worker(name: str, node: str, silent: float | None = None, reached: bool = True, patience: float = 5) -> PodSignal:
+    return PodSignal(name, node, None if silent is None else NOW - silent, reached, patience)
 
 
 def node(name: str, silent: float | None = None, lease: float | None = None, **more: object) -> NodeSignal:
@@ -61,10 +61,10 @@ CASES = [
         [node("n1", 60, kubelet_answered=False), *OTHERS],
     ),
     # Workers that this operator never reached: it has just started, or may not reach them.
-    Case("never reached: one signal is not enough", [worker("a", "n1", 60, answered=False)], [node("n1", 60), *OTHERS]),
+    Case("never reached: one signal is not enough", [worker("a", "n1", 60, reached=False)], [node("n1", 60), *OTHERS]),
     Case(
         "never reached: two are",
-        [worker("a", "n1", 60, answered=False)],
+        [worker("a", "n1", 60, reached=False)],
         [node("n1", 60, lease=60), *OTHERS],
         ["a"],
     ),
@@ -99,14 +99,14 @@ CASES = [
     ),
     Case(
         "a pod that was bound to the lost node goes with the first",
-        [worker("a", "n1", 20), worker("b", "n1", 6, answered=False)],
+        [worker("a", "n1", 20), worker("b", "n1", 6, reached=False)],
         [node("n1", 20), *OTHERS],
         ["a", "b"],
     ),
     # A pod that has no address yet, on a node that died under it.
     Case(
         "starting, on a dead node",
-        [worker("a", "n1", 60, answered=False)],
+        [worker("a", "n1", 60, reached=False)],
         [node("n1", 60, ready="Unknown"), *OTHERS],
         ["a"],
     ),

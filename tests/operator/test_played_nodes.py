@@ -25,12 +25,16 @@ NODE = """
 import http.server, sys, threading
 class Handler(http.server.BaseHTTPRequestHandler):
     def do_GET(self):
+        if self.server.server_port in mute:
+            self.log_message()
+            threading.Event().wait()
         self.send_response(200)
         self.send_header("Content-Length", "0")
         self.end_headers()
     def log_message(self, *_):
         print("asked", self.server.server_address[0], flush=True)
-for word in sys.argv[1:]:
+mute = [int(port) for port in sys.argv[1].split()]
+for word in sys.argv[2:]:
     host, port = word.split(":")
     server = http.server.ThreadingHTTPServer((host, int(port)), Handler)
     threading.Thread(target=server.serve_forever, daemon=True).start()
@@ -40,15 +44,16 @@ threading.Event().wait()
 
 
 class PlayedNode:
-    def __init__(self, name: str, network: str, log: Path) -> None:
-        self.name, self.host, self._log = name, f"{network}.1", log
+    def __init__(self, name: str, network: str, log: Path, mute: str) -> None:
+        """`mute`: ports on which it takes connections and says nothing."""
+        self.name, self.host, self._log, self._mute = name, f"{network}.1", log, mute
         self.free = [f"{network}.{10 + index}" for index in range(PODS)]
         self._listen = [f"{self.host}:10250", *(f"{ip}:8000" for ip in self.free)]
         self.start()
 
     def start(self) -> None:
         with self._log.open("w") as log:
-            self._process = subprocess.Popen([sys.executable, "-c", NODE, *self._listen], stdout=log)
+            self._process = subprocess.Popen([sys.executable, "-c", NODE, self._mute, *self._listen], stdout=log)
         eventually(lambda: "up" in self._log.read_text(), "the node is up")
 
     def asked(self, address: str) -> bool:
@@ -65,10 +70,10 @@ class PlayedNode:
 class Nodes:
     """Three of them; each pod goes to the next that lives."""
 
-    def __init__(self, kube: Kube, folder: Path) -> None:
+    def __init__(self, kube: Kube, folder: Path, mute: str) -> None:
         self._kube = kube
         network = 232 + os.getpid() % 20  # above those of local mode
-        self.all = [PlayedNode(f"n{i}", f"127.{network}.{i}", folder / f"n{i}.log") for i in range(3)]
+        self.all = [PlayedNode(f"n{i}", f"127.{network}.{i}", folder / f"n{i}.log", mute) for i in range(3)]
         self.dead: set[str] = set()
         self._turn = 0
 
@@ -89,8 +94,8 @@ class Nodes:
 
 
 @pytest.fixture
-def nodes(kube: Kube, tmp_path: Path) -> Iterator[Nodes]:
-    nodes = Nodes(kube, tmp_path)
+def nodes(kube: Kube, tmp_path: Path, request: pytest.FixtureRequest) -> Iterator[Nodes]:
+    nodes = Nodes(kube, tmp_path, getattr(request, "param", ""))
     yield nodes
     for node in nodes.all:
         node.kill()
@@ -112,6 +117,7 @@ def deployed(kube: Kube, nodes: Nodes) -> dict[str, dict[str, Any]]:
     return dict(eventually(known, "three pods run, and the operator knows them"))
 
 
+@pytest.mark.parametrize("nodes", [pytest.param("", id="idle"), pytest.param("8000", id="too-busy")], indirect=True)
 def test_a_node_dies(plane: ControlPlane, kube: Kube, operator: OperatorProcess, nodes: Nodes) -> None:
     with Kubelet(kube, nodes.place):
         before = deployed(kube, nodes)

@@ -28,7 +28,7 @@ K = TypeVar("K", bound=Hashable)
 INTERVAL_S = 1.0
 # Above this many pods the interval grows, so that a large fleet costs a fixed share of a core.
 PROBES_PER_S = 1000
-TIMEOUT_S = 1.0
+TIMEOUT_S = 1.0  # for a connection, and for an answer
 API_TIMEOUT_S = 2.0
 AT_ONCE = 256
 LEASES_AT_ONCE = 8
@@ -49,6 +49,7 @@ class _Contact:
     """How the tries to reach something went. Times are those of the prober's clock."""
 
     silent_since: float | None = None
+    reached: bool = False
     answered: bool = False
     tried: float = float("-inf")
 
@@ -56,8 +57,9 @@ class _Contact:
     def answers(self) -> bool:
         return self.answered and self.silent_since is None
 
-    def note(self, begun: float, answered: bool) -> None:
+    def note(self, begun: float, answered: bool, reached: bool = False) -> None:
         self.tried = begun
+        self.reached |= reached or answered
         if answered:
             self.silent_since, self.answered = None, True
         elif self.silent_since is None:
@@ -125,7 +127,7 @@ class Prober(Generic[K]):
         self.verdict = Verdict()
         self._leases_readable = self._api_answers = True
         connector = aiohttp.TCPConnector(limit=0, keepalive_timeout=15)
-        timeout = aiohttp.ClientTimeout(total=TIMEOUT_S)
+        timeout = aiohttp.ClientTimeout(total=2 * TIMEOUT_S, sock_connect=TIMEOUT_S, sock_read=TIMEOUT_S)
         ended = self._clock()
         async with aiohttp.ClientSession(connector=connector, timeout=timeout) as session:
             while True:
@@ -185,12 +187,12 @@ class Prober(Generic[K]):
         pod = target.pod
         async with self._limit:
             begun = self._clock()
-            answered = bool(pod.ip) and await _answers_http(session, pod.ip, target.port)
-            self._note(self._pods[pod.uid], begun, answered)
+            reached, answered = await _ask(session, pod.ip, target.port) if pod.ip else (False, False)
+            self._note(self._pods[pod.uid], begun, answered, reached)
 
-    def _note(self, contact: _Contact, begun: float, answered: bool) -> None:
-        self._stalled |= self._clock() - begun > TIMEOUT_S + STALL_S
-        contact.note(begun, answered)
+    def _note(self, contact: _Contact, begun: float, answered: bool, reached: bool = False) -> None:
+        self._stalled |= self._clock() - begun > 2 * TIMEOUT_S + STALL_S
+        contact.note(begun, answered, reached)
 
     async def _probe_kubelet(self, name: str) -> None:
         memory, facts = self._memory[name], self._nodes.get(name)
@@ -237,8 +239,8 @@ class Prober(Generic[K]):
         pods = []
         for target in targets:
             contact = self._pods[target.pod.uid]
-            since, answered = contact.silent_since, contact.answered
-            pods.append(PodSignal(target.pod.uid, target.pod.node, since, answered, target.patience_s))
+            silent, patience = contact.silent_since, target.patience_s
+            pods.append(PodSignal(target.pod.uid, target.pod.node, silent, contact.reached, patience))
         names = sorted({target.pod.node for target in targets} | set(witnesses))
         before, live = self.verdict, self.verdict.live
         self.verdict = judge(pods, [self._signal(name) for name in names], self._clock(), self._api_answers)
@@ -276,14 +278,19 @@ class Prober(Generic[K]):
                 self.changed(key)
 
 
-async def _answers_http(session: aiohttp.ClientSession, address: str, port: int) -> bool:
-    """Whether a worker or a router answers, whatever it says: how it is doing is for the kubelet's probes."""
+async def _ask(session: aiohttp.ClientSession, address: str, port: int) -> tuple[bool, bool]:
+    """Whether a worker or a router takes up a connection, and whether it answers.
+
+    What it answers does not matter: how it is doing is for the kubelet's probes.
+    """
     try:
         async with session.get(url_of(address, port, "/health"), allow_redirects=False) as answer:
             await answer.read()
-    except (aiohttp.ClientError, TimeoutError, OSError, ValueError):
-        return False
-    return True
+    except (aiohttp.ConnectionTimeoutError, aiohttp.ClientConnectorError, ValueError):
+        return False, False
+    except (aiohttp.ClientError, TimeoutError, OSError):
+        return True, False
+    return True, True
 
 
 async def _all(work: Iterable[Awaitable[None]]) -> None:

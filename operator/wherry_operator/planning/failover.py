@@ -30,14 +30,14 @@ LEASE_SLACK = 1.5
 class PodSignal:
     """One worker or router. Times are seconds of the operator's own clock.
 
-    `silent_since`: when the first of the probes began that have failed in a row; None while it answers. `answered`:
-    whether it ever answered this operator. `patience_s`: its LLMDeployment's failover.nodeUnreachable.
+    `silent_since`: when the first of the probes began that have failed in a row; None while it answers. `reached`:
+    whether this operator ever had a connection to it. `patience_s`: its LLMDeployment's failover.nodeUnreachable.
     """
 
     uid: str
     node: str
     silent_since: float | None = None
-    answered: bool = True
+    reached: bool = True
     patience_s: float = 5.0
 
 
@@ -45,9 +45,9 @@ class PodSignal:
 class NodeSignal:
     """One node. What is not known speaks neither for nor against it.
 
-    `kubelet_silent_since` and `kubelet_answered` are like those of a pod. `ready` is the status of its condition Ready;
-    empty where it cannot be read. `lease_still_since`: when its Lease was first seen as it is still;
-    `renew_interval_s`: how often it should change. `deleted`: its Node object does not exist.
+    `kubelet_silent_since` is like that of a pod; `kubelet_answered`: whether it ever answered this operator. `ready` is
+    the status of its condition Ready; empty where it cannot be read. `lease_still_since`: when its Lease was first seen
+    as it is still; `renew_interval_s`: how often it should change. `deleted`: its Node object does not exist.
     """
 
     name: str
@@ -100,16 +100,16 @@ def judge(pods: Sequence[PodSignal], nodes: Sequence[NodeSignal], now: float, ap
         api_answers: whether the API server answered what was asked of it last.
     """
     by_name = {node.name: node for node in nodes}
-    living = {pod.node for pod in pods if pod.silent_since is None and pod.answered}
+    living = {pod.node for pod in pods if pod.silent_since is None and pod.reached}
     lost: dict[str, str] = {}
     gone: set[str] = set()
-    for pod in sorted(pods, key=lambda pod: not pod.answered):
+    for pod in sorted(pods, key=lambda pod: not pod.reached):
         node = by_name.get(pod.node)
         if node is None or pod.node in living or pod.silent_since is None:
             continue
         silent = now - pod.silent_since
         signs = evidence(node, now)
-        needed = 1 if pod.answered or pod.node in gone else 2
+        needed = 1 if pod.reached or pod.node in gone else 2
         if silent >= pod.patience_s and len(signs) >= needed:
             gone.add(pod.node)
             why = " and ".join(signs)
@@ -119,7 +119,7 @@ def judge(pods: Sequence[PodSignal], nodes: Sequence[NodeSignal], now: float, ap
         return Verdict(live=live)
     if not api_answers:
         return Verdict(isolated="the API server does not answer either", live=live)
-    known = living | {node.name for node in nodes if node.kubelet_answered} | {p.node for p in pods if p.answered}
+    known = living | {node.name for node in nodes if node.kubelet_answered} | {p.node for p in pods if p.reached}
     doubtful = sum(node.name in known - living and _doubtful(node, now) for node in nodes)
     if 2 * doubtful > len(known):
         return Verdict(
