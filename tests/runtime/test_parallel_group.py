@@ -8,6 +8,7 @@ import re
 import signal
 import socket
 import threading
+import time
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import Any
@@ -24,6 +25,7 @@ from wherry_runtime.loading.errors import ModelError
 from wherry_runtime.parallel.ending import EXIT_GROUP
 from wherry_runtime.parallel.follow import join_leader
 from wherry_runtime.parallel.group import Place
+from wherry_runtime.parallel.peer import BEAT_S, MISSED
 from wherry_runtime.parallel.shard import Shard
 
 pytestmark = pytest.mark.alone
@@ -170,6 +172,20 @@ def test_a_rank_of_the_same_pod_is_lost(fault: signal.Signals) -> None:
             assert silence is not None
             assert float(silence[1]) <= 2.0
         eventually(lambda: gone([rank]))
+
+
+def test_a_machine_that_stood_still_has_lost_nobody() -> None:
+    with group(1, 2) as (pod,):
+        pod.ready()
+        processes = [psutil.Process(pod.popen.pid), *pod.ranks()]
+        for process in processes:
+            process.suspend()
+        stopped = time.monotonic()
+        eventually(lambda: time.monotonic() - stopped > 3 * MISSED * BEAT_S)
+        for process in processes:
+            process.resume()
+        assert all(len(ids) == 24 for ids in answers(pod.url))
+        assert pod.ranks() == processes[1:]
 
 
 @pytest.mark.parametrize(("victim", "fault"), [(0, signal.SIGSTOP), (1, signal.SIGSTOP), (0, signal.SIGKILL)])

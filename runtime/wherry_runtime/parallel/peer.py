@@ -13,9 +13,10 @@ from wherry_runtime.parallel.wire import Beat, Fault, Link, Message, Stop, WireE
 log = logging.getLogger(__name__)
 
 BEAT_S = 0.2
-# How long a peer may be silent. Its beats need no more than a moment of one core: a slow step does not look frozen.
-SILENT_S = 1.5
-SILENT_WHILE_LOADING_S = 60.0  # reading a checkpoint may keep the interpreter's lock for long
+# How many of its beats a peer may miss. They need no more than a moment of a core: a slow step does not look frozen.
+# Counted by this process's own beats, so that one that stood still itself blames nobody when it goes on.
+MISSED = 5
+MISSED_WHILE_LOADING = 300  # reading a checkpoint may keep the interpreter's lock for long
 
 M = TypeVar("M", bound=Message)
 Lost = Callable[[str], None]
@@ -29,13 +30,13 @@ class Peer:
         lost: called at most once, from any thread, with what happened: the peer is gone, silent or broken.
     """
 
-    def __init__(self, name: str, link: Link, lost: Lost, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(self, name: str, link: Link, lost: Lost) -> None:
         self.name = name
         self.link = link
         self._lost = lost
-        self._clock = clock
-        self._heard = clock()
-        self._patience = SILENT_WHILE_LOADING_S
+        self._heard = time.monotonic()
+        self._missed = 0
+        self._patience = MISSED_WHILE_LOADING
         self._messages: SimpleQueue[Message | None] = SimpleQueue()
         self._closed = threading.Event()
         self._once = threading.Lock()
@@ -44,8 +45,8 @@ class Peer:
 
     def loaded(self) -> None:
         """From now on it must not be silent for longer than a moment."""
-        self._heard = self._clock()
-        self._patience = SILENT_S
+        self._missed = 0
+        self._patience = MISSED
 
     def send(self, message: Message) -> None:
         """Sends; a connection that is gone is told by `lost`, and here by a WireError."""
@@ -89,7 +90,7 @@ class Peer:
         try:
             while True:
                 message = self.link.receive()
-                self._heard = self._clock()
+                self._heard, self._missed = time.monotonic(), 0
                 if type(message) is Beat:
                     continue
                 if type(message) is Stop:
@@ -103,9 +104,10 @@ class Peer:
 
     def _watch(self) -> None:
         while not self._closed.wait(BEAT_S):
-            if (silence := self._clock() - self._heard) > self._patience:
-                self._say(f"{self.name} was silent for {silence:.1f} s")
+            if self._missed >= self._patience:
+                self._say(f"{self.name} was silent for {time.monotonic() - self._heard:.1f} s")
                 return
+            self._missed += 1
             try:
                 self.link.beat()
             except WireError as e:
