@@ -2,9 +2,11 @@
 
     python -m benchmarks.resume_cost [--rounds N] [--json FILE]
 
-Both are in front of the same mock workers, which send tokens as fast as they are taken; a round is the same streams to
-one router and then to the other, in alternating order, and gives one ratio of throughput and one of the router's CPU
-time. The one without books is this router with `Ledger.take` replaced by a function that does nothing.
+Both are in front of the same workers; a round is the same streams to one router and then to the other, in alternating
+order, and gives one ratio of throughput and one of the router's CPU time. Mock workers send tokens as fast as they are
+taken, so that the router is all that counts; the real engine (the sample model, the smallest there is) shows what is
+left of that where tokens are computed. The router without books is this one with `Ledger.take` replaced by a function
+that does nothing.
 """
 
 import argparse
@@ -15,6 +17,7 @@ import platform
 import statistics
 import sys
 import time
+from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -23,10 +26,15 @@ import aiohttp
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
-from tests.router.harness import MODEL, Process, eventually, mock_worker, running
+from tests.router.harness import MODEL, Process, eventually, mock_worker, running, worker
 
 STREAMS, AT_ONCE, TOKENS = 64, 32, 256
+WORKERS: dict[str, Callable[[ExitStack], list[str]]] = {
+    "mock": lambda stack: [stack.enter_context(mock_worker(name)).url for name in "ab"],
+    "engine": lambda stack: [stack.enter_context(worker("--dtype", "bfloat16")).url],
+}
 WARM_UP = 2
+KEYS = {"tokens_per_s": "tokens/s", "cpu_us_per_token": "router CPU, µs a token"}
 
 
 def bare(args: list[str]) -> None:
@@ -50,14 +58,16 @@ def start(stack: ExitStack, module: str, first: list[str], urls: list[str]) -> P
 
 
 def cpu_seconds(process: Process) -> float:
-    """User and system time of the process so far."""
-    fields = Path(f"/proc/{process.popen.pid}/stat").read_text().rpartition(")")[2].split()
-    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+    """What all threads of the process have run so far."""
+    threads = Path(f"/proc/{process.popen.pid}/task").glob("*/schedstat")
+    return sum(int(thread.read_text().split()[0]) for thread in threads) / 1e9
 
 
 async def streams(session: aiohttp.ClientSession, url: str) -> None:
-    script = json.dumps({"tokens": TOKENS, "text": "word "})
-    body = json.dumps({"model": MODEL, "messages": [{"role": "user", "content": script}], "stream": True}).encode()
+    script = json.dumps({"tokens": TOKENS, "text": "word "})  # which a mock worker follows, and an engine continues
+    messages = [{"role": "user", "content": script}]
+    options = {"stream": True, "max_tokens": TOKENS, "ignore_eos": True, "temperature": 0}
+    body = json.dumps({"model": MODEL, "messages": messages, **options}).encode()
     gate = asyncio.Semaphore(AT_ONCE)
 
     async def one() -> None:
@@ -97,9 +107,11 @@ def ratio(results: dict[str, list[dict[str, float]]], key: str) -> dict[str, flo
     return {"median": statistics.median(pairs), "standard_error": error, "rounds": len(pairs)}
 
 
-def show(summary: dict[str, Any]) -> None:
-    table = Table("", "without books", "with books", "ratio", title=f"{AT_ONCE} streams at once, {TOKENS} tokens each")
-    for key, text in (("tokens_per_s", "tokens/s"), ("cpu_us_per_token", "router CPU, µs a token")):
+def show(name: str, summary: dict[str, Any]) -> None:
+    table = Table(
+        "", "without books", "with books", "ratio", title=f"{name}: {AT_ONCE} streams at once of {TOKENS} tokens"
+    )
+    for key, text in KEYS.items():
         row = summary[key]
         table.add_row(
             text,
@@ -110,28 +122,37 @@ def show(summary: dict[str, Any]) -> None:
     Console().print(table)
 
 
+def compare(name: str, rounds: int) -> dict[str, Any]:
+    """Both routers in front of one kind of workers."""
+    with ExitStack() as stack:
+        urls = WORKERS[name](stack)
+        routers = {
+            "books": start(stack, "wherry_router", [], urls),
+            "none": start(stack, "benchmarks.resume_cost", ["bare"], urls),
+        }
+        results = asyncio.run(measure(routers, rounds))
+    return {
+        key: {name: statistics.median(r[key] for r in rows) for name, rows in results.items()}
+        | {"ratio": ratio(results, key)}
+        for key in KEYS
+    }
+
+
 def main() -> None:
     if sys.argv[1:2] == ["bare"]:
         bare(sys.argv[2:])
         return
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--rounds", type=int, default=30)
+    parser.add_argument("--workers", nargs="+", choices=WORKERS, default=list(WORKERS))
     parser.add_argument("--json", type=Path, default=Path("benchmarks/resume_cost.json"))
     args = parser.parse_args()
-    with ExitStack() as stack:
-        urls = [stack.enter_context(mock_worker(name)).url for name in "ab"]
-        routers = {
-            "books": start(stack, "wherry_router", [], urls),
-            "none": start(stack, "benchmarks.resume_cost", ["bare"], urls),
-        }
-        results = asyncio.run(measure(routers, args.rounds))
     summary: dict[str, Any] = {
-        key: {name: statistics.median(r[key] for r in rows) for name, rows in results.items()}
-        | {"ratio": ratio(results, key)}
-        for key in ("tokens_per_s", "cpu_us_per_token")
+        "machine": {"cpus": os.cpu_count(), "python": platform.python_version(), "system": platform.system()}
     }
-    summary["machine"] = {"cpus": os.cpu_count(), "python": platform.python_version(), "system": platform.system()}
-    show(summary)
+    for name in args.workers:
+        summary[name] = compare(name, args.rounds)
+        show(name, summary[name])
     args.json.write_text(json.dumps(summary, indent=1) + "\n")
 
 
