@@ -106,6 +106,21 @@ class Cluster:
         with self._background("proxy", "--port=0", "--address=127.0.0.1") as line:
             yield f"http://{line.split()[-1]}/api/v1/namespaces/{namespace}/services/{name}:http/proxy"
 
+    def node_port(self, namespace: str, name: str) -> str:
+        """A URL that leads to what is behind a Service as clients in the cluster reach it, without the API server.
+
+        Makes a second Service for it, which goes with the namespace.
+        """
+        spec = self.get(namespace, "service", name)["spec"]
+        port = {"name": "http", "port": spec["ports"][0]["port"], "targetPort": "http"}
+        outside = {"type": "NodePort", "selector": spec["selector"], "ports": [port]}
+        metadata = {"name": f"{name}-outside"}
+        self.apply(namespace, {"apiVersion": "v1", "kind": "Service", "metadata": metadata, "spec": outside})
+        [chosen] = self.get(namespace, "service", f"{name}-outside")["spec"]["ports"]
+        [node, *_] = self.get(namespace, "nodes", "-l", "node-role.kubernetes.io/control-plane")["items"]
+        address = next(a["address"] for a in node["status"]["addresses"] if a["type"] == "InternalIP")
+        return f"http://{address}:{chosen['nodePort']}"
+
     @contextmanager
     def forward(self, namespace: str, target: str, port: int) -> Iterator[str]:
         """A port-forward, which leads to one pod; gives `http://127.0.0.1:PORT`."""

@@ -2,7 +2,6 @@
 
 import subprocess
 import time
-from collections.abc import Iterator
 from datetime import datetime
 from typing import Any
 
@@ -37,7 +36,7 @@ def steady(cluster: Cluster, install: Install, namespace: str) -> str:
     cluster.kubectl("cordon", second)
     try:
         install()
-        cluster.apply(namespace, example(replicas=1))
+        cluster.apply(namespace, chat(1))
         cluster.wait_ready(namespace, "chat", 1)
     finally:
         cluster.kubectl("uncordon", second)
@@ -47,10 +46,17 @@ def steady(cluster: Cluster, install: Install, namespace: str) -> str:
     return second
 
 
-@pytest.fixture
-def url(cluster: Cluster, namespace: str, steady: str) -> Iterator[str]:
-    with cluster.service(namespace, "chat") as address:
-        yield address
+@pytest.fixture(scope="module")
+def url(cluster: Cluster, namespace: str, steady: str) -> str:
+    return cluster.node_port(namespace, "chat")
+
+
+# Engines take what they get; routers, the operator, kubelets and the API server are to have their part, too.
+RESOURCES = {"requests": {"cpu": "100m", "memory": "768Mi"}, "limits": {"cpu": "400m", "memory": "1Gi"}}
+
+
+def chat(replicas: int, **spec: Any) -> dict[str, Any]:
+    return example(replicas=replicas, resources=RESOURCES, **spec)
 
 
 def identities(pods: list[dict[str, Any]]) -> set[tuple[str, int]]:
@@ -106,7 +112,7 @@ def test_a_killed_node(cluster: Cluster, namespace: str, steady: str, url: str) 
 
 def test_a_group_on_two_nodes_loses_one(cluster: Cluster, namespace: str, steady: str, url: str) -> None:
     """Two ranks on two nodes; the one that does not lead is killed with its node. With no spare group, streams wait."""
-    manifest = example(replicas=1, parallelism={"tensor": 2, "ranksPerPod": 1})
+    manifest = chat(1, parallelism={"tensor": 2, "ranksPerPod": 1})
     cluster.apply(namespace, manifest)
     cluster.wait_ready(namespace, "chat", 1)
     pods = cluster.pods(namespace)
@@ -134,7 +140,7 @@ def test_a_group_on_two_nodes_loses_one(cluster: Cluster, namespace: str, steady
 @pytest.fixture(scope="module")
 def two_routers(cluster: Cluster, namespace: str, steady: str) -> None:
     """One alone could not be replaced or evicted without a gap."""
-    cluster.apply(namespace, example(replicas=2, router={"replicas": 2}))
+    cluster.apply(namespace, chat(2, router={"replicas": 2}))
     cluster.wait_ready(namespace, "chat", 2)
     cluster.kubectl("-n", namespace, "rollout", "status", "deployment/chat-router", "--timeout=180s")
 
