@@ -14,10 +14,11 @@ class Limits(msgspec.Struct, kw_only=True, frozen=True):
     # How long a request waits for a replica when there is none.
     no_replica_wait_s: float = 5.0
     max_tries: int = 4
-    # Silence after which a worker that owes tokens is asked whether it is alive, and how long it has to answer. Both
-    # and the time of one prefill are what a frozen worker's clients wait, so together they stay well under 2 s.
-    stall_s: float = 0.5
-    probe_timeout_s: float = 0.5
+    # Silence after which a worker that owes tokens is asked whether it is alive, and how long it has to answer. Asking
+    # costs next to nothing. Both and the time of one prefill are what a frozen worker's clients wait, and those of two
+    # that freeze one after the other wait twice as long: under 2 s, too.
+    stall_s: float = 0.3
+    probe_timeout_s: float = 0.4
     # Answers that lost their worker go on elsewhere. How long one waits for a replica, and how many tries in a row may
     # bring no new token: a request that ends every worker that it comes to must not go round for ever.
     resume: bool = True

@@ -18,6 +18,7 @@ _decode_error = msgspec.json.Decoder(ErrorEvent).decode
 _decode_load = msgspec.json.Decoder(LoadReport).decode
 _JSON = "application/json"
 _MAX_REFUSAL = 64 * 1024
+_PROBE_S = 1.0  # for questions that no client waits for
 
 
 class Upstream:
@@ -46,9 +47,9 @@ class Upstream:
     async def _well(self, url: str, timeout_s: float) -> bool:
         return await self.ask(url, "/health", timeout_s)
 
-    async def ask(self, url: str, path: str, timeout_s: float | None = None) -> bool:
+    async def ask(self, url: str, path: str, timeout_s: float = _PROBE_S) -> bool:
         """Whether a GET of `path` answers 200 in time."""
-        timeout = aiohttp.ClientTimeout(total=timeout_s or self._limits.probe_timeout_s)
+        timeout = aiohttp.ClientTimeout(total=timeout_s)
         try:
             async with self._session.get(url + path, timeout=timeout) as response:
                 return response.status == 200
@@ -57,7 +58,7 @@ class Upstream:
 
     async def load(self, url: str) -> LoadReport | None:
         """The worker's load; None: it does not tell."""
-        timeout = aiohttp.ClientTimeout(total=self._limits.probe_timeout_s)
+        timeout = aiohttp.ClientTimeout(total=_PROBE_S)
         try:
             async with self._session.get(url + "/load", headers=self._headers, timeout=timeout) as response:
                 return _decode_load(await response.read()) if response.status == 200 else None

@@ -10,10 +10,12 @@ that is well and not heard at all is given up on this connection.
 import asyncio
 from collections.abc import Awaitable, Callable
 
+from wherry_protocol.sse import HEARTBEAT_S
+
 # How many times as long as usual a worker may take to say that it is well, and at most in shares of the usual bound:
 # what a frozen worker's clients wait is bounded by it, on the busiest machine too.
 _PATIENCE = 8.0
-_MOST = 2.0
+_MOST = 2.5
 _WEIGHT = 0.2
 _MAX_KNOWN = 4096
 
@@ -62,8 +64,8 @@ class Health:
         return well
 
 
-# Of `stall_s`: how long not even a sign of life came before a connection is given up. Long enough to ask twice.
-_MUTE = 1.5
+# How long not even a sign of life came before a connection is given up.
+_MUTE_S = 2.5 * HEARTBEAT_S
 _LOOK_AGAIN_S = 0.05
 
 
@@ -167,7 +169,7 @@ class Watchdog:
         if self._pulse is None or self._reads is None:
             return self._stall
         last = max(self.heard, self._pulse, self._reads)
-        return last + _MUTE * self._stall - self._loop.time()
+        return last + _MUTE_S - self._loop.time()
 
     async def _ask(self) -> None:
         asked = self.heard

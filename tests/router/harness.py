@@ -129,7 +129,7 @@ def router(
     *urls: str, args: tuple[str, ...] = (), env: dict[str, str] | None = None, wait: int | None = None
 ) -> Iterator[Process]:
     """A router over `urls`, once it knows `wait` of them (all, by default) as routable."""
-    base = ["--endpoints", ",".join(urls), "--model", MODEL, "--port", "0", "--drain-grace-s", "0", "--stall-s", "0.5"]
+    base = ["--endpoints", ",".join(urls), "--model", MODEL, "--port", "0", "--drain-grace-s", "0"]
     with running(Process("wherry_router", [*base, *args], env)) as process:
         want = len(urls) if wait is None else wait
         eventually(lambda: any(len(line["routable"]) >= want for line in process.messages("replicas")))
