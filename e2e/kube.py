@@ -2,6 +2,7 @@
 
 import json
 import os
+import socket
 import subprocess
 import threading
 import time
@@ -119,6 +120,7 @@ class Cluster:
         [chosen] = self.get(namespace, "service", f"{name}-outside")["spec"]["ports"]
         [node, *_] = self.get(namespace, "nodes", "-l", "node-role.kubernetes.io/control-plane")["items"]
         address = next(a["address"] for a in node["status"]["addresses"] if a["type"] == "InternalIP")
+        eventually("the node's rules for its port", lambda: answers(address, chosen["nodePort"]), 60)
         return f"http://{address}:{chosen['nodePort']}"
 
     @contextmanager
@@ -159,6 +161,15 @@ class Cluster:
             except CommandError as error:
                 parts.append(f"$ kubectl {' '.join(look)}\n{error}")
         return "\n".join(parts)
+
+
+def answers(address: str, port: int) -> bool:
+    """Whether a connection is taken up there."""
+    try:
+        socket.create_connection((address, port), 2).close()
+    except OSError:
+        return False
+    return True
 
 
 def example(**spec: Any) -> dict[str, Any]:
