@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import yaml
+from kubernetes.utils import parse_quantity
 
 T = TypeVar("T")
 ROOT = Path(__file__).resolve().parents[1]
@@ -106,6 +107,15 @@ class Cluster:
         """A URL that leads to the Service's port `http`, through the API server to whichever pod is behind it now."""
         with self._background("proxy", "--port=0", "--address=127.0.0.1") as line:
             yield f"http://{line.split()[-1]}/api/v1/namespaces/{namespace}/services/{name}:http/proxy"
+
+    def free_memory(self, node: str) -> int:
+        """Bytes that no pod on the node has asked for."""
+        [allocatable] = [n for n in self.get("default", "nodes")["items"] if n["metadata"]["name"] == node]
+        pods = json.loads(self.kubectl("get", "pods", "-A", f"--field-selector=spec.nodeName={node}", "-o", "json"))
+        containers = [container for pod in pods["items"] for container in pod["spec"]["containers"]]
+        requests = [c.get("resources", {}).get("requests", {}).get("memory", "0") for c in containers]
+        free = parse_quantity(allocatable["status"]["allocatable"]["memory"]) - sum(map(parse_quantity, requests))
+        return int(free)
 
     def node_port(self, namespace: str, name: str) -> str:
         """A URL that leads to what is behind a Service as clients in the cluster reach it, without the API server.

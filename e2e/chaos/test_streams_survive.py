@@ -7,12 +7,13 @@ from typing import Any
 
 import pytest
 from e2e.conftest import SYSTEM, Install
-from e2e.kube import RUNTIME, Cluster, eventually, example, is_ready
+from e2e.kube import RUNTIME, Cluster, eventually, example
 from e2e.load import Streams
 
 pytestmark = pytest.mark.timeout(600)
 ROUTER = "app.kubernetes.io/component=router"
 ALL = "app.kubernetes.io/part-of=wherry"
+MIB = 1 << 20
 
 
 def workers(cluster: Cluster) -> list[str]:
@@ -110,31 +111,78 @@ def test_a_killed_node(cluster: Cluster, namespace: str, steady: str, url: str) 
     cluster.wait_ready(namespace, "chat", 2)
 
 
-def test_a_group_on_two_nodes_loses_one(cluster: Cluster, namespace: str, steady: str, url: str) -> None:
-    """Two ranks on two nodes; the one that does not lead is killed with its node. With no spare group, streams wait."""
-    manifest = chat(1, parallelism={"tensor": 2, "ranksPerPod": 1})
-    cluster.apply(namespace, manifest)
-    cluster.wait_ready(namespace, "chat", 1)
-    pods = cluster.pods(namespace)
-    assert len(pods) == 2
-    assert all(is_ready(pod) for pod in pods)
-    nodes = {pod["metadata"]["labels"]["inference.wherry.dev/rank"]: pod["spec"]["nodeName"] for pod in pods}
-    if nodes["1"] != steady:
-        pytest.skip(f"the second rank is where the router is: {nodes}")
-    known = {pod["metadata"]["uid"] for pod in pods}
-    with Streams(url, clients=8, max_tokens=300) as streams:
-        flowing(streams)
+@pytest.fixture
+def groups(cluster: Cluster, namespace: str, steady: str) -> dict[str, str]:
+    """Two groups of two ranks: one whole on the first node, one whose second rank is on the other. Gives their nodes.
+
+    On the first node is room for three ranks and no more: another pod holds what else it has.
+    """
+    first = next(name for name in workers(cluster) if name != steady)
+    cluster.kubectl("cordon", steady)
+    try:
+        cluster.apply(namespace, chat(1, parallelism={"tensor": 2, "ranksPerPod": 1}))
+        cluster.wait_ready(namespace, "chat", 1)
+        cluster.apply(namespace, hold(first, cluster.free_memory(first) - int(1.5 * 768 * MIB)))
+        cluster.kubectl("-n", namespace, "scale", "llmd/chat", "--replicas=2")
+        eventually("the second group's leader", lambda: len(placed(cluster, namespace)) == 3)
+    finally:
+        cluster.kubectl("uncordon", steady)
+    cluster.wait_ready(namespace, "chat", 2)
+    cluster.kubectl("-n", namespace, "delete", "pod", "hold", "--grace-period=1")
+    return placed(cluster, namespace)
+
+
+def placed(cluster: Cluster, namespace: str) -> dict[str, str]:
+    """The nodes of the pods that have one."""
+    pods = {pod["metadata"]["name"]: pod["spec"].get("nodeName", "") for pod in cluster.pods(namespace)}
+    return {name: node for name, node in pods.items() if node}
+
+
+def hold(node: str, memory: int) -> dict[str, Any]:
+    """A pod that asks for so much of a node's memory. It need not run for that, and its image does not exist."""
+    restricted = {
+        "allowPrivilegeEscalation": False,
+        "capabilities": {"drop": ["ALL"]},
+        "runAsNonRoot": True,
+        "seccompProfile": {"type": "RuntimeDefault"},
+    }
+    container = {
+        "name": "hold",
+        "image": "localhost/none:none",
+        "imagePullPolicy": "Never",
+        "resources": {"requests": {"memory": str(memory)}},
+        "securityContext": restricted,
+    }
+    spec = {"nodeName": node, "containers": [container], "terminationGracePeriodSeconds": 0}
+    return {"apiVersion": "v1", "kind": "Pod", "metadata": {"name": "hold"}, "spec": spec}
+
+
+def test_a_group_on_two_nodes_loses_one(
+    cluster: Cluster, namespace: str, steady: str, url: str, groups: dict[str, str]
+) -> None:
+    """The node of the rank that does not lead. Its streams go on in the other group."""
+    [lost] = [name for name, node in groups.items() if node == steady]
+    assert lost.endswith("-1"), groups
+    with Streams(url, clients=20, max_tokens=300) as streams:
+        flowing(streams, 40)
+        killed = time.time()
         subprocess.run([engine(), "kill", steady], check=True, capture_output=True)
         try:
-            eventually(
-                "a new group",
-                lambda: len([p for p in cluster.pods(namespace) if p["metadata"]["uid"] not in known]) == 2,
-            )
-            flowing(streams)
+            new = eventually("a new group", lambda: [p for p in cluster.pods(namespace) if is_new(p, groups)])
+            created = datetime.fromisoformat(new[0]["metadata"]["creationTimestamp"]).timestamp()
+            print(f"replacement created {created - killed:.1f} s after the kill (to the second)")
+            assert created - killed <= 10
+            flowing(streams, 40)
         finally:
             subprocess.run([engine(), "start", steady], check=True, capture_output=True)
             cluster.kubectl("wait", "--for=condition=Ready", f"node/{steady}", "--timeout=180s")
-    check(streams, 30)
+        cluster.wait_ready(namespace, "chat", 2)
+    check(streams, 80)
+    assert streams.gap_p99 < 2
+
+
+def is_new(pod: dict[str, Any], known: dict[str, str]) -> bool:
+    return pod["metadata"]["name"] not in known
 
 
 @pytest.fixture(scope="module")
