@@ -169,7 +169,7 @@ class LocalWorld:
             await asyncio.to_thread(self._cluster.kubectl, "delete", "pod", name, "--wait=false")
             return
         node = self._nodes[name]
-        if what == "lose the node" and node not in self._routers.values():
+        if what == "lose the node" and node not in self._routers.values() and await self._well_elsewhere(node):
             self._lost.add(node)
             await asyncio.to_thread(self._cluster.cluster.kill_node, node)
             return
@@ -186,6 +186,11 @@ class LocalWorld:
                 self._later(0.3, pids, signal.SIGCONT)
             elif what == "freeze then kill":
                 self._later(0.8, pids, signal.SIGKILL)
+
+    async def _well_elsewhere(self, node: str) -> bool:
+        """Whether a well worker is left without that node, which may have several."""
+        well = await self.healthy() - self._frozen.keys()
+        return any(self._nodes[self._pods[number]] != node for number in well)
 
     def _later(self, delay_s: float, pids: list[int], number: int) -> None:
         async def send() -> None:
