@@ -110,11 +110,11 @@ class Cluster:
 
     def free_memory(self, node: str) -> int:
         """Bytes that no pod on the node has asked for."""
-        [allocatable] = [n for n in self.get("default", "nodes")["items"] if n["metadata"]["name"] == node]
+        allocatable = self.get("default", "node", node)["status"]["allocatable"]
         pods = json.loads(self.kubectl("get", "pods", "-A", f"--field-selector=spec.nodeName={node}", "-o", "json"))
         containers = [container for pod in pods["items"] for container in pod["spec"]["containers"]]
         requests = [c.get("resources", {}).get("requests", {}).get("memory", "0") for c in containers]
-        free = parse_quantity(allocatable["status"]["allocatable"]["memory"]) - sum(map(parse_quantity, requests))
+        free = parse_quantity(allocatable["memory"]) - sum(map(parse_quantity, requests))
         return int(free)
 
     def node_port(self, namespace: str, name: str) -> str:

@@ -86,13 +86,16 @@ def whole(wherry: TestCluster) -> Iterator[None]:
     eventually(lambda: not any(node["spec"].get("taints") for node in items(wherry, "nodes")), "no taints", 60)
 
 
-def gone(wherry: TestCluster, timeout_s: float = 90.0) -> None:
+def gone(wherry: TestCluster) -> None:
     """Waits until nothing of any LLMDeployment is left; says what is, if it stays."""
-    deadline = time.monotonic() + timeout_s
-    while left := [*items(wherry, "llmd"), *items(wherry, "pods")]:
-        if time.monotonic() > deadline:
-            raise AssertionError(f"still there after {timeout_s:g} s:\n{yaml.safe_dump_all(left)}")
-        time.sleep(0.05)
+
+    def left() -> list[dict[str, Any]]:
+        return [*items(wherry, "llmd"), *items(wherry, "pods")]
+
+    try:
+        eventually(lambda: not left(), "all is gone", 90)
+    except AssertionError as error:
+        raise AssertionError(f"{error}\n{yaml.safe_dump_all(left())}") from None
 
 
 def items(wherry: TestCluster, kind: str, selector: str = "") -> list[dict[str, Any]]:

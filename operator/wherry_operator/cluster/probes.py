@@ -50,18 +50,17 @@ class _Contact:
 
     silent_since: float | None = None
     reached: bool = False
-    answered: bool = False
     tried: float = float("-inf")
 
     @property
     def answers(self) -> bool:
-        return self.answered and self.silent_since is None
+        return self.reached and self.silent_since is None
 
     def note(self, begun: float, answered: bool, reached: bool = False) -> None:
         self.tried = begun
         self.reached |= reached or answered
         if answered:
-            self.silent_since, self.answered = None, True
+            self.silent_since = None
         elif self.silent_since is None:
             self.silent_since = begun
 
@@ -265,7 +264,7 @@ class Prober(Generic[K]):
         return NodeSignal(
             name=name,
             kubelet_silent_since=memory.kubelet.silent_since,
-            kubelet_answered=memory.kubelet.answered,
+            kubelet_answered=memory.kubelet.reached,
             ready=facts.ready if facts else "",
             lease_still_since=memory.lease_since,
             renew_interval_s=memory.renew_interval_s,
