@@ -5,6 +5,7 @@
 
     started, token*, metrics, (end | error)
 
+The answer's headers come once the request is in the engine's queue, and comments wherever it pauses (see `sse`).
 A request that cannot start gets an HTTP status with an `ErrorEvent` as its JSON body and no stream: 400 (the request),
 401 (the token), 404 (the model), 429 (the queue is full, with `Retry-After`), 503 (not ready or draining).
 `POST /cancel` takes a `CancelRequest`; `GET /load` answers a `LoadReport`; `GET /health` and `GET /ready` ask no token.

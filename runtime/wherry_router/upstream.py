@@ -12,7 +12,7 @@ from wherry_protocol.worker import End, ErrorEvent, Event, LoadReport, Token
 from wherry_router.fault import Expired, QueueFull, WorkerFault
 from wherry_router.pool import Replica
 from wherry_router.settings import Limits
-from wherry_router.watchdog import Health, Watchdog
+from wherry_router.watchdog import Health, Watchdog, begins_within
 
 _decode_error = msgspec.json.Decoder(ErrorEvent).decode
 _decode_load = msgspec.json.Decoder(LoadReport).decode
@@ -91,11 +91,13 @@ class Upstream:
         def abort() -> None:
             limit.reschedule(0)
 
-        watchdog = Watchdog(self._limits.stall_s, deadline, lambda: self._health.ask(url), abort, leaves)
+        begin_s = begins_within(self._health.timeout(url), len(body))
+        watchdog = Watchdog(self._limits.stall_s, begin_s, deadline, lambda: self._health.ask(url), abort, leaves)
         try:
             # A timeout must not span a yield, so this one ends with the response's headers.
             async with limit:
                 response = await self._session.post(replica.execute_url, data=body, headers=headers)
+            watchdog.begun(promises=HEADER_HEARTBEAT in response.headers)
             watchdog.abort = response.close
             async with response:
                 if response.status != 200:
@@ -113,8 +115,6 @@ class Upstream:
 
 async def _events(response: aiohttp.ClientResponse, watchdog: Watchdog) -> AsyncGenerator[Event, None]:
     ended = False
-    if HEADER_HEARTBEAT in response.headers:
-        watchdog.beat()
     async for frame in frames(response.content.iter_any()):
         event = decode_frame(frame)
         if event is None:

@@ -3,8 +3,9 @@
 Silence alone proves nothing: a request may wait long in a full queue, and a large model takes long for a token. So
 silence leads to a question, `GET /health`, and only a worker that does not answer it either is given up.
 
-A connection may be dead though its worker is well. A worker that has nothing to say says so (`sse.HEARTBEAT`), so one
-that is well and not heard at all is given up on this connection.
+A connection may be dead though its worker is well. A worker begins its answer when it takes the request into its queue,
+and says from then on when it has nothing to say (`sse.HEARTBEAT`), so one that is well and not heard at all is given up
+on this connection.
 """
 
 import asyncio
@@ -67,11 +68,21 @@ class Health:
 # How long not even a sign of life came before a connection is given up.
 _MUTE_S = 2.5 * HEARTBEAT_S
 _LOOK_AGAIN_S = 0.05
+# How long a worker may take to refuse a request or to begin its answer, over the time in which it says that it is well,
+# and how fast it does at least what comes before that: it reads the request, renders its template, makes tokens of it.
+_BEGIN_S = 1.0
+_READS_BYTES_PER_S = 250_000
+
+
+def begins_within(well_s: float, num_bytes: int) -> float:
+    """Seconds in which a worker refuses a request of `num_bytes` or begins to answer; `well_s`: `Health.timeout`."""
+    return _BEGIN_S + well_s + num_bytes / _READS_BYTES_PER_S
 
 
 class Watchdog:
-    """Calls `abort` when the worker was silent for `stall_s` and `alive` says no, when `deadline` passes before a
-    token, or when `leaves` says so.
+    """Calls `abort` when the worker was silent for `stall_s` and `alive` says no; when `alive` says yes, but no answer
+    has `begun` after `begin_s`, or one that promised signs of life gives none; when `deadline` passes before a token;
+    or when `leaves` says so.
 
     `touch` is called for every event; it only notes the time, so that a token costs no timer. `hold` and `reads` stand
     around the time in which nobody reads from the worker, since the client is slow: then silence says nothing of the
@@ -81,6 +92,7 @@ class Watchdog:
     __slots__ = (
         "_alive",
         "_asking",
+        "_begins",
         "_deadline",
         "_leaves",
         "_loop",
@@ -99,6 +111,7 @@ class Watchdog:
     def __init__(
         self,
         stall_s: float,
+        begin_s: float,
         deadline: float,
         alive: Callable[[], Awaitable[bool]],
         abort: Callable[[], None],
@@ -111,6 +124,7 @@ class Watchdog:
         self._leaves = leaves
         self._asking: asyncio.Task[None] | None = None
         self.heard = self._loop.time()
+        self._begins: float | None = self.heard + begin_s
         self.abort = abort
         self._pulse: float | None = None  # last sign of life that is no event; None: none is promised
         self._reads: float | None = self.heard  # since when somebody reads from the worker
@@ -129,8 +143,14 @@ class Watchdog:
         """The worker sent something."""
         self.heard = self._loop.time()
 
+    def begun(self, *, promises: bool) -> None:
+        """The worker answers. `promises`: there will be signs of life."""
+        self._begins = None
+        if promises:
+            self.beat()
+
     def beat(self) -> None:
-        """The worker gave a sign of life, or promised them."""
+        """The worker gave a sign of life."""
         self._pulse = self._loop.time()
 
     def hold(self) -> None:
@@ -166,6 +186,8 @@ class Watchdog:
 
     def _until_mute(self) -> float:
         """Seconds until a connection without any sign of life is given up."""
+        if self._begins is not None:
+            return self._begins - self._loop.time()
         if self._pulse is None or self._reads is None:
             return self._stall
         last = max(self.heard, self._pulse, self._reads)

@@ -27,6 +27,7 @@ class Script(msgspec.Struct, kw_only=True, forbid_unknown_fields=True, omit_defa
     tokens: int = 4
     text: str = ""  # each token's; empty: name, prompt and number
     pause_s: float = 0.0  # between tokens
+    mute: bool = False  # take the request and never begin to answer
     hold: bool = False  # wait for ever before the first token
     hold_after: int = -1  # wait for ever after so many tokens
     status: int = 200  # refuse with this status
@@ -141,6 +142,8 @@ class MockWorker:
         await respond(send, status, msgspec.json.encode(error), headers=[(b"retry-after", b"3")])
 
     async def _answer(self, send: Send, request: ExecuteRequest, prompt: str, script: Script) -> None:
+        if script.mute:
+            await asyncio.Event().wait()
         headers = [(b"content-type", b"text/event-stream")]
         await send({"type": "http.response.start", "status": 200, "headers": headers})
 

@@ -81,6 +81,23 @@ def test_a_worker_lost_before_its_first_token_costs_no_request(trio: tuple[list[
         assert post(front.url, chat("hello"), timeout=5).status_code == 200
 
 
+@pytest.mark.parametrize("streamed", [True, False])
+def test_a_connection_that_is_dead_before_the_first_byte_costs_no_request(
+    pair: tuple[list[Mock], Process], streamed: bool
+) -> None:
+    mocks, front = pair
+    before = len(front.messages("try failed"))
+    content = script(mute=True, only="a", tokens=3)
+    while len(front.messages("try failed")) == before:
+        if streamed:
+            assert stream(front.url, content, timeout=20)[-1] == {}
+        else:
+            assert post(front.url, chat(content), timeout=20).status_code == 200
+    (line,) = front.messages("try failed")[before:]
+    assert (line["reason"], line["detail"]) == ("lost", "lost: the connection is silent though the worker is well")
+    eventually(lambda: mocks[0].state()["running"] == 0)
+
+
 def test_refused_connections_cost_no_request(trio: tuple[list[Mock], Process]) -> None:
     mocks, front = trio
     mocks[0].process.kill()
@@ -142,9 +159,10 @@ def check_whole_answers(mocks: list[Mock], front: Process) -> None:
 
 def test_a_slow_worker_is_not_taken_for_a_frozen_one(pair: tuple[list[Mock], Process]) -> None:
     _, front = pair
-    # Four times the silence after which the router asks; the worker is alive and says so.
+    before = front.messages("try failed")
+    # Many times the silence after which the router asks; the worker is alive and says so.
     assert text_of(stream(front.url, script(tokens=2, pause_s=2.0))).count("|") == 4
-    assert not front.messages("try failed")
+    assert front.messages("try failed") == before
 
 
 @pytest.mark.parametrize("status, code", [(400, "context_length_exceeded"), (404, "model_not_found")])

@@ -2,19 +2,25 @@
 
 import asyncio
 
-from wherry_router.watchdog import Watchdog
+import pytest
+
+from wherry_router.watchdog import Watchdog, begins_within
 
 STALL_S = 0.05
 
 
 class Case:
-    """A watchdog over a worker that says that it is `alive`, and counts how often it is asked."""
+    """A watchdog over a worker that says that it is `alive`, and counts how often it is asked. Its answer has begun
+    unless `begin_s` says how long that may take."""
 
-    def __init__(self, *, alive: bool = True) -> None:
+    def __init__(self, *, alive: bool = True, promises: bool = False, begin_s: float | None = None) -> None:
         self.alive = alive
         self.asked = asyncio.Semaphore(0)
         self.aborted = asyncio.Event()
-        self.dog = Watchdog(STALL_S, asyncio.get_running_loop().time() + 60, self._ask, self.aborted.set)
+        deadline = asyncio.get_running_loop().time() + 60
+        self.dog = Watchdog(STALL_S, begin_s or 0, deadline, self._ask, self.aborted.set)
+        if begin_s is None:
+            self.dog.begun(promises=promises)
 
     async def _ask(self) -> bool:
         self.asked.release()
@@ -43,10 +49,30 @@ async def test_a_worker_that_promises_no_signs_of_life_may_be_slow_for_ever() ->
 
 
 async def test_one_that_promised_them_and_is_well_is_behind_a_dead_connection() -> None:
-    case = Case()
-    case.dog.beat()
+    case = Case(promises=True)
     await case.gone()
     assert (case.dog.lost, case.dog.mute) == (True, True)
+
+
+async def test_one_that_is_well_and_has_not_begun_in_time_is_behind_one_too() -> None:
+    case = Case(begin_s=8 * STALL_S)
+    await case.questions(3)
+    assert not case.aborted.is_set()
+    await case.gone()
+    assert (case.dog.lost, case.dog.mute) == (True, True)
+
+
+async def test_one_that_begins_in_time_may_be_slow_for_ever() -> None:
+    case = Case(begin_s=3 * STALL_S)
+    case.dog.begun(promises=False)
+    await case.questions(8)
+    assert not case.aborted.is_set()
+    case.dog.stop()
+
+
+def test_a_long_request_may_take_longer_to_begin() -> None:
+    assert begins_within(0.4, 1_000) == pytest.approx(1.4, abs=0.01)
+    assert begins_within(1.0, 4_000_000) == 18.0
 
 
 async def test_signs_of_life_are_no_events_but_show_that_the_connection_lives() -> None:
@@ -67,8 +93,7 @@ async def test_signs_of_life_are_no_events_but_show_that_the_connection_lives() 
 
 
 async def test_while_nobody_reads_silence_tells_nothing_of_the_connection() -> None:
-    case = Case()
-    case.dog.beat()
+    case = Case(promises=True)
     case.dog.hold()
     await case.questions(8)
     assert not case.aborted.is_set()
@@ -78,8 +103,7 @@ async def test_while_nobody_reads_silence_tells_nothing_of_the_connection() -> N
 
 
 async def test_while_nobody_reads_a_worker_may_still_be_gone() -> None:
-    case = Case(alive=False)
-    case.dog.beat()
+    case = Case(alive=False, promises=True)
     case.dog.hold()
     await case.gone()
     assert (case.dog.lost, case.dog.mute) == (True, False)

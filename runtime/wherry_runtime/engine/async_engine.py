@@ -6,7 +6,7 @@ import secrets
 import sys
 import time
 from collections import deque
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable, Callable
 
 from wherry_protocol.engine_config import EngineConfig
 from wherry_protocol.worker import Event, ExecuteRequest, FinishReason, LoadReport
@@ -117,13 +117,18 @@ class AsyncEngine:
         if loaded is not None and loaded.leader is not None:
             await asyncio.to_thread(loaded.leader.close)
 
-    async def generate(self, request: ExecuteRequest) -> AsyncIterator[Event]:
+    async def generate(
+        self, request: ExecuteRequest, admitted: Callable[[], Awaitable[None]] | None = None
+    ) -> AsyncIterator[Event]:
         """Started, Token…, Metrics, and End; or an ErrorEvent as the last one.
 
         Closing the iterator cancels the request. Text may lag behind tokens: see `worker.Token`.
 
+        Args:
+            admitted: awaited once the request stands in the queue.
+
         Raises:
-            RequestError: before the first event, if the request cannot start.
+            RequestError: before that, if the request cannot start.
         """
         check_identity(request, self._ready_model())
         if request.id in self._keys:
@@ -136,6 +141,8 @@ class AsyncEngine:
         answer: Answer | None = None
         try:
             answer, over = await self._admit(request, key)
+            if admitted is not None:
+                await admitted()
             if over is not None:
                 for event in answer.over(*over):
                     yield event

@@ -2,7 +2,7 @@
 
 import asyncio
 import threading
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable, Callable
 
 from wherry_protocol.engine_config import EngineConfig
 from wherry_protocol.naming import EXIT_PEER_LOST
@@ -57,7 +57,9 @@ class RankEngine:
     def max_model_len(self) -> int:
         return self._config.max_model_len
 
-    async def generate(self, request: ExecuteRequest) -> AsyncIterator[Event]:
+    async def generate(
+        self, request: ExecuteRequest, admitted: Callable[[], Awaitable[None]] | None = None
+    ) -> AsyncIterator[Event]:
         """Refuses.
 
         Raises:

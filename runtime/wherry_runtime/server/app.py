@@ -135,15 +135,16 @@ class WorkerApp:
             log.info("client gone, cancelled", extra={"fields": self._fields(call, request)})
 
     async def _stream(self, call: _Call, request: ExecuteRequest) -> None:
-        pulse: Pulse | None = None
+        pulse = Pulse(call.send)
         last = call.began
-        async with aclosing(events_of(self._engine, request)) as events:
+
+        async def begin() -> None:
+            # Not only with the first token: who waits for it learns that the connection carries anything at all.
+            await pulse.send({"type": "http.response.start", "status": 200, "headers": [*_SSE, *call.headers]})
+
+        async with aclosing(events_of(self._engine, request, begin)) as events:
             try:
                 async for event in events:
-                    if pulse is None:
-                        headers = [*_SSE, *call.headers]
-                        await call.send({"type": "http.response.start", "status": 200, "headers": headers})
-                        pulse = Pulse(call.send)
                     if type(event) is Token:
                         now = time.perf_counter()
                         (self._metrics.ttft if last is call.began else self._metrics.inter_token).observe(now - last)
@@ -152,13 +153,12 @@ class WorkerApp:
                         self._note(call, request, event)
                     await pulse.send({"type": "http.response.body", "body": encode_event(event), "more_body": True})
             except Exception as error:
-                if pulse is None:
+                if not pulse.begun:
                     await self._refuse(call, request, error)
                     return
                 await self._break_off(call, request, error)
             finally:
-                if pulse is not None:
-                    pulse.stop()
+                pulse.stop()
         await call.send({"type": "http.response.body", "body": b""})
 
     async def _refuse(self, call: _Call, request: ExecuteRequest, error: Exception) -> None:

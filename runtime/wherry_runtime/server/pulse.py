@@ -10,7 +10,8 @@ from wherry_protocol.sse import HEARTBEAT, HEARTBEAT_S
 class Pulse:
     """Passes messages on to `send`, and sends a comment where there was none for `HEARTBEAT_S`.
 
-    A message only notes the time, so that a token costs no timer.
+    The first message is the response's start; signs of life follow it. A message only notes the time, so that a token
+    costs no timer.
     """
 
     def __init__(self, send: Send) -> None:
@@ -20,10 +21,17 @@ class Pulse:
         self._sending = 0
         self._over = False
         self._beat: asyncio.Task[None] | None = None
-        self._timer = self._loop.call_later(HEARTBEAT_S, self._tick)
+        self._timer: asyncio.TimerHandle | None = None
+
+    @property
+    def begun(self) -> bool:
+        """Whether the response has started: its status cannot change any more."""
+        return self._timer is not None
 
     async def send(self, message: Message) -> None:
         """Sends it; waits while the reader is slow, and no sign of life stands in line behind it."""
+        if self._timer is None:
+            self._timer = self._loop.call_later(HEARTBEAT_S, self._tick)
         self._sending += 1
         try:
             await self._send(message)
@@ -34,7 +42,8 @@ class Pulse:
     def stop(self) -> None:
         """The answer is over: nothing more is sent from here on."""
         self._over = True
-        self._timer.cancel()
+        if self._timer is not None:
+            self._timer.cancel()
         if self._beat is not None:
             self._beat.cancel()
 

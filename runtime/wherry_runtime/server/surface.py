@@ -1,9 +1,11 @@
 """What the worker's HTTP server asks of an engine. `wherry_runtime.engine.async_engine.AsyncEngine` has this shape."""
 
-from collections.abc import AsyncGenerator, AsyncIterator
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
 from typing import Protocol, cast, runtime_checkable
 
 from wherry_protocol.worker import ErrorEvent, Event, ExecuteRequest, LoadReport
+
+Admitted = Callable[[], Awaitable[None]]
 
 
 class Engine(Protocol):
@@ -16,8 +18,9 @@ class Engine(Protocol):
     async def start(self) -> None:
         """Loads the model. Raises an error that carries `code` and `message` when it cannot."""
 
-    def generate(self, request: ExecuteRequest) -> AsyncIterator[Event]:
-        """The events of one request; closing the iterator cancels it. Raises a `Refusal` before the first event."""
+    def generate(self, request: ExecuteRequest, admitted: Admitted | None = None) -> AsyncIterator[Event]:
+        """The events of one request; closing the iterator cancels it. Raises a `Refusal` before `admitted` is awaited:
+        from then on the request stands in the queue, though its first event may take long."""
 
     def cancel(self, request_id: str) -> bool:
         """Ends a request. False: there is none with this id."""
@@ -54,6 +57,6 @@ def refusal(error: Exception) -> tuple[int, ErrorEvent] | None:
     return error.status, event
 
 
-def events_of(engine: Engine, request: ExecuteRequest) -> AsyncGenerator[Event, None]:
+def events_of(engine: Engine, request: ExecuteRequest, admitted: Admitted | None = None) -> AsyncGenerator[Event, None]:
     """The engine's events as a generator, which can be closed."""
-    return cast("AsyncGenerator[Event, None]", engine.generate(request))
+    return cast("AsyncGenerator[Event, None]", engine.generate(request, admitted))

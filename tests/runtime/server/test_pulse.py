@@ -29,6 +29,7 @@ async def beats(count: int) -> None:
     """Returns when another answer, which is silent, has had so many signs of life."""
     wire = Wire()
     pulse = Pulse(wire.send)
+    await pulse.send(TOKEN)
     for _ in range(count):
         await asyncio.wait_for(wire.beats.acquire(), 5)
     pulse.stop()

@@ -153,6 +153,22 @@ def test_full_queue_and_cancel(one: Process) -> None:
     assert "wherry_time_to_first_token_seconds_bucket" in metrics
 
 
+def test_an_answer_begins_when_its_request_is_in_the_queue(one: Process) -> None:
+    """And shows signs of life there: who asked can tell a long queue from a dead connection."""
+    running = Streaming(one, "running")
+    running.start()
+    eventually(lambda: load(one)["running"] == 1)
+    body = {"id": "waiting", "model": MODEL, "prompt": {"text": "A boat"}, "sampling": {"max_tokens": 1}}
+    with httpx.stream("POST", one.url + "/execute", json=body, headers=TOKEN, timeout=60) as response:
+        assert load(one)["waiting"] == 1
+        assert (response.status_code, response.headers["x-heartbeat-s"]) == (200, "0.3")
+        lines = response.iter_lines()
+        assert next(lines) == ": alive"
+        httpx.post(one.url + "/cancel", json={"id": "running"}, headers=TOKEN)
+        assert next(line for line in lines if line.startswith("event:")) == "event: started"
+    running.join(20)
+
+
 def test_a_client_that_leaves_is_cancelled(one: Process) -> None:
     body = {"id": "left", "model": MODEL, "prompt": {"text": "A"}, "sampling": {"max_tokens": 1000, "ignore_eos": True}}
     with httpx.stream("POST", one.url + "/execute", json=body, headers=TOKEN) as response:
