@@ -26,6 +26,7 @@ from wherry_protocol.openai.errors import ApiError, method_not_allowed, not_foun
 from wherry_protocol.router_report import PATH as REPORT_PATH
 from wherry_protocol.router_report import ReplicaReport, RouterReport
 from wherry_router.backend import Backend
+from wherry_router.caller import ANYBODY, Caller
 from wherry_router.completions import Completions
 from wherry_router.metrics import RouterMetrics
 from wherry_router.settings import Limits
@@ -95,6 +96,11 @@ class RouterApp:
             raise method_not_allowed(scope["method"], REPORT_PATH)
         return msgspec.json.encode(RouterReport(replicas=self._report(), draining=self._draining))
 
+    def _identify(self, scope: Scope) -> Caller:
+        if not self._guard.allows(scope):
+            raise unauthorized()
+        return ANYBODY
+
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """One request."""
         correlation = correlation_id(scope)
@@ -111,14 +117,13 @@ class RouterApp:
                 route, status = REPORT_PATH, 200
                 await respond(send, status, self._replicas(scope), headers=headers)
                 return
-            if not self._guard.allows(scope):
-                raise unauthorized()
+            caller = self._identify(scope)
             if kind is None:
                 await self._surface(scope, receive, _with_headers(send, headers))
                 return
             if scope["method"] != "POST":
                 raise method_not_allowed(scope["method"], scope["path"])
-            status = await self._completions(kind, scope, receive, send, correlation, headers)
+            status = await self._completions(kind, caller, scope, receive, send, correlation, headers)
         except ClientGone:
             status = 499
         except BodyTooLarge:

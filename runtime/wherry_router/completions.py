@@ -15,6 +15,7 @@ from wherry_protocol.openai.stream import DONE, Chunks
 from wherry_protocol.openai.translate import to_execute
 from wherry_protocol.worker import End, ErrorEvent, Event, Started, Token
 from wherry_router.backend import Backend, Delivery
+from wherry_router.caller import Caller
 from wherry_router.merge import merge
 from wherry_router.metrics import RouterMetrics
 from wherry_router.settings import Limits
@@ -32,9 +33,10 @@ _STREAM: Headers = [
 class Answer:
     """One request being answered: what every step needs to know of it."""
 
-    def __init__(self, request: Request, correlation: str, headers: Headers, began: float) -> None:
+    def __init__(self, request: Request, caller: Caller, correlation: str, headers: Headers, began: float) -> None:
         self.chat = isinstance(request, ChatCompletionRequest)
         self.request = request
+        self.caller = caller
         self.id = ("chatcmpl-" if self.chat else "cmpl-") + os.urandom(12).hex()
         self.created = int(time.time())
         self.correlation = correlation
@@ -60,7 +62,7 @@ class Completions:
         metrics.in_flight.set_function(lambda: self.in_flight)
 
     async def __call__(
-        self, kind: Kind, scope: Scope, receive: Receive, send: Send, correlation: str, headers: Headers
+        self, kind: Kind, caller: Caller, scope: Scope, receive: Receive, send: Send, correlation: str, headers: Headers
     ) -> int:
         """Answers one request; returns the HTTP status, or 499 where the client left.
 
@@ -79,7 +81,7 @@ class Completions:
             )
             if request.model != self._model:
                 raise model_not_found(request.model, self._model)
-            answer = Answer(request, correlation, headers, began)
+            answer = Answer(request, caller, correlation, headers, began)
             guard = CancelOnDisconnect(receive)
             async with guard:
                 await (self._stream(answer, send) if request.stream else self._whole(answer, send))
