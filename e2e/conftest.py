@@ -63,7 +63,7 @@ Install = Callable[..., None]
 
 @pytest.fixture(scope="module")
 def install(cluster: Cluster) -> Iterator[Install]:
-    """Installs the chart with more settings; uninstalled after the module, and nothing of it may stay then."""
+    """Installs or upgrades the chart with more settings; uninstalled after the module, and nothing of it may stay."""
     clear(cluster)
     make_namespace(cluster, SYSTEM)
 
@@ -74,7 +74,9 @@ def install(cluster: Cluster) -> Iterator[Install]:
             chosen += [f"images.{target}.repository={repository}", f"images.{target}.tag={tag}"]
         arguments = [f"--set={setting}" for setting in (*chosen, *settings)]
         chart = str(ROOT / "charts" / "wherry")
-        cluster.run("helm", "install", "wherry", chart, "-n", SYSTEM, "--wait", "--timeout=180s", *arguments)
+        cluster.run(
+            "helm", "upgrade", "--install", "wherry", chart, "-n", SYSTEM, "--wait", "--timeout=180s", *arguments
+        )
 
     yield helm_install
     cluster.run("helm", "uninstall", "wherry", "-n", SYSTEM, "--wait")

@@ -2,11 +2,13 @@
 
 import subprocess
 import time
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from datetime import datetime
 from typing import Any
 
 import pytest
-from e2e.conftest import SYSTEM, Install
+from e2e.conftest import Install
 from e2e.kube import RUNTIME, Cluster, eventually, example
 from e2e.load import Streams
 
@@ -71,6 +73,32 @@ def check(streams: Streams, at_least: int) -> None:
     assert streams.answered >= at_least
 
 
+@contextmanager
+def node_down(node: str) -> Iterator[float]:
+    """A node that is killed, until the block ends. Gives when."""
+    killed = time.time()
+    subprocess.run([engine(), "kill", node], check=True, capture_output=True)
+    try:
+        yield killed
+    finally:
+        subprocess.run([engine(), "start", node], check=True, capture_output=True)
+
+
+def replaced(cluster: Cluster, namespace: str, known: set[str], killed: float) -> None:
+    """Waits for a pod that is none of `known` (UIDs), which must have been made within 10 s."""
+    new = eventually(
+        "a replacement",
+        lambda: [p for p in cluster.pods(namespace, RUNTIME) if p["metadata"]["uid"] not in known],
+    )
+    created = datetime.fromisoformat(new[0]["metadata"]["creationTimestamp"]).timestamp()
+    print(f"replacement created {created - killed:.1f} s after the kill (to the second)")
+    assert created - killed <= 10
+
+
+def uids(pods: list[dict[str, Any]]) -> set[str]:
+    return {pod["metadata"]["uid"] for pod in pods}
+
+
 def flowing(streams: Streams, more: int = 20) -> None:
     """Waits for so many more streams to end as they should."""
     before = streams.answered
@@ -80,25 +108,16 @@ def flowing(streams: Streams, more: int = 20) -> None:
 def test_a_killed_node(cluster: Cluster, namespace: str, steady: str, url: str) -> None:
     """Under 50 streams. The replacement is there within 10 s, and what the node brings back is harmless."""
     (victim,) = [pod for pod in cluster.pods(namespace) if pod["spec"]["nodeName"] == steady]
-    known = {pod["metadata"]["uid"] for pod in cluster.pods(namespace)}
-    try:
+    known = uids(cluster.pods(namespace))
+    with ExitStack() as down:
         with Streams(url, clients=50) as streams:
             flowing(streams, 50)
-            killed = time.time()
-            subprocess.run([engine(), "kill", steady], check=True, capture_output=True)
-            new = eventually(
-                "a replacement",
-                lambda: [p for p in cluster.pods(namespace, RUNTIME) if p["metadata"]["uid"] not in known],
-            )
-            created = datetime.fromisoformat(new[0]["metadata"]["creationTimestamp"]).timestamp()
-            print(f"replacement created {created - killed:.1f} s after the kill (to the second)")
-            assert created - killed <= 10
+            killed = down.enter_context(node_down(steady))
+            replaced(cluster, namespace, known, killed)
             flowing(streams, 50)
         check(streams, 100)
         assert streams.gap_p99 < 2
         cluster.wait_ready(namespace, "chat", 2)
-    finally:
-        subprocess.run([engine(), "start", steady], check=True, capture_output=True)
     with Streams(url, clients=2, max_tokens=150) as streams:
         cluster.kubectl("wait", "--for=condition=Ready", f"node/{steady}", "--timeout=180s")
         eventually(
@@ -163,26 +182,16 @@ def test_a_group_on_two_nodes_loses_one(
     """The node of the rank that does not lead. Its streams go on in the other group."""
     [lost] = [name for name, node in groups.items() if node == steady]
     assert lost.endswith("-1"), groups
+    known = uids(cluster.pods(namespace))
     with Streams(url, clients=20, max_tokens=300) as streams:
         flowing(streams, 40)
-        killed = time.time()
-        subprocess.run([engine(), "kill", steady], check=True, capture_output=True)
-        try:
-            new = eventually("a new group", lambda: [p for p in cluster.pods(namespace) if is_new(p, groups)])
-            created = datetime.fromisoformat(new[0]["metadata"]["creationTimestamp"]).timestamp()
-            print(f"replacement created {created - killed:.1f} s after the kill (to the second)")
-            assert created - killed <= 10
+        with node_down(steady) as killed:
+            replaced(cluster, namespace, known, killed)
             flowing(streams, 40)
-        finally:
-            subprocess.run([engine(), "start", steady], check=True, capture_output=True)
-            cluster.kubectl("wait", "--for=condition=Ready", f"node/{steady}", "--timeout=180s")
+        cluster.kubectl("wait", "--for=condition=Ready", f"node/{steady}", "--timeout=180s")
         cluster.wait_ready(namespace, "chat", 2)
     check(streams, 80)
     assert streams.gap_p99 < 2
-
-
-def is_new(pod: dict[str, Any], known: dict[str, str]) -> bool:
-    return pod["metadata"]["name"] not in known
 
 
 @pytest.fixture(scope="module")
@@ -197,7 +206,7 @@ def two_routers(cluster: Cluster, namespace: str, steady: str) -> None:
 def test_scale_and_rollout(cluster: Cluster, namespace: str, url: str) -> None:
     with Streams(url, clients=6, max_tokens=150) as streams:
         flowing(streams)
-        for replicas in (3, 1, 2):
+        for replicas in (3, 1, 3, 2):
             cluster.kubectl("-n", namespace, "scale", "llmd/chat", f"--replicas={replicas}")
             cluster.wait_ready(namespace, "chat", replicas)
         cluster.patch(namespace, "chat", {"spec": {"batching": {"maxRunning": 48}}})
@@ -207,20 +216,20 @@ def test_scale_and_rollout(cluster: Cluster, namespace: str, url: str) -> None:
 
 
 @pytest.mark.usefixtures("two_routers")
-def test_router_rollout_and_operator_upgrade(cluster: Cluster, namespace: str, url: str) -> None:
-    """The router's pod is exchanged under streams. Then the operator is: no pod of the deployment changes in 60 s."""
+def test_router_rollout_and_operator_upgrade(cluster: Cluster, install: Install, namespace: str, url: str) -> None:
+    """The router's pod is exchanged under streams. Then the operator is, for one that would make pods of other images:
+    no pod of the deployment changes in 60 s."""
     with Streams(url, clients=6, max_tokens=150) as streams:
         flowing(streams)
-        old = {pod["metadata"]["uid"] for pod in cluster.pods(namespace, ROUTER)}
+        old = uids(cluster.pods(namespace, ROUTER))
         cluster.kubectl("-n", namespace, "rollout", "restart", "deployment/chat-router")
         cluster.kubectl("-n", namespace, "rollout", "status", "deployment/chat-router", "--timeout=180s")
         eventually(
             "the old router to end its streams",
-            lambda: not old & {p["metadata"]["uid"] for p in cluster.get(namespace, "pods", "-l", ROUTER)["items"]},
+            lambda: not old & uids(cluster.get(namespace, "pods", "-l", ROUTER)["items"]),
         )
         before = identities(cluster.pods(namespace, ALL))
-        cluster.kubectl("-n", SYSTEM, "rollout", "restart", "deployment/wherry-operator")
-        cluster.kubectl("-n", SYSTEM, "rollout", "status", "deployment/wherry-operator", "--timeout=120s")
+        install("images.runtime.tag=of-the-next-release", "images.router.tag=of-the-next-release")
         deadline = time.monotonic() + 60
         while time.monotonic() < deadline:
             assert identities(cluster.pods(namespace, ALL)) == before
