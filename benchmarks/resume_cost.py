@@ -1,16 +1,15 @@
-"""What the books for resuming cost while nothing fails: a router that keeps them and one that does not, by turns.
+"""What the books for resuming cost while nothing fails: a router that keeps them and does not, by turns.
 
     python -m benchmarks.resume_cost [--rounds N] [--json FILE]
 
-Both are in front of the same workers; a round is the same streams to one router and then to the other, in alternating
-order, and gives one ratio of throughput and one of the router's CPU time. Mock workers send tokens as fast as they are
-taken, so that the router is all that counts; the real engine (the sample model, the smallest there is) shows what is
-left of that where tokens are computed. The router without books is this one with `Ledger.take` replaced by a function
-that does nothing.
+One process, which a signal tells to replace `Ledger.take` by a function that does nothing, or to take it back: two
+processes differ by some percents already. A round is the same streams with the books and without, in alternating order,
+well under a second each, and gives a ratio of throughput and one of the router's CPU time. Mock workers send tokens as
+fast as they are taken, so that the router is all that counts; the real engine (the sample model, the smallest there is)
+shows what is left of that where tokens are computed.
 
-On a machine whose speed changes from second to second such ratios have errors of percents. So `Ledger.take` is timed by
-itself, too, the best of many tries less that of the function that does nothing: this over the router's time for a token
-is the share that the books have.
+`Ledger.take` is also timed by itself, the best of many tries less that of the function that does nothing: this over the
+router's time for a token is the share that the books have.
 """
 
 import argparse
@@ -18,6 +17,7 @@ import asyncio
 import json
 import os
 import platform
+import signal
 import statistics
 import sys
 import time
@@ -37,12 +37,13 @@ from wherry_protocol.worker import Event, ExecuteRequest, Prompt, Started, Token
 from wherry_router.__main__ import main as router
 from wherry_router.ledger import Ledger
 
-STREAMS, AT_ONCE, TOKENS = 64, 32, 256
+STREAMS, AT_ONCE, TOKENS = 32, 32, 256
 WORKERS: dict[str, Callable[[ExitStack], list[str]]] = {
     "mock": lambda stack: [stack.enter_context(mock_worker(name)).url for name in "ab"],
     "engine": lambda stack: [stack.enter_context(worker("--dtype", "bfloat16")).url],
 }
-WARM_UP = 2
+WARM_UP = 4
+SIGNALS = {"books": signal.SIGUSR1, "none": signal.SIGUSR2}
 KEYS = {"tokens_per_s": "tokens/s", "cpu_us_per_token": "router CPU, µs a token"}
 
 
@@ -68,15 +69,16 @@ def books_alone() -> float:
     return (best(Ledger.take) - best(nothing)) * 1e9
 
 
-def serve(kind: str, args: list[str]) -> None:
-    """A router; `none`: without the books. Both come about in the same way, so that nothing else differs."""
-    if kind == "none":
-        Ledger.take = nothing  # type: ignore[method-assign]
+def serve(args: list[str]) -> None:
+    """A router that takes signals."""
+    take = Ledger.take
+    for number, chosen in ((SIGNALS["books"], take), (SIGNALS["none"], nothing)):
+        signal.signal(number, lambda *_, chosen=chosen: setattr(Ledger, "take", chosen))
     router(args)
 
 
-def start(stack: ExitStack, kind: str, urls: list[str]) -> Process:
-    args = ["serve", kind, "--endpoints", ",".join(urls), "--model", MODEL, "--port", "0"]
+def start(stack: ExitStack, urls: list[str]) -> Process:
+    args = ["serve", "--endpoints", ",".join(urls), "--model", MODEL, "--port", "0"]
     process = stack.enter_context(running(Process("benchmarks.resume_cost", args)))
     eventually(lambda: any(len(line["routable"]) >= len(urls) for line in process.messages("replicas")))
     return process
@@ -106,22 +108,23 @@ async def streams(session: aiohttp.ClientSession, url: str) -> None:
     await asyncio.gather(*(one() for _ in range(STREAMS)))
 
 
-async def turn(session: aiohttp.ClientSession, process: Process) -> dict[str, float]:
+async def turn(session: aiohttp.ClientSession, process: Process, kind: str) -> dict[str, float]:
+    process.signal(SIGNALS[kind])
     cpu, began = cpu_seconds(process), time.perf_counter()
     await streams(session, process.url)
     seconds, tokens = time.perf_counter() - began, STREAMS * TOKENS
     return {"tokens_per_s": tokens / seconds, "cpu_us_per_token": (cpu_seconds(process) - cpu) / tokens * 1e6}
 
 
-async def measure(routers: dict[str, Process], rounds: int) -> dict[str, list[dict[str, float]]]:
-    results: dict[str, list[dict[str, float]]] = {name: [] for name in routers}
+async def measure(process: Process, rounds: int) -> dict[str, list[dict[str, float]]]:
+    results: dict[str, list[dict[str, float]]] = {kind: [] for kind in SIGNALS}
     connector = aiohttp.TCPConnector(limit=0)
     async with aiohttp.ClientSession(connector=connector, headers={"content-type": "application/json"}) as session:
         for number in track(range(rounds + WARM_UP), "rounds", transient=True):
-            for name in sorted(routers, reverse=bool(number % 2)):
-                result = await turn(session, routers[name])
+            for kind in sorted(SIGNALS, reverse=bool(number % 2)):
+                result = await turn(session, process, kind)
                 if number >= WARM_UP:
-                    results[name].append(result)
+                    results[kind].append(result)
     return results
 
 
@@ -148,11 +151,10 @@ def show(name: str, summary: dict[str, Any]) -> None:
 
 
 def compare(name: str, rounds: int) -> dict[str, Any]:
-    """Both routers in front of one kind of workers."""
+    """In front of one kind of workers."""
     with ExitStack() as stack:
         urls = WORKERS[name](stack)
-        routers = {kind: start(stack, kind, urls) for kind in ("books", "none")}
-        results = asyncio.run(measure(routers, rounds))
+        results = asyncio.run(measure(start(stack, urls), rounds))
     return {
         key: {name: statistics.median(r[key] for r in rows) for name, rows in results.items()}
         | {"ratio": ratio(results, key)}
@@ -162,10 +164,10 @@ def compare(name: str, rounds: int) -> dict[str, Any]:
 
 def main() -> None:
     if sys.argv[1:2] == ["serve"]:
-        serve(sys.argv[2], sys.argv[3:])
+        serve(sys.argv[2:])
         return
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    parser.add_argument("--rounds", type=int, default=30)
+    parser.add_argument("--rounds", type=int, default=200)
     parser.add_argument("--workers", nargs="+", choices=WORKERS, default=list(WORKERS))
     parser.add_argument("--json", type=Path, default=Path("benchmarks/resume_cost.json"))
     args = parser.parse_args()
