@@ -1,8 +1,10 @@
 """The kernels' tests again: for every instruction set, with AMX emulated, and under AddressSanitizer and
-UndefinedBehaviorSanitizer. What is compiled for it is kept with the other objects: the next run starts at once.
+UndefinedBehaviorSanitizer. What is compiled for it is kept with the other objects, and so is that a run has passed: it
+is repeated when something that it reads has changed.
 """
 
 import functools
+import json
 import os
 import re
 import shutil
@@ -11,6 +13,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from tests.runtime.passed_before import Run
 
 from wherry_runtime.kernels.cpu import build, library
 
@@ -51,14 +54,32 @@ def require_target(name: str, **environment: str) -> None:
 
 
 def passes(files: list[str], *arguments: str, **environment: str) -> None:
-    """These tests pass in a process of that environment, every one of them."""
+    """These tests pass in a process of that environment, every one of them; they may have done so before."""
+    known = {name: Path(value).name for name, value in environment.items()}  # the same in every checkout
+    remembered = Run(*files, *arguments, json.dumps(known, sort_keys=True), *SANITIZERS, version())
+    if remembered.passed_before():
+        return
     paths = [str(HERE / name) for name in files]
+    plugins = ["-p", "no:cacheprovider", "-p", "tests.runtime.passed_before"]
     # Captured by Python alone: a sanitizer writes to the process's standard error, and ends it.
     done = run(
-        ["-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "--capture=sys", *paths, *arguments], **environment
+        ["-m", "pytest", "-q", "-x", *plugins, "--capture=sys", *paths, *arguments],
+        **environment,
+        **remembered.environment,
     )
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[:4000]
     assert re.search(r"^\d+ passed(, \d+ deselected)? in", done.stdout.splitlines()[-1]), done.stdout[-2000:]
+    remembered.passed()
+
+
+@functools.cache
+def version() -> str:
+    """Of the compiler, if there is one."""
+    try:
+        command = build.compiler()
+    except build.BuildError:
+        return ""
+    return subprocess.run([command, "--version"], capture_output=True, text=True, check=True).stdout
 
 
 @functools.cache
