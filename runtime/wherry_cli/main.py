@@ -24,6 +24,7 @@ COMMANDS = {
     "chat": Entry("wherry_cli.chat", "Chat with a model in the terminal.", ""),
     "bench": Entry("wherry_cli.bench", "Measure how fast a model runs on this machine.", "runtime,router"),
     "plan": Entry("wherry_cli.plan", "Show what an LLMDeployment would change, and why.", "operator"),
+    "keys": Entry("wherry_cli.keys", "Make API keys for the router.", ""),
     "local": Entry("wherry_cli.local", "Run a real Kubernetes control plane on this machine.", "local"),
     "version": Entry("wherry_cli.version", "Print the version.", ""),
 }

@@ -19,7 +19,8 @@ from wherry_protocol.engine_config import Dtype, EngineConfig
 from wherry_protocol.http.auth import is_loopback
 from wherry_protocol.http.logs import set_up
 from wherry_protocol.http.server import AddressError, bind, serve, stop_on_signals, url_of
-from wherry_router.app import RouterApp
+from wherry_router.app import OPEN_PATHS, RouterApp
+from wherry_router.identity.gate import Gate
 from wherry_router.metrics import RouterMetrics
 from wherry_router.settings import Limits
 from wherry_runtime.loading.errors import ModelError
@@ -84,7 +85,7 @@ async def _serve(config: EngineConfig, sock: socket) -> None:
         Limits(),
         RouterMetrics(registry),
         registry,
-        os.environ.get(ENV_API_KEY),
+        Gate(OPEN_PATHS, os.environ.get(ENV_API_KEY)),
     )
     stop = asyncio.Event()
     stop_on_signals(stop)

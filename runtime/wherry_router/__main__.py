@@ -14,8 +14,9 @@ from prometheus_client import CollectorRegistry
 from wherry_protocol.http.logs import set_up
 from wherry_protocol.http.server import AddressError, bind, covers_loopback, serve, stop_on_signals, url_of
 from wherry_protocol.naming import ENV_WORKER_TOKEN, ROUTER_PORT
-from wherry_router.app import RouterApp
+from wherry_router.app import OPEN_PATHS, RouterApp
 from wherry_router.discovery.endpoints import EndpointPoll, parse_endpoints
+from wherry_router.identity import flags as identity
 from wherry_router.metrics import RouterMetrics
 from wherry_router.pool import Pool
 from wherry_router.replicas import Replicas
@@ -24,7 +25,6 @@ from wherry_router.upstream import Upstream
 
 log = logging.getLogger("wherry.router")
 
-ENV_API_KEY = "WHERRY_API_KEY"
 _SHARES = frozenset({"eject_share", "eject_fault_rate", "retry_share", "panic_share"})
 
 _BOUNDS = {
@@ -94,6 +94,7 @@ def argument_parser() -> argparse.ArgumentParser:
         flag = "--" + name.replace("_", "-")
         kind = _share if name in _SHARES else type(default)
         parser.add_argument(flag, type=kind, default=default, help=f"{text} (default: {default})")
+    identity.add_arguments(parser)
     return parser
 
 
@@ -121,11 +122,11 @@ async def _run(args: argparse.Namespace, sockets: list[socket.socket]) -> int:
     stop_on_signals(stop)
     status = 0
 
-    def discovery_ended(task: asyncio.Task[None]) -> None:
-        # It never ends by itself; without it the router would go blind, so it goes down and is started anew.
+    def ended(task: asyncio.Task[None]) -> None:
+        # None ends by itself; without it the router would go blind, so it goes down and is started anew.
         nonlocal status
         if not task.cancelled() and not stop.is_set():
-            log.critical("discovery failed", exc_info=task.exception())
+            log.critical(f"{task.get_name()} failed", exc_info=task.exception())
             status = 1
             stop.set()
 
@@ -134,28 +135,36 @@ async def _run(args: argparse.Namespace, sockets: list[socket.socket]) -> int:
         stack.push_async_callback(upstream.close)
         backend = Replicas(upstream, limits, metrics)
         stack.push_async_callback(backend.close)
+        gate = identity.make_gate(args, OPEN_PATHS)
+        metrics.watch_stale(gate.stale)
         app = RouterApp(
             backend,
             args.model,
             limits,
             metrics,
             registry,
-            os.environ.get(ENV_API_KEY),
+            gate,
             report=backend.report,
             worker_token=os.environ.get(ENV_WORKER_TOKEN),
         )
-        discovery = asyncio.create_task(_discovery(args, upstream, backend.pool, stack))
-        discovery.add_done_callback(discovery_ended)
+        work = [("discovery", _discovery(args, upstream, backend.pool, stack))]
+        work += [("following the keys", follower) for follower in gate.followers()]
+        tasks = [asyncio.create_task(job, name=name) for name, job in work]
+        for task in tasks:
+            task.add_done_callback(ended)
         log.info("listening", extra={"fields": {"url": url_of(sockets[0]), "model": args.model}})
         await serve(app, sockets, stop, lambda: app.drain(args.drain_timeout_s, args.drain_grace_s))
-        discovery.cancel()
-        await asyncio.gather(discovery, return_exceptions=True)
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
     return status
 
 
 def main(argv: list[str] | None = None) -> None:
     """Runs until SIGTERM. Exits with 0, 1 (discovery failed) or 2 (the settings are wrong)."""
-    args = argument_parser().parse_args(argv)
+    parser = argument_parser()
+    args = parser.parse_args(argv)
+    identity.check(parser, args)
     set_up()
     try:
         sockets = [bind(args.host, args.port)]

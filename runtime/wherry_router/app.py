@@ -26,8 +26,9 @@ from wherry_protocol.openai.errors import ApiError, method_not_allowed, not_foun
 from wherry_protocol.router_report import PATH as REPORT_PATH
 from wherry_protocol.router_report import ReplicaReport, RouterReport
 from wherry_router.backend import Backend
-from wherry_router.caller import ANYBODY, Caller
 from wherry_router.completions import Completions
+from wherry_router.identity.gate import Gate
+from wherry_router.identity.salt import Salts
 from wherry_router.metrics import RouterMetrics
 from wherry_router.settings import Limits
 from wherry_router.surface import HOT_ROUTES, make_surface
@@ -35,14 +36,14 @@ from wherry_router.surface import HOT_ROUTES, make_surface
 log = logging.getLogger("wherry.router")
 
 _HOT = {path.encode(): (path.removeprefix("/v1/"), kind) for path, kind in HOT_ROUTES.items()}
-_OPEN = frozenset({b"/health", b"/healthz", b"/readyz", b"/metrics"})
+OPEN_PATHS = frozenset({b"/health", b"/healthz", b"/readyz", b"/metrics"})
 _REPORT = REPORT_PATH.encode()
 # How long nothing must have run before a router that drains closes its connections.
 _QUIET_S = 2.0
 
 
 class RouterApp:
-    """The OpenAI API over `backend`. `api_key`: what clients must send, None for nothing.
+    """The OpenAI API over `backend`. `gate`: who may use it; None: everybody who can reach it.
 
     `report`, for whoever has `worker_token`: what `GET /internal/replicas` tells. Without both there is no such path.
     """
@@ -54,7 +55,7 @@ class RouterApp:
         limits: Limits,
         metrics: RouterMetrics,
         registry: CollectorRegistry,
-        api_key: str | None = None,
+        gate: Gate | None = None,
         *,
         report: Callable[[], list[ReplicaReport]] | None = None,
         worker_token: str | None = None,
@@ -62,16 +63,18 @@ class RouterApp:
         self._backend = backend
         self._limits = limits
         self._metrics = metrics
-        self._guard = TokenGuard(api_key, _OPEN)
+        self._gate = gate or Gate(OPEN_PATHS)
         # A guard without a token lets everybody through, so without one there is nothing behind it.
         self._report = report if worker_token else None
         self._report_guard = TokenGuard(worker_token, frozenset())
-        self._completions = Completions(backend, model, limits, metrics)
+        self._completions = Completions(backend, model, limits, metrics, Salts(worker_token))
         self._surface = make_surface(model, int(time.time()), self._unready, registry)
         self._draining = False
 
     def _unready(self) -> str | None:
-        return "the router is shutting down" if self._draining else self._backend.unready()
+        if self._draining:
+            return "the router is shutting down"
+        return self._gate.unready() or self._backend.unready()
 
     async def drain(self, timeout_s: float, grace_s: float) -> float:
         """Says that it is not ready, goes on answering for `grace_s` (until no new client is sent here) and until the
@@ -96,11 +99,6 @@ class RouterApp:
             raise method_not_allowed(scope["method"], REPORT_PATH)
         return msgspec.json.encode(RouterReport(replicas=self._report(), draining=self._draining))
 
-    def _identify(self, scope: Scope) -> Caller:
-        if not self._guard.allows(scope):
-            raise unauthorized()
-        return ANYBODY
-
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """One request."""
         correlation = correlation_id(scope)
@@ -117,7 +115,7 @@ class RouterApp:
                 route, status = REPORT_PATH, 200
                 await respond(send, status, self._replicas(scope), headers=headers)
                 return
-            caller = self._identify(scope)
+            caller = await self._gate.identify(scope)
             if kind is None:
                 await self._surface(scope, receive, _with_headers(send, headers))
                 return

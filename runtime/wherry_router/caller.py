@@ -3,6 +3,30 @@
 import msgspec
 
 
+class LimitSet(msgspec.Struct, frozen=True, kw_only=True, rename="camel", forbid_unknown_fields=True):
+    """How much may be asked for; 0: as much as there is.
+
+    Attributes:
+        requests_per_minute: requests begun in any 60 s.
+        tokens_per_minute: tokens of prompts and answers of the requests begun in any 60 s.
+        concurrent: requests at a time.
+    """
+
+    requests_per_minute: int = 0
+    tokens_per_minute: int = 0
+    concurrent: int = 0
+
+    def __post_init__(self) -> None:
+        if min(self.requests_per_minute, self.tokens_per_minute, self.concurrent) < 0:
+            raise ValueError("a limit must not be below 0")
+
+    def __bool__(self) -> bool:
+        return bool(self.requests_per_minute or self.tokens_per_minute or self.concurrent)
+
+
+UNLIMITED = LimitSet()
+
+
 class Caller(msgspec.Struct, frozen=True, kw_only=True):
     """Known once the request's credentials are checked, before its body is read.
 
@@ -12,12 +36,14 @@ class Caller(msgspec.Struct, frozen=True, kw_only=True):
         key: the name of the key that it came with, never the key itself.
         weight: its tenant's share of the replicas beside other tenants'.
         priority_class: what its requests are queued as unless they ask for less; empty for the default class.
+        limits: the key's own; None: those that the router has for every key.
     """
 
     tenant: str = ""
     key: str = ""
     weight: float = 1.0
     priority_class: str = ""
+    limits: LimitSet | None = None
 
 
 ANYBODY = Caller()

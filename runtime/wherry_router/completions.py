@@ -16,6 +16,7 @@ from wherry_protocol.openai.translate import to_execute
 from wherry_protocol.worker import End, ErrorEvent, Event, Started, Token
 from wherry_router.backend import Backend, Delivery
 from wherry_router.caller import Caller
+from wherry_router.identity.salt import Salts
 from wherry_router.merge import merge
 from wherry_router.metrics import RouterMetrics
 from wherry_router.settings import Limits
@@ -53,8 +54,9 @@ class Answer:
 class Completions:
     """Answers both kinds of request from one backend."""
 
-    def __init__(self, backend: Backend, model: str, limits: Limits, metrics: RouterMetrics) -> None:
+    def __init__(self, backend: Backend, model: str, limits: Limits, metrics: RouterMetrics, salts: Salts) -> None:
         self._backend = backend
+        self._salts = salts
         self._model = model
         self._limits = limits
         self._metrics = metrics
@@ -93,7 +95,8 @@ class Completions:
             self.in_flight -= 1
 
     def _generate(self, answer: Answer, *, whole: bool) -> AsyncGenerator[tuple[int, Event], None]:
-        requests = to_execute(answer.request, answer.id, answer.created)
+        salt = self._salts.of(answer.caller.tenant)
+        requests = to_execute(answer.request, answer.id, answer.created, salt)
         delivery = Delivery(whole=whole)
         return merge([self._backend.generate(r, answer.correlation, delivery) for r in requests])
 

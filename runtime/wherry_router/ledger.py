@@ -41,6 +41,7 @@ class Ledger:
             sampling=first.sampling,
             priority=first.priority,
             created=first.created,
+            cache_salt=first.cache_salt,
             resume=None
             if started is None or not self.ids
             else Resume(token_ids=self.ids, seed=started.seed, prompt_digest=started.prompt_digest),

@@ -71,6 +71,13 @@ class RouterMetrics:
         self.disconnects = Counter(
             "wherry_router_client_disconnects", "Clients that left before their answer's end.", registry=registry
         )
+        self._stale = Gauge(
+            "wherry_router_stale",
+            "1 while what is followed (API keys, an issuer, a certificate) cannot be used as it is now, and the last "
+            "good one stays in use.",
+            ["what"],
+            registry=registry,
+        )
         self._children: dict[tuple[str, int], Counter] = {}
 
     def _add_resilience(self, registry: CollectorRegistry) -> None:
@@ -105,6 +112,11 @@ class RouterMetrics:
             self._breakers.labels(state).set_function(functools.partial(_count, pool.breaker_states, state))
         self._panic.set_function(lambda: pool.panicking(pool.clock()))
 
+    def watch_stale(self, stale: Callable[[], dict[str, bool]]) -> None:
+        """Reads at each scrape what of `stale` is so; its names do not change."""
+        for what in stale():
+            self._stale.labels(what).set_function(functools.partial(_is, stale, what))
+
     def answered(self, route: str, status: int) -> None:
         """Counts an answer."""
         counter = self._children.get((route, status))
@@ -127,6 +139,10 @@ class RouterMetrics:
     def retried(self, reason: str) -> None:
         """Counts a failed try that is followed by another."""
         self._retries.labels(reason).inc()
+
+
+def _is(flags: Callable[[], dict[str, bool]], name: str) -> float:
+    return float(flags()[name])
 
 
 def _count(states: Callable[[], Collection[str]], state: str) -> int:

@@ -57,6 +57,7 @@ class State(msgspec.Struct):
     correlation_ids: list[str] = []
     request_ids: list[str] = []
     resumed_at: list[int] = []  # tokens that resumed requests came with
+    cache_salts: list[str] = []
 
 
 class MockWorker:
@@ -113,6 +114,7 @@ class MockWorker:
         if len(self.state.correlation_ids) < 1000:
             self.state.correlation_ids.append((header(scope, b"x-correlation-id") or b"").decode())
             self.state.request_ids.append(request.id)
+            self.state.cache_salts.append(request.cache_salt)
         prompt = request.prompt.text or (request.prompt.messages[-1].content if request.prompt.messages else "")
         script = Script()
         if prompt.startswith("{"):

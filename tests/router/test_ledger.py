@@ -31,6 +31,7 @@ REQUEST = ExecuteRequest(
     sampling=SamplingParams(max_tokens=9, temperature=0.5, stop=["x"]),
     priority=3,
     created=77,
+    cache_salt="salt",
 )
 METRICS = Metrics(queue_s=0, prefill_s=0, decode_s=0)
 
@@ -60,7 +61,7 @@ def test_a_resumed_request_is_the_first_one_with_the_tokens_so_far() -> None:
     request = begun().request(2)
     assert request.id == "r~2"
     assert request.resume == Resume(token_ids=[100, 101, 102], seed=42, prompt_digest="aa")
-    same = ("model", "prompt", "sampling", "priority", "created")
+    same = ("model", "prompt", "sampling", "priority", "created", "cache_salt")
     assert [getattr(request, name) for name in same] == [getattr(REQUEST, name) for name in same]
 
 

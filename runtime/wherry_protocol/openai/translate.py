@@ -6,12 +6,12 @@ from wherry_protocol.worker import ChatMessage, ExecuteRequest, Prompt, Sampling
 _SEED_MASK = 2**63 - 1
 
 
-def to_execute(request: Request, answer_id: str, created: int = 0) -> list[ExecuteRequest]:
+def to_execute(request: Request, answer_id: str, created: int = 0, cache_salt: str = "") -> list[ExecuteRequest]:
     """The generations that `request` asks for, in the order of the answer's choices.
 
     `n` choices of a prompt get seeds that follow one another, so a seeded request with n > 1 has distinct choices and
     the first of them is the answer of the same request with n = 1. `created` (Unix seconds) is the time of all of them:
-    a prompt that names the day is the same on every worker.
+    a prompt that names the day is the same on every worker. `cache_salt`: see `ExecuteRequest`.
     """
     prompts = _prompts(request)
     n = request.n or 1
@@ -22,6 +22,7 @@ def to_execute(request: Request, answer_id: str, created: int = 0) -> list[Execu
             prompt=prompts[index // n],
             sampling=_sampling(request, index % n),
             created=created,
+            cache_salt=cache_salt,
         )
         for index in range(len(prompts) * n)
     ]

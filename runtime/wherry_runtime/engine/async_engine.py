@@ -325,6 +325,7 @@ class AsyncEngine:
                 max_new_tokens=max_new,
                 priority=request.priority,
                 num_resumed=len(begun),
+                salt=request.cache_salt.encode(),
             ),
             params=params,
             seed=_seed(request),

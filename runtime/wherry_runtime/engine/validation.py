@@ -10,6 +10,7 @@ MAX_STOP_LENGTH = 1000
 MAX_LOGPROBS = 20
 MAX_LOGIT_BIASES = 1024
 MAX_STOP_IDS = 256
+MAX_CACHE_SALT = 128
 MAX_CREATED = 253_402_214_400  # the last day of the year 9999, where calendars of programs end
 
 
@@ -128,7 +129,7 @@ def check_token_id(token: object, vocab_size: int, *, code: str, param: str) -> 
 
 
 def check_identity(request: ExecuteRequest, model: str) -> None:
-    """Raises RequestError for another model, or an id or a priority that cannot be used."""
+    """Raises RequestError for another model, or an id, a priority or a salt that cannot be used."""
     if request.model != model:
         raise RequestError(
             "model_not_found", f"model {request.model!r} is not served here; {model!r} is", status=404, param="model"
@@ -137,3 +138,5 @@ def check_identity(request: ExecuteRequest, model: str) -> None:
         _refuse("id", "must be a string of 1 to 512 characters")
     _integer("priority", request.priority, -(1 << 31), 1 << 31)
     _integer("created", request.created, 0, MAX_CREATED)
+    if len(request.cache_salt) > MAX_CACHE_SALT or not request.cache_salt.isascii():
+        _refuse("cache_salt", f"must be ASCII of at most {MAX_CACHE_SALT} characters")
