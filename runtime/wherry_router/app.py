@@ -96,7 +96,7 @@ class RouterApp:
         if not self._report_guard.allows(scope):
             raise unauthorized()
         if scope["method"] != "GET":
-            raise method_not_allowed(scope["method"], REPORT_PATH)
+            raise method_not_allowed(scope["method"], REPORT_PATH, "GET")
         return msgspec.json.encode(RouterReport(replicas=self._report(), draining=self._draining))
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -120,7 +120,7 @@ class RouterApp:
                 await self._surface(scope, receive, _with_headers(send, headers))
                 return
             if scope["method"] != "POST":
-                raise method_not_allowed(scope["method"], scope["path"])
+                raise method_not_allowed(scope["method"], scope["path"], "POST")
             status = await self._completions(kind, caller, scope, receive, send, correlation, headers)
         except ClientGone:
             status = 499

@@ -32,7 +32,7 @@ def _handle_errors(app: FastAPI) -> None:
     async def on_http_error(request: Request, error: HTTPException) -> Response:
         path = request.url.path
         if error.status_code == 405:
-            return _respond(method_not_allowed(request.method, path))
+            return _respond(method_not_allowed(request.method, path, (error.headers or {}).get("Allow", "GET")))
         return _respond(
             not_found(path) if error.status_code == 404 else ApiError(error.status_code, "error", error.detail)
         )
@@ -47,7 +47,7 @@ def _add_models(app: FastAPI, model: str, created: int) -> None:
     async def models() -> dict[str, Any]:
         return {"object": "list", "data": [_model_card(model, created)]}
 
-    @app.get("/v1/models/{model_id:path}", summary="One model")
+    @app.get("/v1/models/{model_id:path}", summary="One model", responses={404: {"description": "Another model"}})
     async def one_model(model_id: str) -> dict[str, Any]:
         if model_id != model:
             raise model_not_found(model_id, model)

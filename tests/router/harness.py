@@ -193,10 +193,11 @@ def text_of(chunks: list[dict[str, Any]]) -> str:
     return "".join(c["delta"].get("content") or "" for chunk in chunks for c in chunk.get("choices", []))
 
 
-def stream(url: str, content: str, timeout: float = 60, **more: Any) -> list[dict[str, Any]]:
+def stream(url: str, content: str, timeout: float = 60, key: str = "", **more: Any) -> list[dict[str, Any]]:
     """All chunks of one streamed answer."""
     body = chat(content, stream=True, **more)
-    with httpx.stream("POST", url + "/v1/chat/completions", json=body, timeout=timeout) as response:
+    headers = {"authorization": f"Bearer {key}"} if key else None
+    with httpx.stream("POST", url + "/v1/chat/completions", json=body, timeout=timeout, headers=headers) as response:
         if response.status_code != 200:
             raise AssertionError(f"{response.status_code}: {response.read()!r}")
         return list(sse(response))

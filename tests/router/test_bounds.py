@@ -120,6 +120,8 @@ def test_unknown_paths_and_wrong_methods(front: Process) -> None:
         assert response.status_code == status, (method, path)
         assert is_openai_error(response.content)
         assert response.headers["x-request-id"]
+        expected = {"/v1/models": "GET", "/v1/completions": "POST", "/v1/chat/completions": "POST"}
+        assert response.headers.get("allow") == (expected[path] if status == 405 else None)
 
 
 def test_what_is_not_http_gets_400(front: Process) -> None:

@@ -16,6 +16,7 @@ class ApiError(Exception):
         *,
         param: str | None = None,
         retry_after_s: int | None = None,
+        allow: str | None = None,
     ) -> None:
         super().__init__(message)
         self.status = status
@@ -23,6 +24,7 @@ class ApiError(Exception):
         self.message = message
         self.param = param
         self.retry_after_s = retry_after_s
+        self.allow = allow
 
     @property
     def kind(self) -> str:
@@ -30,8 +32,9 @@ class ApiError(Exception):
         return _TYPES.get(self.status, "invalid_request_error" if self.status < 500 else "server_error")
 
     def headers(self) -> Headers:
-        """Retry-After, where a later try may do."""
-        return [] if self.retry_after_s is None else [(b"retry-after", b"%d" % self.retry_after_s)]
+        """Retry-After, where a later try may do; Allow, where another method may."""
+        found: Headers = [] if self.retry_after_s is None else [(b"retry-after", b"%d" % self.retry_after_s)]
+        return found if self.allow is None else [*found, (b"allow", self.allow.encode())]
 
     def body(self) -> bytes:
         """{"error": {…}} as JSON."""
@@ -60,9 +63,9 @@ def not_found(path: str) -> ApiError:
     return ApiError(404, "unknown_url", f"There is nothing at {path[:200]}; GET /docs lists what there is.")
 
 
-def method_not_allowed(method: str, path: str) -> ApiError:
-    """405: the path is right, the method is not."""
-    return ApiError(405, "method_not_allowed", f"{path[:200]} does not take {method[:20]}.")
+def method_not_allowed(method: str, path: str, allow: str) -> ApiError:
+    """405: the path is right, the method is not. `allow`: those that are."""
+    return ApiError(405, "method_not_allowed", f"{path[:200]} does not take {method[:20]}.", allow=allow)
 
 
 def too_large(limit: int) -> ApiError:
