@@ -14,6 +14,10 @@ from prometheus_client import CollectorRegistry
 from wherry_protocol.http.logs import set_up
 from wherry_protocol.http.server import AddressError, bind, covers_loopback, serve, stop_on_signals, url_of
 from wherry_protocol.naming import ENV_WORKER_TOKEN, ROUTER_PORT
+from wherry_router.admission import flags as admission_flags
+from wherry_router.admission.entry import Admission
+from wherry_router.admission.polling import LoadPoll
+from wherry_router.admission.settings import QueueSettings
 from wherry_router.app import RouterApp
 from wherry_router.discovery.endpoints import EndpointPoll, parse_endpoints
 from wherry_router.metrics import RouterMetrics
@@ -94,6 +98,7 @@ def argument_parser() -> argparse.ArgumentParser:
         flag = "--" + name.replace("_", "-")
         kind = _share if name in _SHARES else type(default)
         parser.add_argument(flag, type=kind, default=default, help=f"{text} (default: {default})")
+    admission_flags.add_arguments(parser)
     return parser
 
 
@@ -111,7 +116,7 @@ async def _discovery(
     await PodWatch(api, namespace, args.deployment, pool).run()
 
 
-async def _run(args: argparse.Namespace, sockets: list[socket.socket]) -> int:
+async def _run(args: argparse.Namespace, queue: QueueSettings, sockets: list[socket.socket]) -> int:
     limits = Limits(
         **{name: getattr(args, name) for name in Limits.__struct_fields__ if hasattr(args, name)},
     )
@@ -143,7 +148,9 @@ async def _run(args: argparse.Namespace, sockets: list[socket.socket]) -> int:
             os.environ.get(ENV_API_KEY),
             report=backend.report,
             worker_token=os.environ.get(ENV_WORKER_TOKEN),
+            admission=Admission(queue, metrics.admission, backend.pool, limits.max_per_replica),
         )
+        stack.push_async_callback(LoadPoll(backend.pool, upstream).start().stop)
         discovery = asyncio.create_task(_discovery(args, upstream, backend.pool, stack))
         discovery.add_done_callback(discovery_ended)
         log.info("listening", extra={"fields": {"url": url_of(sockets[0]), "model": args.model}})
@@ -155,7 +162,12 @@ async def _run(args: argparse.Namespace, sockets: list[socket.socket]) -> int:
 
 def main(argv: list[str] | None = None) -> None:
     """Runs until SIGTERM. Exits with 0, 1 (discovery failed) or 2 (the settings are wrong)."""
-    args = argument_parser().parse_args(argv)
+    parser = argument_parser()
+    args = parser.parse_args(argv)
+    try:
+        queue = admission_flags.settings(args)
+    except ValueError as error:
+        parser.error(str(error))
     set_up()
     try:
         sockets = [bind(args.host, args.port)]
@@ -165,7 +177,7 @@ def main(argv: list[str] | None = None) -> None:
         sys.stderr.write(f"wherry-router: {error}\n")
         sys.exit(2)
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
-        status = runner.run(_run(args, sockets))
+        status = runner.run(_run(args, queue, sockets))
     sys.exit(status)
 
 
