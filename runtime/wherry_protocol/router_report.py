@@ -26,7 +26,9 @@ class ReplicaReport(msgspec.Struct, kw_only=True):
 
 
 class RouterReport(msgspec.Struct, kw_only=True):
-    """All replicas of one router. `draining`: the router itself is shutting down and takes no new client."""
+    """All replicas of one router. `draining`: the router itself is shutting down and takes no new client. `queued`:
+    requests that wait in it for a replica."""
 
     replicas: list[ReplicaReport]
     draining: bool
+    queued: int = 0

@@ -14,6 +14,10 @@ from prometheus_client import CollectorRegistry
 from wherry_protocol.http.logs import set_up
 from wherry_protocol.http.server import AddressError, bind, covers_loopback, serve, stop_on_signals, url_of
 from wherry_protocol.naming import ENV_WORKER_TOKEN, ROUTER_PORT
+from wherry_router.admission import flags as admission_flags
+from wherry_router.admission.entry import Admission
+from wherry_router.admission.polling import LoadPoll
+from wherry_router.admission.settings import QueueSettings
 from wherry_router.app import OPEN_PATHS, RouterApp
 from wherry_router.discovery.endpoints import EndpointPoll, parse_endpoints
 from wherry_router.identity import flags as identity
@@ -95,6 +99,7 @@ def argument_parser() -> argparse.ArgumentParser:
         kind = _share if name in _SHARES else type(default)
         parser.add_argument(flag, type=kind, default=default, help=f"{text} (default: {default})")
     identity.add_arguments(parser)
+    admission_flags.add_arguments(parser)
     return parser
 
 
@@ -112,7 +117,7 @@ async def _discovery(
     await PodWatch(api, namespace, args.deployment, pool).run()
 
 
-async def _run(args: argparse.Namespace, sockets: list[socket.socket]) -> int:
+async def _run(args: argparse.Namespace, queue: QueueSettings, sockets: list[socket.socket]) -> int:
     limits = Limits(
         **{name: getattr(args, name) for name in Limits.__struct_fields__ if hasattr(args, name)},
     )
@@ -146,7 +151,9 @@ async def _run(args: argparse.Namespace, sockets: list[socket.socket]) -> int:
             gate,
             report=backend.report,
             worker_token=os.environ.get(ENV_WORKER_TOKEN),
+            admission=Admission(queue, metrics.admission, backend.pool, limits.max_per_replica),
         )
+        stack.push_async_callback(LoadPoll(backend.pool, upstream).start().stop)
         work = [("discovery", _discovery(args, upstream, backend.pool, stack))]
         work += [("following the keys", follower) for follower in gate.followers()]
         tasks = [asyncio.create_task(job, name=name) for name, job in work]
@@ -165,6 +172,10 @@ def main(argv: list[str] | None = None) -> None:
     parser = argument_parser()
     args = parser.parse_args(argv)
     identity.check(parser, args)
+    try:
+        queue = admission_flags.settings(args)
+    except ValueError as error:
+        parser.error(str(error))
     set_up()
     try:
         sockets = [bind(args.host, args.port)]
@@ -174,7 +185,7 @@ def main(argv: list[str] | None = None) -> None:
         sys.stderr.write(f"wherry-router: {error}\n")
         sys.exit(2)
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
-        status = runner.run(_run(args, sockets))
+        status = runner.run(_run(args, queue, sockets))
     sys.exit(status)
 
 

@@ -25,6 +25,8 @@ from wherry_protocol.http.server import drained
 from wherry_protocol.openai.errors import ApiError, method_not_allowed, not_found, too_large, unauthorized
 from wherry_protocol.router_report import PATH as REPORT_PATH
 from wherry_protocol.router_report import ReplicaReport, RouterReport
+from wherry_router.admission.entry import Admission
+from wherry_router.admission.settings import QueueSettings
 from wherry_router.backend import Backend
 from wherry_router.completions import Completions
 from wherry_router.identity.gate import Gate
@@ -46,6 +48,7 @@ class RouterApp:
     """The OpenAI API over `backend`. `gate`: who may use it; None: everybody who can reach it.
 
     `report`, for whoever has `worker_token`: what `GET /internal/replicas` tells. Without both there is no such path.
+    `admission`: who waits for the backend; None: nobody does, it has a queue of its own.
     """
 
     def __init__(
@@ -59,6 +62,7 @@ class RouterApp:
         *,
         report: Callable[[], list[ReplicaReport]] | None = None,
         worker_token: str | None = None,
+        admission: Admission | None = None,
     ) -> None:
         self._backend = backend
         self._limits = limits
@@ -67,7 +71,8 @@ class RouterApp:
         # A guard without a token lets everybody through, so without one there is nothing behind it.
         self._report = report if worker_token else None
         self._report_guard = TokenGuard(worker_token, frozenset())
-        self._completions = Completions(backend, model, limits, metrics, Salts(worker_token))
+        self._admission = admission or Admission(QueueSettings(), metrics.admission)
+        self._completions = Completions(backend, model, limits, metrics, self._admission, Salts(worker_token))
         self._surface = make_surface(model, int(time.time()), self._unready, registry)
         self._draining = False
 
@@ -97,7 +102,8 @@ class RouterApp:
             raise unauthorized()
         if scope["method"] != "GET":
             raise method_not_allowed(scope["method"], REPORT_PATH, "GET")
-        return msgspec.json.encode(RouterReport(replicas=self._report(), draining=self._draining))
+        queued = self._admission.queued
+        return msgspec.json.encode(RouterReport(replicas=self._report(), draining=self._draining, queued=queued))
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """One request."""

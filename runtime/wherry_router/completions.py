@@ -14,6 +14,7 @@ from wherry_protocol.openai.requests import ChatCompletionRequest, CompletionReq
 from wherry_protocol.openai.stream import DONE, Chunks
 from wherry_protocol.openai.translate import to_execute
 from wherry_protocol.worker import End, ErrorEvent, Event, Started, Token
+from wherry_router.admission.entry import BYTES_PER_TOKEN, Admission, Place
 from wherry_router.backend import Backend, Delivery
 from wherry_router.caller import Caller
 from wherry_router.identity.salt import Salts
@@ -34,7 +35,9 @@ _STREAM: Headers = [
 class Answer:
     """One request being answered: what every step needs to know of it."""
 
-    def __init__(self, request: Request, caller: Caller, correlation: str, headers: Headers, began: float) -> None:
+    def __init__(
+        self, request: Request, caller: Caller, correlation: str, headers: Headers, began: float, place: Place
+    ) -> None:
         self.chat = isinstance(request, ChatCompletionRequest)
         self.request = request
         self.caller = caller
@@ -43,19 +46,37 @@ class Answer:
         self.correlation = correlation
         self.headers = headers
         self.began = began
+        self.place = place
         self.usage = Usage()
         self.n = request.n or 1
 
     def count(self, index: int, end: End) -> None:
         """Adds a choice to the usage; the choices of one prompt share it."""
         self.usage.add(end, with_prompt=index % self.n == 0)
+        self.place.freed()
+
+    def spent(self, index: int, event: Event) -> None:
+        """Counts what an event cost: what a client that leaves early has had."""
+        if type(event) is Token:
+            self.place.tokens += len(event.ids)
+        elif type(event) is Started and index % self.n == 0:
+            self.place.tokens += event.prompt_tokens
 
 
 class Completions:
     """Answers both kinds of request from one backend."""
 
-    def __init__(self, backend: Backend, model: str, limits: Limits, metrics: RouterMetrics, salts: Salts) -> None:
+    def __init__(
+        self,
+        backend: Backend,
+        model: str,
+        limits: Limits,
+        metrics: RouterMetrics,
+        admission: Admission,
+        salts: Salts,
+    ) -> None:
         self._backend = backend
+        self._admission = admission
         self._salts = salts
         self._model = model
         self._limits = limits
@@ -83,9 +104,10 @@ class Completions:
             )
             if request.model != self._model:
                 raise model_not_found(request.model, self._model)
-            answer = Answer(request, caller, correlation, headers, began)
+            place = self._place(scope, caller, request, len(body))
+            answer = Answer(request, caller, correlation, headers, began, place)
             guard = CancelOnDisconnect(receive)
-            async with guard:
+            async with guard, place:
                 await (self._stream(answer, send) if request.stream else self._whole(answer, send))
             if guard.gone:
                 self._metrics.disconnects.inc()
@@ -94,9 +116,17 @@ class Completions:
         finally:
             self.in_flight -= 1
 
+    def _place(self, scope: Scope, caller: Caller, request: Request, size: int) -> Place:
+        prompts = 1 if isinstance(request, ChatCompletionRequest) else len(request.prompt)
+        return self._admission.place(
+            scope, caller, size // BYTES_PER_TOKEN, request.limit(), prompts * (request.n or 1)
+        )
+
     def _generate(self, answer: Answer, *, whole: bool) -> AsyncGenerator[tuple[int, Event], None]:
         salt = self._salts.of(answer.caller.tenant)
         requests = to_execute(answer.request, answer.id, answer.created, salt)
+        for one in requests:
+            one.priority = answer.place.priority
         delivery = Delivery(whole=whole)
         return merge([self._backend.generate(r, answer.correlation, delivery) for r in requests])
 
@@ -107,6 +137,7 @@ class Completions:
         choices = [Choice(index, chat=answer.chat, logprobs=logprobs) for index in range(prompts * answer.n)]
         async with aclosing(self._generate(answer, whole=True)) as events:
             async for index, event in events:
+                answer.spent(index, event)
                 if type(event) is Started:
                     choices[index].restart()
                 choices[index].feed(event)
@@ -123,6 +154,7 @@ class Completions:
         try:
             async with aclosing(self._generate(answer, whole=False)) as events:
                 async for index, event in events:
+                    answer.spent(index, event)
                     await stream.feed(index, event)
         except ApiError as error:
             if not stream.open:

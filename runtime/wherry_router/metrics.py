@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, disable_created_metrics
 
 from wherry_protocol.naming import INTER_TOKEN_BUCKETS, TTFT_BUCKETS
+from wherry_router.admission.metrics import AdmissionMetrics
 
 if TYPE_CHECKING:
     from wherry_router.pool import Pool
@@ -78,6 +79,7 @@ class RouterMetrics:
             ["what"],
             registry=registry,
         )
+        self.admission = AdmissionMetrics(registry)
         self._children: dict[tuple[str, int], Counter] = {}
 
     def _add_resilience(self, registry: CollectorRegistry) -> None:

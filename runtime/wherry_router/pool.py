@@ -11,7 +11,7 @@ import msgspec
 from prometheus_client import CollectorRegistry
 
 from wherry_protocol.router_report import ReplicaReport, ReplicaState
-from wherry_protocol.worker import End, Event, Started, Token
+from wherry_protocol.worker import End, Event, LoadReport, Started, Token
 from wherry_router.metrics import RouterMetrics
 from wherry_router.policies import least_outstanding
 from wherry_router.resilience.breaker import Breaker, State
@@ -51,6 +51,7 @@ class Replica:
         "endpoint",
         "execute_url",
         "last_chosen",
+        "load",
         "outstanding_tokens",
         "record",
         "requests",
@@ -65,6 +66,7 @@ class Replica:
         self.outstanding_tokens = 0
         self.requests = 0
         self.last_chosen = 0
+        self.load: LoadReport | None = None  # the worker's own; None: it has not told
         self.breaker = Breaker(limits.breaker_faults, limits.breaker_max_open_s)
         self.record = Record()
 
@@ -287,6 +289,14 @@ class Pool:
     def choosable(self) -> int:
         """How many replicas a request could go to now, room or not."""
         return len(self._usable(self.clock()))
+
+    def usable(self) -> list[Replica]:
+        """The replicas that a request could go to now, room or not."""
+        return self._usable(self.clock())
+
+    def requests(self) -> int:
+        """What this router has running on all replicas, those that discovery no longer names included."""
+        return sum(replica.requests for replica in (*self._replicas.values(), *self._leaving.values()))
 
     def panicking(self, now: float) -> bool:
         """Whether so many replicas look bad that all of them are used."""

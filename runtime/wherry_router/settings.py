@@ -7,12 +7,13 @@ class Limits(msgspec.Struct, kw_only=True, frozen=True):
     """Bounds. Whatever is over one gets an answer that says so, never a hang."""
 
     max_body_bytes: int = 8 * 1024 * 1024
-    max_concurrent: int = 1024
+    # More than admission lets wait and workers run, so that it is admission that chooses whom to refuse.
+    max_concurrent: int = 4096
     body_timeout_s: float = 30.0
     # From the request to its first token, all tries together.
     first_token_timeout_s: float = 300.0
     # How long a request waits for a replica when there is none.
-    no_replica_wait_s: float = 5.0
+    no_replica_wait_s: float = 30.0
     max_tries: int = 4
     # Silence after which a worker that owes tokens is asked whether it is alive, and how long it has to answer. Asking
     # costs next to nothing. Both and the time of one prefill are what a frozen worker's clients wait, and those of two

@@ -10,6 +10,7 @@ import pytest
 import yaml
 
 from wherry_operator.api.generate import drift
+from wherry_operator.api.kube import parse_duration
 from wherry_operator.api.resource import LLMDeployment
 from wherry_operator.desired.common import RenderSettings
 from wherry_operator.desired.objects import Desired, render
@@ -70,6 +71,22 @@ def test_the_router_understands_its_arguments(path: Path) -> None:
     assert owner.spec is not None
     settings = module.argument_parser().parse_args(router_args(owner, owner.spec))
     assert (settings.deployment, settings.namespace, settings.model) == (owner.name, "default", owner.spec.model.name)
+
+
+@pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.stem)
+def test_the_router_queues_as_the_spec_says(path: Path) -> None:
+    parser = importlib.import_module("wherry_router.__main__").argument_parser()
+    flags = importlib.import_module("wherry_router.admission.flags")
+    owner = owner_of(path)
+    assert owner.spec is not None
+    told = flags.settings(parser.parse_args(router_args(owner, owner.spec)))
+    said = owner.spec.router
+    assert [(c.name, c.priority, c.max_queued_requests, c.max_queued_tokens, c.default) for c in told.classes] == [
+        (c.name, c.priority, c.max_queued_requests, c.max_queued_tokens, c.default) for c in said.priority_classes or ()
+    ]
+    assert (told.bounds.max_requests, told.bounds.max_tokens) == (said.queue.max_requests, said.queue.max_tokens)
+    assert told.timeout_s == parse_duration(said.queue.timeout)
+    assert told.bounds.no_replica_s == parse_duration(said.queue.start_timeout)
 
 
 def test_generated_files_are_up_to_date() -> None:

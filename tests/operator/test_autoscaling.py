@@ -52,6 +52,19 @@ def test_requests(current: int, signals: list[Signal | None], expected: int, rea
 
 
 @pytest.mark.parametrize(
+    "current, signals, queued, expected",
+    [
+        (1, load(10), 30, 4),
+        (4, load(5, 5, 5, 5), 20, 4),
+        (2, load(0, None), 30, 3),
+        (2, [], 30, 2),  # nobody knows what they do with it
+    ],
+)
+def test_what_waits_in_routers_is_load(current: int, signals: list[Signal | None], queued: int, expected: int) -> None:
+    assert decide(scaling(), current, signals, (), NOW, queued).replicas == expected
+
+
+@pytest.mark.parametrize(
     "used, expected",
     [([0.5, 0.5], 2), ([1.0, 1.0], 4), ([0.1, 0.1], 1), ([0.54, 0.5], 2)],
 )

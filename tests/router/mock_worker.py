@@ -63,8 +63,9 @@ class State(msgspec.Struct):
 class MockWorker:
     """The ASGI app."""
 
-    def __init__(self, name: str, model: str, token: str | None) -> None:
+    def __init__(self, name: str, model: str, token: str | None, max_running: int) -> None:
         self.state = State(name)
+        self._max_running = max_running
         self._model = model
         self._authorization = f"Bearer {token}".encode() if token else None
 
@@ -96,9 +97,9 @@ class MockWorker:
             ready=self.state.ready,
             running=self.state.running,
             waiting=0,
-            max_running=64,
+            max_running=self._max_running,
             kv_tokens_used=0,
-            kv_tokens_total=1000,
+            kv_tokens_total=1_000_000,
             steps_total=0,
             heartbeat_age_s=0.0,
             **totals,
@@ -194,7 +195,7 @@ async def _run(args: argparse.Namespace) -> None:
     async def drain() -> None:
         pass
 
-    await serve(MockWorker(args.name, args.model, args.token), [sock], stop, drain)
+    await serve(MockWorker(args.name, args.model, args.token, args.max_running), [sock], stop, drain)
 
 
 def main() -> None:
@@ -203,6 +204,7 @@ def main() -> None:
     parser.add_argument("--name", default="mock")
     parser.add_argument("--model", default="chat")
     parser.add_argument("--token")
+    parser.add_argument("--max-running", type=int, default=64)
     parser.add_argument("--host", default="127.0.0.1")
     parser.add_argument("--port", type=int, default=0)
     args = parser.parse_args()

@@ -3,8 +3,19 @@
 from contextlib import ExitStack
 
 import httpx
+import pytest
+from prometheus_client import CollectorRegistry
 from tests.router.harness import Mock, Process, chat, eventually, mock_worker, post, router, script
 from tests.router.test_failover import Background
+
+from wherry_protocol.openai.errors import ApiError
+from wherry_protocol.worker import ExecuteRequest, Prompt
+from wherry_router.backend import Delivery
+from wherry_router.metrics import RouterMetrics
+from wherry_router.pool import Endpoint
+from wherry_router.replicas import Replicas
+from wherry_router.settings import Limits
+from wherry_router.upstream import Upstream
 
 
 def metric(front: Process, name: str) -> float:
@@ -12,7 +23,7 @@ def metric(front: Process, name: str) -> float:
     return float(next(line.split()[-1] for line in lines if line.startswith(name + " ")))
 
 
-def test_a_full_replica_is_passed_over_and_with_none_left_it_is_429() -> None:
+def test_a_full_replica_is_passed_over_and_with_none_left_requests_wait() -> None:
     with ExitStack() as stack:
         mocks: list[Mock] = [stack.enter_context(mock_worker(name)) for name in "ab"]
         front = stack.enter_context(
@@ -23,15 +34,29 @@ def test_a_full_replica_is_passed_over_and_with_none_left_it_is_429() -> None:
         for request in held:
             request.start()
         eventually(lambda: [mock.state()["running"] for mock in mocks] == [2, 2])
-        refused = post(front.url, chat("hello"))
-        assert (refused.status_code, refused.headers["retry-after"]) == (429, "1")
-        assert refused.json()["error"]["code"] == "replicas_busy"
-        assert metric(front, "wherry_router_bulkhead_refusals_total") == 1
+        refused = post(front.url, chat("hello"), headers={"x-wherry-queue-timeout-ms": "100"})
+        assert (refused.status_code, refused.json()["error"]["code"]) == (504, "queue_timeout")
         for mock in mocks:
             mock.process.kill()
         for request in held:
             request.join(20)
             assert not request.is_alive()
+
+
+async def test_where_the_load_is_not_known_it_is_429() -> None:
+    limits, registry = Limits(max_per_replica=1), CollectorRegistry()
+    upstream = Upstream(None, limits)
+    backend = Replicas(upstream, limits, RouterMetrics(registry))
+    backend.pool.set_endpoints([Endpoint("a", "http://127.0.0.1:9")])
+    [full] = backend.pool.replicas()
+    backend.pool.lease(full, 1, 1)
+    request = ExecuteRequest(id="r", model="chat", prompt=Prompt(text="hello"))
+    with pytest.raises(ApiError) as refused:
+        await anext(backend.generate(request, "c", Delivery(whole=True)))
+    await upstream.close()
+    await backend.close()
+    assert (refused.value.status, refused.value.code, refused.value.retry_after_s) == (429, "replicas_busy", 1)
+    assert registry.get_sample_value("wherry_router_bulkhead_refusals_total") == 1
 
 
 def test_retries_over_the_budget_are_denied_and_told() -> None:

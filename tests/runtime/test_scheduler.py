@@ -114,6 +114,48 @@ TABLES = [
         {"blocks": 4},
     ),
     Table(
+        "a higher priority takes the slot of the lowest, which comes back and computes what the cache has lost",
+        ["a:0+4* b:0+4*", "a:4+1* c:0+4* preempted b", "c:4+1* a:5+1*", "a:6+1* b:4+1*", "b:5+1*", "b:6+1*"],
+        {
+            0: [request("a", 4, new=4, priority=1), request("b", 4, new=4)],
+            1: [request("c", 4, new=2, priority=2)],
+        },
+        {"running": 2},
+    ),
+    Table(
+        "of equals the one that came first keeps its slot",
+        ["a:0+4*", "a:4+1*", "b:0+4*"],
+        {0: [request("a", 4, new=2, priority=1)], 1: [request("b", 4, priority=1)]},
+        {"running": 1},
+    ),
+    Table(
+        "a higher priority takes the blocks of as few as it needs",
+        ["a:0+4* b:0+4* c:0+4*", "a:4+1* b:4+1* d:0+11* preempted c", "a:5+1* b:5+1* c:0+5*", "c:5+1*"],
+        {
+            0: [request("a", 4, new=3), request("b", 4, new=3), request("c", 4, new=3)],
+            1: [request("d", 11, new=1, priority=1)],
+        },
+        {"blocks": 7, "budget": 20},
+    ),
+    Table(
+        "nobody gives way to a prompt that would not fit even then",
+        ["a:0+8* b:0+4*", "a:8+1* b:4+1*", "a:9+1*", "c:0+12*"],
+        {
+            0: [request("a", 8, new=3, priority=2), request("b", 4, new=2)],
+            1: [request("c", 12, new=1, priority=1)],
+        },
+        {"blocks": 5},
+    ),
+    Table(
+        "several begin at once, as far as a step has tokens for them",
+        ["a:0+2* b:0+2* c:0+2*", "a:2+1* x:0+8* y:0+7 preempted c b", "x:8+1* y:7+1* z:0+8* preempted a"],
+        {
+            0: [request(n, 2) for n in "abc"],
+            1: [request(n, 8, priority=1) for n in "xyz"],
+        },
+        {"running": 3},
+    ),
+    Table(
         "known blocks are not computed again, but the last token always is",
         ["a:0+9*", "b:8+1*"],
         {0: [request("a", 9, new=1)], 1: [request("b", 9, new=1, first_token=ord("a"))]},

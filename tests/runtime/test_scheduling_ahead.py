@@ -102,6 +102,25 @@ def test_nobody_is_preempted_while_a_plan_is_in_flight() -> None:
     assert (shown(third), third.preempted) == ("a:9+1*", ["b"])
 
 
+def test_a_higher_priority_waits_for_the_plan_in_flight_before_anybody_gives_way() -> None:
+    s = scheduler(running=1)
+    s.add(request("a", 4, 8))
+    first = s.schedule()
+    s.add(request("b", 4, 2, priority=1))
+    assert s.schedule().sequences == []
+    assert s.preemptions == 0
+    land(s, first)
+    second = s.schedule()
+    assert (shown(second), second.preempted, second.admitted) == ("b:0+4*", ["a"], ["b"])
+    third = s.schedule()
+    assert shown(third) == "b:4+?*"
+    land(s, second)
+    land(s, third)
+    s.remove("b")
+    # Its first four tokens are still cached, and the one that it had drawn is not drawn again.
+    assert shown(s.schedule()) == "a:4+1*"
+
+
 def test_blocks_of_a_request_that_ends_are_free_when_its_last_plan_is_done() -> None:
     s = scheduler(blocks=10)
     s.add(request("a", 8, 8))
@@ -247,15 +266,15 @@ class TestMemory:
 
 
 @st.composite
-def runs(draw: st.DrawFn) -> tuple[dict[str, int], list[tuple[int, int, int, int | None, int | None]], list[int]]:
+def runs(draw: st.DrawFn) -> tuple[dict[str, int], list[tuple[int, int, int, int | None, int | None, int]], list[int]]:
     size, blocks = draw(st.sampled_from([1, 2, 4])), draw(st.integers(2, 24))
     requests = []
     for _ in range(draw(st.integers(1, 10))):
         prompt = draw(st.integers(1, size * blocks - 1))
         new = draw(st.integers(1, min(12, size * blocks - prompt)))
-        # arrival, prompt, new, stops after so many tokens, cancelled after so many steps
+        # arrival, prompt, new, stops after so many tokens, cancelled after so many steps, priority
         stop, cancel = draw(st.none() | st.integers(1, 8)), draw(st.none() | st.integers(0, 20))
-        requests.append((draw(st.integers(0, 12)), prompt, new, stop, cancel))
+        requests.append((draw(st.integers(0, 12)), prompt, new, stop, cancel, draw(st.integers(0, 2))))
     settings = {"blocks": blocks, "size": size, "running": draw(st.integers(1, 6)), "budget": draw(st.integers(1, 20))}
     return settings, requests, draw(st.lists(st.integers(0, 3), max_size=60))
 
@@ -268,12 +287,12 @@ def test_the_same_tokens_whatever_goes_wrong(run: tuple[dict[str, int], list[Any
     options, specs, luck = run
     s = scheduler(**options)
     flights: deque[StepPlan] = deque()
-    stops = {f"r{i}": stop for i, (_, _, _, stop, _) in enumerate(specs)}
+    stops = {f"r{i}": stop for i, (_, _, _, stop, _, _) in enumerate(specs)}
     fates = iter(luck)
     for step in range(5000):
-        for i, (arrival, prompt, new, _, cancel) in enumerate(specs):
+        for i, (arrival, prompt, new, _, cancel, priority) in enumerate(specs):
             if arrival == step:
-                s.add(request(f"r{i}", prompt, new, first_token=i % 2))
+                s.add(request(f"r{i}", prompt, new, priority, first_token=i % 2))
             if cancel is not None and cancel + arrival == step:
                 s.remove(f"r{i}")
         while len(flights) < 2 and (plan := s.schedule()).sequences:

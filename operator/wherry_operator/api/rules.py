@@ -97,6 +97,19 @@ NODE_UNREACHABLE = rules(
 
 WINDOW = rules(rule("duration(self) <= duration('1h')", "stabilizationWindow must be at most 1h"))
 
+PRIORITY_CLASSES = rules(
+    rule(
+        "self.exists_one(c, c.default)",
+        "exactly one of priorityClasses must have default: true; requests that name no class are of that one",
+    ),
+    rule(
+        "self.all(c, self.exists_one(d, d.priority == c.priority))",
+        "two of priorityClasses have the same priority; give each its own",
+    ),
+)
+
+QUEUE_TIMEOUT = rules(rule("duration(self) <= duration('1h')", "queue timeouts must be at most 1h"))
+
 RESOURCES = rules(
     rule(
         "!has(self.requests) || !has(self.limits) || self.requests.all(k, !(k in self.limits) || "

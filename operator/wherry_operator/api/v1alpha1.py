@@ -155,6 +155,57 @@ class Batching(CamelModel):
     )
 
 
+class PriorityClass(CamelModel):
+    """Requests that are queued together."""
+
+    name: str = Field(
+        description="Name that clients write into x-wherry-priority: a-z, 0-9 and '-'; 63 at most.",
+        pattern=r"^[a-z]([-a-z0-9]*[a-z0-9])?$",
+        max_length=63,
+    )
+    priority: int = Field(
+        0,
+        description="Higher ones go first, and pause what runs of lower ones when there is no room beside them.",
+        ge=-1000000,
+        le=1000000,
+    )
+    max_queued_requests: int | None = Field(
+        None,
+        description="Requests of this class that may wait in one router. Defaults to queue.maxRequests.",
+        ge=0,
+        le=100000,
+    )
+    max_queued_tokens: int | None = Field(
+        None,
+        description="Their tokens of prompts and answers, estimated. Defaults to queue.maxTokens.",
+        ge=0,
+        le=1000000000,
+    )
+    default: bool = Field(False, description="Whether requests that name no class are of this one.")
+
+
+class RouterQueue(CamelModel):
+    """What waits in each router while the replicas are full. Over a bound the lowest class is refused with 429."""
+
+    max_requests: int = Field(1000, description="Requests that wait at most.", ge=0, le=100000)
+    max_tokens: int = Field(
+        4000000,
+        description="Their tokens of prompts and answers at most, estimated.",
+        ge=0,
+        le=1000000000,
+    )
+    timeout: Duration = Field(
+        "1m",
+        description="How long a request waits that does not say so in x-wherry-queue-timeout-ms.",
+        json_schema_extra=rules.QUEUE_TIMEOUT,
+    )
+    start_timeout: Duration = Field(
+        "30s",
+        description="How long requests wait while no replica is ready, like during a start.",
+        json_schema_extra=rules.QUEUE_TIMEOUT,
+    )
+
+
 class Router(CamelModel):
     """The router in front of the replicas: it speaks the OpenAI API."""
 
@@ -164,6 +215,22 @@ class Router(CamelModel):
     )
     resources: ResourceRequirements | None = Field(
         None, description="CPU and memory of each router pod.", json_schema_extra=rules.RESOURCES
+    )
+    priority_classes: list[PriorityClass] | None = Field(
+        None,
+        description="Classes that requests may name. Without any there is one, called default.",
+        min_length=1,
+        max_length=16,
+        json_schema_extra={
+            "x-kubernetes-list-type": "map",
+            "x-kubernetes-list-map-keys": ["name"],
+            **rules.PRIORITY_CLASSES,
+        },
+    )
+    queue: RouterQueue = Field(
+        default_factory=RouterQueue,
+        description="What waits in each router while the replicas are full.",
+        json_schema_extra=EMPTY,
     )
 
 

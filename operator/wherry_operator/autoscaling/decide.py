@@ -50,6 +50,7 @@ def decide(
     signals: Sequence[Signal | None],
     history: Sequence[Recommendation],
     now: datetime,
+    queued: int = 0,
 ) -> Decision:
     """How many replicas should run.
 
@@ -59,6 +60,7 @@ def decide(
         signals: one for every ready replica; None where it did not answer.
         history: earlier recommendations, of the longest window at least.
         now: UTC.
+        queued: requests that wait in the routers.
     """
     low, high = scaling.min_replicas, scaling.max_replicas
     bounded = min(max(current, low), high)
@@ -67,7 +69,7 @@ def decide(
     if not known:
         message = "no replica reports its load; the number of replicas stays"
         return Decision(bounded, "NoSignals", message, False, tuple(history))
-    wanted, why = _recommend(scaling, bounded, known)
+    wanted, why = _recommend(scaling, bounded, known, queued)
     wanted = min(max(wanted, low), high)
     if missing and wanted < bounded:
         wanted, why = bounded, f"{missing} of {current} replicas do not report their load, so none is removed"
@@ -79,11 +81,11 @@ def decide(
     return Decision(steady, reason, why, True, tuple(history))
 
 
-def _recommend(scaling: Scaling, current: int, known: Sequence[Signal]) -> tuple[int, str]:
+def _recommend(scaling: Scaling, current: int, known: Sequence[Signal], queued: int) -> tuple[int, str]:
     targets = scaling.targets
     answers = []
     if targets.requests_per_replica:
-        total = sum(signal.requests for signal in known)
+        total = sum(signal.requests for signal in known) + queued
         wanted = _toward(current, total / targets.requests_per_replica)
         answers.append((wanted, f"{total} requests for a target of {targets.requests_per_replica} per replica"))
     if targets.kv_utilization:

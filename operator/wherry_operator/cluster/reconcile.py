@@ -118,11 +118,15 @@ class Reconciler:
         if (scaling := owner.spec.scaling) is None:
             return Scale(owner.spec.fixed_replicas or 0)
         current = before if before is not None else scaling.min_replicas
-        signals = await load.poll(ready_leaders(observed.pods), observed.token)
+        signals, reports = await asyncio.gather(
+            load.poll(ready_leaders(observed.pods), observed.token),
+            routers.poll(live_routers(observed), observed.token),
+        )
+        queued = sum(report.queued for report in reports.values())
         now = self._clock()
         # After a restart the number that runs counts as recommended, so that it does not drop for lack of memory.
         history = self._history.get(owner.uid) or (Recommendation(now, current),)
-        decision = decide(scaling, current, signals, history, now)
+        decision = decide(scaling, current, signals, history, now, queued)
         self._history[owner.uid] = decision.history
         return Scale(decision.replicas, decision.reason, decision.message, decision.active)
 

@@ -2,8 +2,9 @@
 
 from typing import Any
 
+from wherry_operator.api.kube import parse_duration
 from wherry_operator.api.resource import LLMDeployment
-from wherry_operator.api.v1alpha1 import LLMDeploymentSpec
+from wherry_operator.api.v1alpha1 import LLMDeploymentSpec, PriorityClass, Router
 from wherry_operator.desired.common import (
     GRACE_MARGIN_S,
     RenderSettings,
@@ -39,7 +40,27 @@ def router_args(owner: LLMDeployment, spec: LLMDeploymentSpec) -> list[str]:
         f"--drain-timeout-s={drain_seconds(spec)}",
         f"--drain-grace-s={LINGER_S}",
         *([] if spec.failover.resume else ["--no-resume"]),
+        *admission_args(spec.router),
     ]
+
+
+def admission_args(router: Router) -> list[str]:
+    """Priority classes and the queue."""
+    queue = router.queue
+    return [
+        *(f"--priority-class={_class(one)}" for one in router.priority_classes or ()),
+        f"--queue-max-requests={queue.max_requests}",
+        f"--queue-max-tokens={queue.max_tokens}",
+        f"--queue-timeout-s={parse_duration(queue.timeout):g}",
+        f"--no-replica-wait-s={parse_duration(queue.start_timeout):g}",
+    ]
+
+
+def _class(one: PriorityClass) -> str:
+    bounds = {"max-queued-requests": one.max_queued_requests, "max-queued-tokens": one.max_queued_tokens}
+    fields = [f"name={one.name}", f"priority={one.priority}"]
+    fields += [f"{name}={bound}" for name, bound in bounds.items() if bound is not None]
+    return ",".join(fields + ["default"] * one.default)
 
 
 def router_template(

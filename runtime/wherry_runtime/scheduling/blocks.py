@@ -72,6 +72,11 @@ class BlockManager:
         """How many of `blocks` nobody holds: sharing them takes them off the free list."""
         return sum(1 for block in blocks if not self._references[block])
 
+    def num_held_only_by(self, tables: Iterable[Iterable[int]]) -> int:
+        """How many blocks would be free if the holders of `tables` gave them back."""
+        held = Counter(block for table in tables for block in table)
+        return sum(1 for block, references in held.items() if self._references[block] == references)
+
     def share(self, blocks: Iterable[int]) -> None:
         """Holds blocks that `match` found once more."""
         for block in blocks:

@@ -4,8 +4,9 @@ Each step has a budget of tokens. Requests that are decoding come first (one tok
 computed, then the queue, by priority and arrival; a prompt that does not fit into what is left of the budget is
 computed in chunks over several steps (Agrawal et al., 2024, https://arxiv.org/abs/2403.02310), and beside decodes the
 chunk is cut to what they may wait for (see `pacing`). When the KV cache runs out, the running request that ranks last
-gives its blocks back and returns to the queue; it is recomputed later, usually from the prefix cache. The request that
-ranks first is never preempted and every request fits alone, so there is always progress.
+gives its blocks back and returns to the queue; it is recomputed later, usually from the prefix cache. So do those of a
+lower priority when a request in the queue lacks a slot or blocks. The request that ranks first is never preempted and
+every request fits alone, so there is always progress.
 
 A plan may be made while the one before it is computing (as in NanoFlow, Zhu et al., 2024,
 https://arxiv.org/abs/2408.12757): a token that the step in flight draws is UNKNOWN, to be filled in when the step
@@ -87,9 +88,13 @@ class Scheduler:
     def num_decoding(self) -> int:
         """Sequences in the next step if all that it does is to advance each running one by a token; 0 if it does more,
         or a plan in flight draws somebody's last token."""
-        if self.waiting and len(self.running) < min(self.max_running, self.limit.tokens):
+        if self.waiting and (len(self.running) < self._slots or self._outranked(self.waiting[0])):
             return 0
         return len(self.running) if all(r.remaining == 1 for r in self.running) else 0
+
+    @property
+    def _slots(self) -> int:
+        return min(self.max_running, self.limit.tokens)
 
     def add(self, request: Request) -> None:
         """Queues a request.
@@ -149,6 +154,9 @@ class Scheduler:
             The plan. Without sequences there is nothing to commit: nothing is live, or nothing can be planned until the
             plan in flight is committed.
         """
+        made_way = self._make_way()
+        if made_way is None:
+            return StepPlan()
         preempted: list[str] = []
         decodes, prompts = self._ready()
         chunks, allowance = self._chunks(decodes, prompts, drafts)
@@ -164,10 +172,10 @@ class Scheduler:
             decodes, prompts = self._ready()
             chunks, allowance = self._chunks(decodes, prompts, drafts)
         steps = [self._step(request, count, drafts.get(request.id, ()) if drafts else ()) for request, count in chunks]
-        admitted = [] if preempted else self._admit(steps, allowance)
+        admitted = [] if preempted else self._admit(steps, allowance, made_way)
         if steps:
             self.in_flight += 1
-        return StepPlan(steps, admitted, preempted, _work(steps))
+        return StepPlan(steps, admitted, made_way + preempted, _work(steps))
 
     def commit(self, plan: StepPlan, sampled: Mapping[str, Sequence[int]]) -> None:
         """Books a computed plan: progress, blocks that became full, and the tokens drawn (by request id).
@@ -298,6 +306,56 @@ class Scheduler:
                 missing += -(-end // size) - request.num_blocks
         return missing
 
+    def _outranked(self, request: Request) -> bool:
+        """Whether somebody runs whose priority is below that of `request`; an earlier arrival alone preempts nobody."""
+        return bool(self.running) and self.running[-1].priority < request.priority
+
+    def _make_way(self) -> list[str] | None:
+        """Preempts for those at the head of the queue that have a higher priority, as many as this step can begin.
+
+        Returns:
+            Who was preempted; None: somebody is to be, once no plan is in flight.
+        """
+        preempted: list[str] = []
+        begins = tokens = blocks = 0  # of those that there is room for so far
+        while begins < len(self.waiting) and tokens < self.limit.tokens:
+            # Whoever is preempted ranks behind it in the queue.
+            request = self.waiting[begins]
+            if not self._outranked(request):
+                break
+            while not self._has_room(request, begins, blocks):
+                if not self._could_have_room(request, blocks):
+                    return preempted
+                if self.in_flight:
+                    return None
+                preempted.append(self._preempt_last())
+            begins += 1
+            tokens += len(request.tokens)
+            blocks += self._known_prefix(request)[1]
+        return preempted
+
+    def _has_room(self, request: Request, begins: int, blocks: int) -> bool:
+        """Whether a slot and blocks are free beside `begins` requests and `blocks` that are promised."""
+        if len(self.running) + begins >= self._slots:
+            return False
+        return self._known_prefix(request)[1] + blocks + self._growth(self.running) <= self.blocks.num_free
+
+    def _could_have_room(self, request: Request, blocks: int) -> bool:
+        """Whether preempting everybody of a lower priority would make room."""
+        below = [r for r in self.running if r.priority < request.priority]
+        if not below:
+            return False
+        others = self.running[: len(self.running) - len(below)]
+        missing = self._known_prefix(request)[1] + blocks + self._growth(others) - self.blocks.num_free
+        if missing <= 0 or missing > sum(r.num_blocks for r in below):
+            return missing <= 0
+        return missing <= self.blocks.num_held_only_by(r.blocks.tolist() for r in below)
+
+    def _growth(self, requests: Iterable[Request]) -> int:
+        """Blocks that requests lack for the tokens they know of."""
+        size = self.blocks.block_size
+        return sum(max(-(-(len(r.tokens) + r.num_unknown) // size) - r.num_blocks, 0) for r in requests)
+
     def _preempt_last(self) -> str:
         """Puts the last of the batch back into the queue; its id. Only while no plan is in flight."""
         request = self.running.pop()
@@ -325,13 +383,13 @@ class Scheduler:
         self.blocks.release(blocks, request.hashes)
         return blocks
 
-    def _admit(self, steps: list[SequenceStep], allowance: Allowance) -> list[str]:
-        """Moves requests from the head of the queue into the batch while slots, budget and blocks last."""
+    def _admit(self, steps: list[SequenceStep], allowance: Allowance, made_way: list[str]) -> list[str]:
+        """Moves requests from the head of the queue into the batch while slots, budget and blocks last; none that has
+        just made way."""
         admitted = []
-        slots = min(self.max_running, self.limit.tokens)
-        while self.waiting and len(self.running) < slots and not allowance.exhausted:
+        while self.waiting and len(self.running) < self._slots and not allowance.exhausted:
             request = self.waiting[0]
-            if not self._take_prefix(request):
+            if request.id in made_way or not self._take_prefix(request):
                 break
             self.waiting.pop(0)
             insort(self.running, request, key=_rank)
@@ -344,24 +402,28 @@ class Scheduler:
 
         Asking for room for all of them, not only the first chunk, keeps two long prompts from preempting each other.
         """
-        size = self.blocks.block_size
-        matched: list[int] = []
-        if self.blocks.prefix_cache:
-            extend_hashes(request.hashes, request.tokens, size, request.salt)
-            # The newest token is always computed: its logits are what the request is for.
-            matched = self.blocks.match(request.hashes[: (len(request.tokens) - 1) // size])
-        needed = self.blocks.blocks_for(len(request.tokens)) - len(matched)
-        if needed > self.blocks.num_free - self.blocks.num_free_among(matched):
+        matched, needed = self._known_prefix(request)
+        if needed > self.blocks.num_free:
             return False
         self.blocks.share(matched)
         request.add_blocks(matched)
         request.num_registered = len(matched)
-        request.num_computed = request.num_planned = len(matched) * size
+        request.num_computed = request.num_planned = len(matched) * self.blocks.block_size
         if not request.preemptions:
             request.cached_tokens = request.num_computed
             self.prefix_hit_tokens += request.num_computed
             self.prefix_queried_tokens += len(request.tokens)
         return True
+
+    def _known_prefix(self, request: Request) -> tuple[list[int], int]:
+        """The blocks that hold its known prefix, and how many leave the free list if it is admitted."""
+        matched: list[int] = []
+        if self.blocks.prefix_cache:
+            extend_hashes(request.hashes, request.tokens, self.blocks.block_size, request.salt)
+            # The newest token is always computed: its logits are what the request is for.
+            matched = self.blocks.match(request.hashes[: (len(request.tokens) - 1) // self.blocks.block_size])
+        lacking = self.blocks.blocks_for(len(request.tokens)) - len(matched)
+        return matched, lacking + self.blocks.num_free_among(matched)
 
     def _register(self, request: Request) -> None:
         """Tells the prefix cache about blocks that are full now."""
