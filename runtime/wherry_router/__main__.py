@@ -14,6 +14,7 @@ from prometheus_client import CollectorRegistry
 from wherry_protocol.http.logs import set_up
 from wherry_protocol.http.server import AddressError, bind, covers_loopback, serve, stop_on_signals, url_of
 from wherry_protocol.naming import ENV_WORKER_TOKEN, ROUTER_PORT
+from wherry_router import response_cache
 from wherry_router.admission import flags as admission_flags
 from wherry_router.admission.entry import Admission
 from wherry_router.admission.polling import LoadPoll
@@ -100,6 +101,7 @@ def argument_parser() -> argparse.ArgumentParser:
         parser.add_argument(flag, type=kind, default=default, help=f"{text} (default: {default})")
     identity.add_arguments(parser)
     admission_flags.add_arguments(parser)
+    response_cache.add_arguments(parser)
     return parser
 
 
@@ -142,6 +144,7 @@ async def _run(args: argparse.Namespace, queue: QueueSettings, sockets: list[soc
         stack.push_async_callback(backend.close)
         gate = identity.make_gate(args, OPEN_PATHS)
         metrics.watch_stale(gate.stale)
+        cache = response_cache.make(args, metrics)
         app = RouterApp(
             backend,
             args.model,
@@ -151,6 +154,7 @@ async def _run(args: argparse.Namespace, queue: QueueSettings, sockets: list[soc
             gate,
             report=backend.report,
             worker_token=os.environ.get(ENV_WORKER_TOKEN),
+            cache=cache,
             admission=Admission(queue, metrics.admission, backend.pool, limits.max_per_replica),
         )
         stack.push_async_callback(LoadPoll(backend.pool, upstream).start().stop)

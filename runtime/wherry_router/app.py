@@ -32,6 +32,7 @@ from wherry_router.completions import Completions
 from wherry_router.identity.gate import Gate
 from wherry_router.identity.salt import Salts
 from wherry_router.metrics import RouterMetrics
+from wherry_router.response_cache import ResponseCache
 from wherry_router.settings import Limits
 from wherry_router.surface import HOT_ROUTES, make_surface
 
@@ -48,7 +49,7 @@ class RouterApp:
     """The OpenAI API over `backend`. `gate`: who may use it; None: everybody who can reach it.
 
     `report`, for whoever has `worker_token`: what `GET /internal/replicas` tells. Without both there is no such path.
-    `admission`: who waits for the backend; None: nobody does, it has a queue of its own.
+    `admission`: who waits for the backend; None: nobody does, it has a queue of its own. `cache`: of answers, if any.
     """
 
     def __init__(
@@ -63,6 +64,7 @@ class RouterApp:
         report: Callable[[], list[ReplicaReport]] | None = None,
         worker_token: str | None = None,
         admission: Admission | None = None,
+        cache: ResponseCache | None = None,
     ) -> None:
         self._backend = backend
         self._limits = limits
@@ -72,7 +74,7 @@ class RouterApp:
         self._report = report if worker_token else None
         self._report_guard = TokenGuard(worker_token, frozenset())
         self._admission = admission or Admission(QueueSettings(), metrics.admission)
-        self._completions = Completions(backend, model, limits, metrics, self._admission, Salts(worker_token))
+        self._completions = Completions(backend, model, limits, metrics, self._admission, Salts(worker_token), cache)
         self._surface = make_surface(model, int(time.time()), self._unready, registry)
         self._draining = False
 

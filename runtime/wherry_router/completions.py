@@ -5,21 +5,22 @@ import logging
 import os
 import time
 from collections.abc import AsyncGenerator
-from contextlib import aclosing
+from contextlib import aclosing, nullcontext
 
-from wherry_protocol.http.asgi import CancelOnDisconnect, Headers, Receive, Scope, Send, read_body, respond
+from wherry_protocol.http.asgi import CancelOnDisconnect, Headers, Receive, Scope, Send, header, read_body, respond
 from wherry_protocol.openai.answers import Choice, Usage, cancelled, failure, whole
 from wherry_protocol.openai.errors import ApiError, model_not_found
 from wherry_protocol.openai.requests import ChatCompletionRequest, CompletionRequest, Request, parse
 from wherry_protocol.openai.stream import DONE, Chunks
 from wherry_protocol.openai.translate import to_execute
-from wherry_protocol.worker import End, ErrorEvent, Event, Started, Token
+from wherry_protocol.worker import End, ErrorEvent, Event, ExecuteRequest, Started, Token
 from wherry_router.admission.entry import BYTES_PER_TOKEN, Admission, Place
 from wherry_router.backend import Backend, Delivery
 from wherry_router.caller import Caller
 from wherry_router.identity.salt import Salts
 from wherry_router.merge import merge
 from wherry_router.metrics import RouterMetrics
+from wherry_router.response_cache import HEADER, NOTHING, ResponseCache, replay
 from wherry_router.settings import Limits
 
 log = logging.getLogger("wherry.router")
@@ -47,6 +48,8 @@ class Answer:
         self.headers = headers
         self.began = began
         self.place = place
+        self.requests: list[ExecuteRequest] = []
+        self.lookup = NOTHING
         self.usage = Usage()
         self.n = request.n or 1
 
@@ -74,10 +77,12 @@ class Completions:
         metrics: RouterMetrics,
         admission: Admission,
         salts: Salts,
+        cache: ResponseCache | None = None,
     ) -> None:
         self._backend = backend
         self._admission = admission
         self._salts = salts
+        self._cache = cache
         self._model = model
         self._limits = limits
         self._metrics = metrics
@@ -106,8 +111,10 @@ class Completions:
                 raise model_not_found(request.model, self._model)
             place = self._place(scope, caller, request, len(body))
             answer = Answer(request, caller, correlation, headers, began, place)
+            await self._prepare(answer, scope)
             guard = CancelOnDisconnect(receive)
-            async with guard, place:
+            # What is told from memory takes no place from others.
+            async with guard, place if answer.lookup.kept is None else nullcontext():
                 await (self._stream(answer, send) if request.stream else self._whole(answer, send))
             if guard.gone:
                 self._metrics.disconnects.inc()
@@ -122,13 +129,28 @@ class Completions:
             scope, caller, size // BYTES_PER_TOKEN, request.limit(), prompts * (request.n or 1)
         )
 
-    def _generate(self, answer: Answer, *, whole: bool) -> AsyncGenerator[tuple[int, Event], None]:
+    async def _prepare(self, answer: Answer, scope: Scope) -> None:
+        """Makes the requests for workers, and looks whether their answers are there already."""
         salt = self._salts.of(answer.caller.tenant)
-        requests = to_execute(answer.request, answer.id, answer.created, salt)
-        for one in requests:
+        answer.requests = to_execute(answer.request, answer.id, answer.created, salt)
+        for one in answer.requests:
             one.priority = answer.place.priority
+        if self._cache is not None:
+            answer.lookup = await self._cache.look(answer.requests, header(scope, b"cache-control"))
+            if result := answer.lookup.result:
+                self._metrics.response_cache.labels(result).inc()
+                answer.headers = [*answer.headers, (HEADER, result.encode())]
+
+    def _generate(self, answer: Answer, *, whole: bool) -> AsyncGenerator[tuple[int, Event], None]:
+        cache, lookup = self._cache, answer.lookup
+        if lookup.kept is not None:
+            return merge([replay(events) for events in lookup.kept])
         delivery = Delivery(whole=whole)
-        return merge([self._backend.generate(r, answer.correlation, delivery) for r in requests])
+        generations = [self._backend.generate(r, answer.correlation, delivery) for r in answer.requests]
+        if cache is not None and lookup.keeps:
+            pairs = zip(answer.requests, generations, strict=True)
+            generations = [cache.recorded(request, events) for request, events in pairs]
+        return merge(generations)
 
     async def _whole(self, answer: Answer, send: Send) -> None:
         request = answer.request

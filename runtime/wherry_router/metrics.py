@@ -80,6 +80,15 @@ class RouterMetrics:
             registry=registry,
         )
         self.admission = AdmissionMetrics(registry)
+        self.response_cache = Counter(
+            "wherry_router_response_cache_requests",
+            "Requests whose answer could be kept, by whether it was there (hit) or had to be computed (miss).",
+            ["result"],
+            registry=registry,
+        )
+        self.response_cache_bytes = Gauge(
+            "wherry_router_response_cache_bytes", "Memory that kept answers take.", registry=registry
+        )
         self._children: dict[tuple[str, int], Counter] = {}
 
     def _add_resilience(self, registry: CollectorRegistry) -> None:

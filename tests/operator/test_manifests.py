@@ -69,6 +69,8 @@ REFUSED = [
         "the same priority",
     ),
     Refused("a class in capitals", {"router": {"priorityClasses": [{"name": "A", "default": True}]}}, "should match"),
+    Refused("a cache that holds nothing", {"router": {"responseCache": {"size": "1000"}}}, "at least 1Mi"),
+    Refused("answers kept for a year", {"router": {"responseCache": {"ttl": "8760h"}}}, "ttl must be from"),
     Refused("a queue for hours", {"router": {"queue": {"startTimeout": "2h"}}}, "at most 1h"),
     Refused("ranks that do not fill pods", {"parallelism": {"tensor": 4, "ranksPerPod": 3}}, "must divide"),
     Refused("more ranks in a pod than there are", {"parallelism": {"ranksPerPod": 2}}, "must divide"),

@@ -108,6 +108,12 @@ PRIORITY_CLASSES = rules(
     ),
 )
 
+CACHE_SIZE = rules(
+    rule("quantity(string(self)).compareTo(quantity('1Mi')) >= 0", "responseCache.size must be at least 1Mi")
+)
+CACHE_TTL = rules(
+    rule("duration(self) >= duration('1s') && duration(self) <= duration('168h')", "ttl must be from 1s to 168h")
+)
 QUEUE_TIMEOUT = rules(rule("duration(self) <= duration('1h')", "queue timeouts must be at most 1h"))
 
 RESOURCES = rules(

@@ -206,6 +206,17 @@ class RouterQueue(CamelModel):
     )
 
 
+class ResponseCache(CamelModel):
+    """Answers that are the same each time (temperature 0, or a seed) are kept, and told again from memory."""
+
+    size: Quantity = Field(
+        "256Mi",
+        description="Memory for them in each router, on top of what it needs itself; 1Mi at least.",
+        json_schema_extra=rules.CACHE_SIZE,
+    )
+    ttl: Duration = Field("10m", description="How long an answer is kept.", json_schema_extra=rules.CACHE_TTL)
+
+
 class Router(CamelModel):
     """The router in front of the replicas: it speaks the OpenAI API."""
 
@@ -231,6 +242,9 @@ class Router(CamelModel):
         default_factory=RouterQueue,
         description="What waits in each router while the replicas are full.",
         json_schema_extra=EMPTY,
+    )
+    response_cache: ResponseCache | None = Field(
+        None, description="Keeps answers that are the same each time. Without it none is kept."
     )
 
 
