@@ -17,6 +17,7 @@ from wherry_protocol.worker import End, ErrorEvent, Event, Started, Token
 from wherry_router.backend import Backend, Delivery
 from wherry_router.caller import Caller
 from wherry_router.identity.salt import Salts
+from wherry_router.limits.limiter import Charge, Limiter
 from wherry_router.merge import merge
 from wherry_router.metrics import RouterMetrics
 from wherry_router.settings import Limits
@@ -45,6 +46,7 @@ class Answer:
         self.began = began
         self.usage = Usage()
         self.n = request.n or 1
+        self.charge: Charge
 
     def count(self, index: int, end: End) -> None:
         """Adds a choice to the usage; the choices of one prompt share it."""
@@ -54,9 +56,12 @@ class Answer:
 class Completions:
     """Answers both kinds of request from one backend."""
 
-    def __init__(self, backend: Backend, model: str, limits: Limits, metrics: RouterMetrics, salts: Salts) -> None:
+    def __init__(
+        self, backend: Backend, model: str, limits: Limits, metrics: RouterMetrics, salts: Salts, limiter: Limiter
+    ) -> None:
         self._backend = backend
         self._salts = salts
+        self._limiter = limiter
         self._model = model
         self._limits = limits
         self._metrics = metrics
@@ -85,8 +90,9 @@ class Completions:
                 raise model_not_found(request.model, self._model)
             answer = Answer(request, caller, correlation, headers, began)
             guard = CancelOnDisconnect(receive)
-            async with guard:
-                await (self._stream(answer, send) if request.stream else self._whole(answer, send))
+            with await self._limiter.reserve(caller, request, answer.id, headers) as answer.charge:
+                async with guard:
+                    await (self._stream(answer, send) if request.stream else self._whole(answer, send))
             if guard.gone:
                 self._metrics.disconnects.inc()
                 return 499
@@ -109,6 +115,7 @@ class Completions:
             async for index, event in events:
                 if type(event) is Started:
                     choices[index].restart()
+                answer.charge.saw(index, event)
                 choices[index].feed(event)
                 if type(event) is End:
                     answer.count(index, event)
@@ -123,6 +130,7 @@ class Completions:
         try:
             async with aclosing(self._generate(answer, whole=False)) as events:
                 async for index, event in events:
+                    answer.charge.saw(index, event)
                     await stream.feed(index, event)
         except ApiError as error:
             if not stream.open:
