@@ -5,6 +5,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field
 
 from wherry_operator.api import rules
+from wherry_operator.api.access import RouterAuth, RouterLimits, RouterTls
 from wherry_operator.api.kube import (
     PRESERVE,
     CamelModel,
@@ -165,6 +166,13 @@ class Router(CamelModel):
     resources: ResourceRequirements | None = Field(
         None, description="CPU and memory of each router pod.", json_schema_extra=rules.RESOURCES
     )
+    auth: RouterAuth | None = Field(
+        None,
+        description="Who may use the router. Without it: whoever reaches it.",
+        json_schema_extra=rules.AUTH,
+    )
+    limits: RouterLimits | None = Field(None, description="How much clients may ask for.")
+    tls: RouterTls | None = Field(None, description="TLS on the router's port. Without it: plain HTTP.")
 
 
 class RolloutStrategy(CamelModel):

@@ -5,13 +5,12 @@ import os
 
 from prometheus_client import CollectorRegistry
 
+from wherry_protocol.naming import ENV_REDIS_URL
 from wherry_router.caller import UNLIMITED, LimitSet
 from wherry_router.limits.bounds import Rules
 from wherry_router.limits.limiter import Limiter
 from wherry_router.limits.local import LocalStore
 
-# Here and not in a flag, as it may hold a password.
-ENV_REDIS_URL = "WHERRY_REDIS_URL"
 _FIELDS = {"requests": "requests_per_minute", "tokens": "tokens_per_minute", "concurrent": "concurrent"}
 
 
