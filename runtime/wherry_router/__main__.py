@@ -153,9 +153,9 @@ async def _run(args: argparse.Namespace, sockets: list[socket.socket], tls: TlsF
             metrics,
             registry,
             gate,
-            limiter,
             report=backend.report,
             worker_token=os.environ.get(ENV_WORKER_TOKEN),
+            limiter=limiter,
         )
         work = [("discovery", _discovery(args, upstream, backend.pool, stack))]
         work += [("following the keys", follower) for follower in gate.followers()]

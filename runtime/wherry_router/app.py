@@ -58,10 +58,10 @@ class RouterApp:
         metrics: RouterMetrics,
         registry: CollectorRegistry,
         gate: Gate | None = None,
-        limiter: Limiter | None = None,
         *,
         report: Callable[[], list[ReplicaReport]] | None = None,
         worker_token: str | None = None,
+        limiter: Limiter | None = None,
     ) -> None:
         self._backend = backend
         self._limits = limits

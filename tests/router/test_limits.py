@@ -315,6 +315,26 @@ async def test_redis_is_lost_and_comes_back(fallback: str, granted: int, fault: 
         server.stop()
 
 
+async def test_a_redis_that_takes_no_writes_is_lost_as_long(server: Server) -> None:
+    one, two = pair(server, "closed")
+    run = asyncio.create_task(one.run())
+    held = [bound(requests=4)]
+    try:
+        assert await answer(one, "a", held) == "granted"
+        server.client.config_set("min-replicas-to-write", 1)
+        assert await answer(one, "b", held) == "503 limits_unavailable"
+        await one._probe()
+        assert one.lost, "it would answer a ping"
+        server.client.config_set("min-replicas-to-write", 0)
+        await asyncio.to_thread(eventually, lambda: not one.lost)
+        assert await answer(one, "c", held) == "granted"
+    finally:
+        server.client.config_set("min-replicas-to-write", 0)
+        run.cancel()
+        await asyncio.gather(run, return_exceptions=True)
+        await closed(one, two)
+
+
 # ---- requests
 
 

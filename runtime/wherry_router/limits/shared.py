@@ -157,7 +157,8 @@ class SharedStore:
     async def _probe(self) -> None:
         try:
             async with asyncio.timeout(2 * TIMEOUT_S):
-                await self._redis.ping()
+                # A write, as a replica or a server without memory left would answer a ping.
+                await self._renew([f"{self._prefix}:probe"], [1000, "probe"])
         except _FAILURES:
             return
         self.lost = False
