@@ -9,6 +9,7 @@ from prometheus_client import CollectorRegistry
 from wherry_cli.main import COMMANDS, load_command
 from wherry_operator.metrics import REGISTRY as OPERATOR_REGISTRY
 from wherry_protocol.worker import LoadReport
+from wherry_router.limits.limiter import Limiter
 from wherry_router.metrics import RouterMetrics
 from wherry_runtime.server.metrics import WorkerMetrics
 
@@ -64,6 +65,7 @@ def metrics() -> str:
     """The metrics' reference page."""
     router, worker = CollectorRegistry(), CollectorRegistry()
     RouterMetrics(router)
+    Limiter(router, "")
     WorkerMetrics(worker, "", lambda: LoadReport(**dict.fromkeys(LoadReport.__struct_fields__, 0)))
     lines = ["# Metrics", "", NOTE, "", "Prometheus metrics, each part's at `/metrics`."]
     parts = {"Router": router, "Runtime": worker, "Operator": OPERATOR_REGISTRY}

@@ -1,4 +1,4 @@
-"""What a router tells the operator of the replicas that it knows: `GET /internal/replicas`, with the worker token.
+"""What a router tells whoever has the worker token: `GET /internal/replicas` and `GET /internal/usage`.
 
 The operator asks every router before it takes a pod away: a pod is free once each router reports nothing in flight
 there, or does not know it.
@@ -9,6 +9,7 @@ from typing import Literal
 import msgspec
 
 PATH = "/internal/replicas"
+USAGE_PATH = "/internal/usage"
 
 ReplicaState = Literal["routable", "draining", "suspect"]
 
@@ -32,3 +33,21 @@ class RouterReport(msgspec.Struct, kw_only=True):
     replicas: list[ReplicaReport]
     draining: bool
     queued: int = 0
+
+
+class TenantUsage(msgspec.Struct, kw_only=True):
+    """What a tenant has used of one router: requests that have ended, and their tokens. `cached_tokens`: those of its
+    prompts that were in the cache."""
+
+    tenant: str
+    requests: int = 0
+    prompt_tokens: int = 0
+    cached_tokens: int = 0
+    completion_tokens: int = 0
+
+
+class UsageReport(msgspec.Struct, kw_only=True):
+    """All tenants since the router started: `since`, in Unix seconds. Those above 10,000 are counted as `(other)`."""
+
+    since: float
+    tenants: list[TenantUsage]

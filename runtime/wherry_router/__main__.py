@@ -13,6 +13,7 @@ from prometheus_client import CollectorRegistry
 
 from wherry_protocol.http.logs import set_up
 from wherry_protocol.http.server import AddressError, bind, covers_loopback, serve, stop_on_signals, url_of
+from wherry_protocol.http.tls import TlsError
 from wherry_protocol.naming import ENV_WORKER_TOKEN, ROUTER_PORT
 from wherry_router import response_cache
 from wherry_router.admission import flags as admission_flags
@@ -22,6 +23,10 @@ from wherry_router.admission.settings import QueueSettings
 from wherry_router.app import OPEN_PATHS, RouterApp
 from wherry_router.discovery.endpoints import EndpointPoll, parse_endpoints
 from wherry_router.identity import flags as identity
+from wherry_router.limits import flags as limiting
+from wherry_router.listener import TlsFiles, make_tls
+from wherry_router.listener import add_arguments as add_tls_arguments
+from wherry_router.listener import check as check_tls
 from wherry_router.metrics import RouterMetrics
 from wherry_router.pool import Pool
 from wherry_router.replicas import Replicas
@@ -102,6 +107,8 @@ def argument_parser() -> argparse.ArgumentParser:
     identity.add_arguments(parser)
     admission_flags.add_arguments(parser)
     response_cache.add_arguments(parser)
+    limiting.add_arguments(parser)
+    add_tls_arguments(parser)
     return parser
 
 
@@ -119,7 +126,9 @@ async def _discovery(
     await PodWatch(api, namespace, args.deployment, pool).run()
 
 
-async def _run(args: argparse.Namespace, queue: QueueSettings, sockets: list[socket.socket]) -> int:
+async def _run(
+    args: argparse.Namespace, queue: QueueSettings, sockets: list[socket.socket], tls: TlsFiles | None
+) -> int:
     limits = Limits(
         **{name: getattr(args, name) for name in Limits.__struct_fields__ if hasattr(args, name)},
     )
@@ -145,6 +154,8 @@ async def _run(args: argparse.Namespace, queue: QueueSettings, sockets: list[soc
         gate = identity.make_gate(args, OPEN_PATHS)
         metrics.watch_stale(gate.stale)
         cache = response_cache.make(args, metrics)
+        limiter = limiting.make_limiter(args, registry)
+        stack.push_async_callback(limiter.close)
         app = RouterApp(
             backend,
             args.model,
@@ -156,15 +167,23 @@ async def _run(args: argparse.Namespace, queue: QueueSettings, sockets: list[soc
             worker_token=os.environ.get(ENV_WORKER_TOKEN),
             cache=cache,
             admission=Admission(queue, metrics.admission, backend.pool, limits.max_per_replica),
+            limiter=limiter,
         )
         stack.push_async_callback(LoadPoll(backend.pool, upstream).start().stop)
         work = [("discovery", _discovery(args, upstream, backend.pool, stack))]
         work += [("following the keys", follower) for follower in gate.followers()]
+        if tls is not None:
+            metrics.watch_stale(tls.stale)
+            metrics.tls_not_after.set_function(lambda: tls.not_after)
+            work.append(("following the certificate", tls.watched.run()))
+        work += [("counting limits", follower) for follower in limiter.followers()]
         tasks = [asyncio.create_task(job, name=name) for name, job in work]
         for task in tasks:
             task.add_done_callback(ended)
-        log.info("listening", extra={"fields": {"url": url_of(sockets[0]), "model": args.model}})
-        await serve(app, sockets, stop, lambda: app.drain(args.drain_timeout_s, args.drain_grace_s))
+        url = url_of(sockets[0], "http" if tls is None else "https")
+        log.info("listening", extra={"fields": {"url": url, "model": args.model}})
+        context = None if tls is None else tls.context
+        await serve(app, sockets, stop, lambda: app.drain(args.drain_timeout_s, args.drain_grace_s), context)
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
@@ -180,16 +199,19 @@ def main(argv: list[str] | None = None) -> None:
         queue = admission_flags.settings(args)
     except ValueError as error:
         parser.error(str(error))
+    limiting.check(parser)
+    check_tls(parser, args)
     set_up()
     try:
         sockets = [bind(args.host, args.port)]
         if args.loopback and not covers_loopback(sockets[0]):
             sockets.append(bind("127.0.0.1", sockets[0].getsockname()[1]))
-    except AddressError as error:
+        tls = make_tls(args)
+    except (AddressError, TlsError) as error:
         sys.stderr.write(f"wherry-router: {error}\n")
         sys.exit(2)
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
-        status = runner.run(_run(args, queue, sockets))
+        status = runner.run(_run(args, queue, sockets, tls))
     sys.exit(status)
 
 

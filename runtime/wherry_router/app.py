@@ -24,13 +24,14 @@ from wherry_protocol.http.auth import TokenGuard
 from wherry_protocol.http.server import drained
 from wherry_protocol.openai.errors import ApiError, method_not_allowed, not_found, too_large, unauthorized
 from wherry_protocol.router_report import PATH as REPORT_PATH
-from wherry_protocol.router_report import ReplicaReport, RouterReport
+from wherry_protocol.router_report import USAGE_PATH, ReplicaReport, RouterReport
 from wherry_router.admission.entry import Admission
 from wherry_router.admission.settings import QueueSettings
 from wherry_router.backend import Backend
 from wherry_router.completions import Completions
 from wherry_router.identity.gate import Gate
 from wherry_router.identity.salt import Salts
+from wherry_router.limits.limiter import Limiter
 from wherry_router.metrics import RouterMetrics
 from wherry_router.response_cache import ResponseCache
 from wherry_router.settings import Limits
@@ -40,16 +41,17 @@ log = logging.getLogger("wherry.router")
 
 _HOT = {path.encode(): (path.removeprefix("/v1/"), kind) for path, kind in HOT_ROUTES.items()}
 OPEN_PATHS = frozenset({b"/health", b"/healthz", b"/readyz", b"/metrics"})
-_REPORT = REPORT_PATH.encode()
+_INTERNAL = {path.encode(): path for path in (REPORT_PATH, USAGE_PATH)}
 # How long nothing must have run before a router that drains closes its connections.
 _QUIET_S = 2.0
 
 
 class RouterApp:
-    """The OpenAI API over `backend`. `gate`: who may use it; None: everybody who can reach it.
+    """The OpenAI API over `backend`. `gate`: who may use it; None: everybody who can reach it. `limiter`: how much.
 
-    `report`, for whoever has `worker_token`: what `GET /internal/replicas` tells. Without both there is no such path.
-    `admission`: who waits for the backend; None: nobody does, it has a queue of its own. `cache`: of answers, if any.
+    `report`, for whoever has `worker_token`: what `GET /internal/replicas` tells. Without both there is no such path,
+    nor `GET /internal/usage`. `admission`: who waits for the backend; None: nobody does, it has a queue of its own.
+    `cache`: of answers, if any.
     """
 
     def __init__(
@@ -65,6 +67,7 @@ class RouterApp:
         worker_token: str | None = None,
         admission: Admission | None = None,
         cache: ResponseCache | None = None,
+        limiter: Limiter | None = None,
     ) -> None:
         self._backend = backend
         self._limits = limits
@@ -73,8 +76,11 @@ class RouterApp:
         # A guard without a token lets everybody through, so without one there is nothing behind it.
         self._report = report if worker_token else None
         self._report_guard = TokenGuard(worker_token, frozenset())
+        self._limiter = limiter or Limiter(registry, model)
         self._admission = admission or Admission(QueueSettings(), metrics.admission)
-        self._completions = Completions(backend, model, limits, metrics, self._admission, Salts(worker_token), cache)
+        self._completions = Completions(
+            backend, model, limits, metrics, Salts(worker_token), self._limiter, self._admission, cache
+        )
         self._surface = make_surface(model, int(time.time()), self._unready, registry)
         self._draining = False
 
@@ -96,14 +102,16 @@ class RouterApp:
             log.warning("drain timed out", extra={"fields": {"cut": self._completions.in_flight}})
         return timeout_s - (time.monotonic() - began)
 
-    def _replicas(self, scope: Scope) -> bytes:
+    def _tell(self, scope: Scope, path: str) -> bytes:
         """What the operator asks for. The client's key opens nothing here."""
         if self._report is None:
-            raise not_found(REPORT_PATH)
+            raise not_found(path)
         if not self._report_guard.allows(scope):
             raise unauthorized()
         if scope["method"] != "GET":
-            raise method_not_allowed(scope["method"], REPORT_PATH, "GET")
+            raise method_not_allowed(scope["method"], path, "GET")
+        if path == USAGE_PATH:
+            return msgspec.json.encode(self._limiter.usage.report())
         queued = self._admission.queued
         return msgspec.json.encode(RouterReport(replicas=self._report(), draining=self._draining, queued=queued))
 
@@ -119,9 +127,9 @@ class RouterApp:
         route, kind = _HOT.get(scope["raw_path"], ("other", None))
         error: ApiError | None = None
         try:
-            if scope["raw_path"] == _REPORT:
-                route, status = REPORT_PATH, 200
-                await respond(send, status, self._replicas(scope), headers=headers)
+            if (internal := _INTERNAL.get(scope["raw_path"])) is not None:
+                route, status = internal, 200
+                await respond(send, status, self._tell(scope, internal), headers=headers)
                 return
             caller = await self._gate.identify(scope)
             if kind is None:

@@ -18,6 +18,7 @@ from wherry_router.admission.entry import BYTES_PER_TOKEN, Admission, Place
 from wherry_router.backend import Backend, Delivery
 from wherry_router.caller import Caller
 from wherry_router.identity.salt import Salts
+from wherry_router.limits.limiter import Charge, Limiter
 from wherry_router.merge import merge
 from wherry_router.metrics import RouterMetrics
 from wherry_router.response_cache import HEADER, NOTHING, ResponseCache, replay
@@ -52,18 +53,17 @@ class Answer:
         self.lookup = NOTHING
         self.usage = Usage()
         self.n = request.n or 1
+        self.charge: Charge
 
     def count(self, index: int, end: End) -> None:
         """Adds a choice to the usage; the choices of one prompt share it."""
         self.usage.add(end, with_prompt=index % self.n == 0)
         self.place.freed()
 
-    def spent(self, index: int, event: Event) -> None:
-        """Counts what an event cost: what a client that leaves early has had."""
-        if type(event) is Token:
-            self.place.tokens += len(event.ids)
-        elif type(event) is Started and index % self.n == 0:
-            self.place.tokens += event.prompt_tokens
+    def saw(self, index: int, event: Event) -> None:
+        """Counts what an event cost: what a client that leaves early has had. From memory nothing costs tokens."""
+        if self.lookup.kept is None:
+            self.charge.saw(index, event)
 
 
 class Completions:
@@ -75,14 +75,16 @@ class Completions:
         model: str,
         limits: Limits,
         metrics: RouterMetrics,
-        admission: Admission,
         salts: Salts,
+        limiter: Limiter,
+        admission: Admission,
         cache: ResponseCache | None = None,
     ) -> None:
         self._backend = backend
         self._admission = admission
         self._salts = salts
         self._cache = cache
+        self._limiter = limiter
         self._model = model
         self._limits = limits
         self._metrics = metrics
@@ -111,11 +113,15 @@ class Completions:
                 raise model_not_found(request.model, self._model)
             place = self._place(scope, caller, request, len(body))
             answer = Answer(request, caller, correlation, headers, began, place)
-            await self._prepare(answer, scope)
             guard = CancelOnDisconnect(receive)
-            # What is told from memory takes no place from others.
-            async with guard, place if answer.lookup.kept is None else nullcontext():
-                await (self._stream(answer, send) if request.stream else self._whole(answer, send))
+            with await self._limiter.reserve(caller, request, answer.id, headers) as answer.charge:
+                await self._prepare(answer, scope)
+                # What is told from memory takes no place from others.
+                async with guard, place if answer.lookup.kept is None else nullcontext():
+                    try:
+                        await (self._stream(answer, send) if request.stream else self._whole(answer, send))
+                    finally:
+                        place.tokens = answer.charge.tokens
             if guard.gone:
                 self._metrics.disconnects.inc()
                 return 499
@@ -159,7 +165,7 @@ class Completions:
         choices = [Choice(index, chat=answer.chat, logprobs=logprobs) for index in range(prompts * answer.n)]
         async with aclosing(self._generate(answer, whole=True)) as events:
             async for index, event in events:
-                answer.spent(index, event)
+                answer.saw(index, event)
                 if type(event) is Started:
                     choices[index].restart()
                 choices[index].feed(event)
@@ -176,7 +182,7 @@ class Completions:
         try:
             async with aclosing(self._generate(answer, whole=False)) as events:
                 async for index, event in events:
-                    answer.spent(index, event)
+                    answer.saw(index, event)
                     await stream.feed(index, event)
         except ApiError as error:
             if not stream.open:

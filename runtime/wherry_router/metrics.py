@@ -72,6 +72,9 @@ class RouterMetrics:
         self.disconnects = Counter(
             "wherry_router_client_disconnects", "Clients that left before their answer's end.", registry=registry
         )
+        self._add_following(registry)
+
+    def _add_following(self, registry: CollectorRegistry) -> None:
         self._stale = Gauge(
             "wherry_router_stale",
             "1 while what is followed (API keys, an issuer, a certificate) cannot be used as it is now, and the last "
@@ -90,6 +93,11 @@ class RouterMetrics:
             "wherry_router_response_cache_bytes", "Memory that kept answers take.", registry=registry
         )
         self._children: dict[tuple[str, int], Counter] = {}
+        self.tls_not_after = Gauge(
+            "wherry_router_tls_not_after_seconds",
+            "Unix time at which the listener's certificate ends; 0 without TLS.",
+            registry=registry,
+        )
 
     def _add_resilience(self, registry: CollectorRegistry) -> None:
         self._breakers = Gauge(

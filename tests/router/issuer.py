@@ -14,6 +14,7 @@ class Issuer:
     def __init__(self, port: int = 0) -> None:
         self.hits: dict[str, int] = {}
         self.keys: dict[str, Any] = {}
+        self.algorithm = ""  # that keys say they are for
         self.named: str | None = None  # what it calls itself, if not by its own name
         issuer = self
 
@@ -38,7 +39,8 @@ class Issuer:
         if path == "/.well-known/openid-configuration":
             return {"issuer": self.named or self.url, "jwks_uri": self.url + "/keys"}
         if path == "/keys":
-            return {"keys": [_public(kid, key) for kid, key in self.keys.items()]}
+            extra = {"alg": self.algorithm} if self.algorithm else {}
+            return {"keys": [_public(kid, key) | extra for kid, key in self.keys.items()]}
         return None
 
     def add(self, kid: str, kind: str = "EC") -> None:

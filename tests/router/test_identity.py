@@ -75,6 +75,13 @@ def test_no_path_and_no_host_gets_past_the_keys(front: Front, host: str) -> None
         assert is_openai_error(body)
 
 
+def test_who_may_not_pass_is_told_so_before_a_body_is_read(front: Front) -> None:
+    head = b"POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nConnection: close\r\nContent-Length: 10000000000\r\n\r\n"
+    got, body = raw(front.router.url, head + b"{" * 1000)
+    assert got == 401
+    assert is_openai_error(body)
+
+
 def test_clients_keys_open_nothing_internal(front: Front) -> None:
     for path in ("/internal/replicas",):
         for key, expected in ((ALICE, 401), (front.issuer.token("one"), 401), (TOKEN, 200)):

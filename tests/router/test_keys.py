@@ -1,7 +1,10 @@
 """What a Secret's entries mean, and what becomes of files that change. No process, no clock."""
 
+import gc
 import hashlib
+from collections.abc import Iterator
 from pathlib import Path
+from types import FunctionType, ModuleType
 
 import pytest
 from tests.router.volume import Volume
@@ -9,7 +12,7 @@ from typer.testing import CliRunner
 
 from wherry_cli.keys import app
 from wherry_router.caller import Caller, LimitSet
-from wherry_router.identity.gate import KeyFiles
+from wherry_router.identity.gate import Gate, KeyFiles
 from wherry_router.identity.keys import KeysError, hash_of, new_key, read_keys
 from wherry_router.identity.salt import Salts
 
@@ -153,6 +156,28 @@ def test_a_file_is_not_read_while_somebody_writes_it(tmp_path: Path) -> None:
     path.write_text(f"keys: [{{name: a, key: {OTHER}}}]")
     looks(files)
     assert known(files, KEY, OTHER) == [False, True]
+
+
+def reachable(root: object) -> Iterator[object]:
+    """Everything that `root` holds, however deep; not what programs hold: modules, classes, functions."""
+    seen: set[int] = set()
+    left = [root]
+    while left:
+        item = left.pop()
+        if id(item) in seen or isinstance(item, type | ModuleType | FunctionType):
+            continue
+        seen.add(id(item))
+        yield item
+        left += gc.get_referents(item)
+
+
+def test_of_a_key_nothing_is_kept_but_its_hash(tmp_path: Path) -> None:
+    Volume(tmp_path / "keys", a=KEY, **{"b.yaml": f"key: {OTHER}"})
+    gate = Gate(frozenset(), "wk-single-0123456789", KeyFiles(tmp_path / "keys"))
+    held = [item for item in reachable(gate) if isinstance(item, str | bytes)]
+    assert hash_of(KEY) in held
+    secrets = (KEY, OTHER, "wk-single-0123456789")
+    assert not [x for x in held if any(s in (x if isinstance(x, str) else x.decode("latin-1")) for s in secrets)]
 
 
 def test_keys_that_come_later_open_the_door_then(tmp_path: Path) -> None:

@@ -125,6 +125,13 @@ async def test_a_key_of_another_kind_than_the_token_says_is_no_crash(issuer: Iss
     assert await refusal(checks(issuer), token) == (401, "invalid_token")
 
 
+async def test_a_key_is_for_the_algorithm_that_its_issuer_says(issuer: Issuer) -> None:
+    issuer.add("rsa", "RSA")
+    issuer.algorithm = "RS256"
+    assert (await caller(checks(issuer), issuer.token("rsa"))).tenant == "alice"
+    assert await refusal(checks(issuer), issuer.token("rsa", algorithm="PS256")) == (401, "invalid_token")
+
+
 async def test_keys_are_exchanged_and_unknown_ones_fetch_nothing_twice(issuer: Issuer) -> None:
     clock = Clock()
     check = checks(issuer, clock)

@@ -153,7 +153,7 @@ class PodWorker:
     async def _refresh_volumes(self) -> None:
         """Keep Secrets, ConfigMaps and tokens in volumes fresh."""
         while True:
-            await asyncio.sleep(_REFRESH_S)
+            await asyncio.sleep(_REFRESH_S * self.node.backoff_scale)
             try:
                 await self.volumes.prepare()
             except (ConfigError, ApiError, *UNREACHABLE) as error:

@@ -47,12 +47,17 @@ class Volumes:
         own.mkdir(parents=True, exist_ok=True)
         if "emptyDir" in volume:
             return own
-        for path, content in (await self._files(volume)).items():
+        files = await self._files(volume)
+        for path, content in files.items():
             target = own / path
             if not target.resolve().is_relative_to(own.resolve()):
                 raise ConfigError(f"volume {volume['name']!r}: the path {path!r} leaves the volume")
             if not target.exists() or target.read_bytes() != content:
                 write_atomic(target, content)
+        # What was taken out of a Secret must not stay: it may be a key that somebody lost.
+        kept = {own / path for path in files}
+        for found in [path for path in own.rglob("*") if path.is_file() and path not in kept]:
+            found.unlink()
         return own
 
     async def _files(self, volume: Object) -> dict[str, bytes]:

@@ -95,6 +95,14 @@ NODE_UNREACHABLE = rules(
     ),
 )
 
+AUTH = rules(
+    rule("has(self.secretName) || has(self.oidc)", "router.auth needs secretName or oidc, or both"),
+)
+
+REDIS = rules(
+    rule("has(self.url) != has(self.secretName)", "limits.redis needs either url or secretName"),
+)
+
 WINDOW = rules(rule("duration(self) <= duration('1h')", "stabilizationWindow must be at most 1h"))
 
 PRIORITY_CLASSES = rules(

@@ -5,6 +5,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field
 
 from wherry_operator.api import rules
+from wherry_operator.api.access import RouterAuth, RouterLimits, RouterTls
 from wherry_operator.api.kube import (
     PRESERVE,
     CamelModel,
@@ -246,6 +247,13 @@ class Router(CamelModel):
     response_cache: ResponseCache | None = Field(
         None, description="Keeps answers that are the same each time. Without it none is kept."
     )
+    auth: RouterAuth | None = Field(
+        None,
+        description="Who may use the router. Without it: whoever reaches it.",
+        json_schema_extra=rules.AUTH,
+    )
+    limits: RouterLimits | None = Field(None, description="How much clients may ask for.")
+    tls: RouterTls | None = Field(None, description="TLS on the router's port. Without it: plain HTTP.")
 
 
 class RolloutStrategy(CamelModel):

@@ -16,7 +16,7 @@ MAX_AT_ONCE = 64
 T = TypeVar("T")
 
 
-def url_of(address: str, port: int, path: str) -> str:
+def url_of(address: str, port: int, path: str, *, tls: bool = False) -> str:
     """Where a pod answers.
 
     Raises:
@@ -24,27 +24,30 @@ def url_of(address: str, port: int, path: str) -> str:
     """
     ip = ipaddress.ip_address(address)
     host = f"[{ip}]" if ip.version == 6 else str(ip)
-    return f"http://{host}:{port}{path}"
+    return f"{'https' if tls else 'http'}://{host}:{port}{path}"
 
 
 async def ask(
     pods: Sequence[PodView], port: int, path: str, token: str | None, decoder: msgspec.json.Decoder[T], max_bytes: int
 ) -> list[T | None]:
-    """Each pod's answer, in order; None where it does not answer as it should."""
+    """Each pod's answer, in order; None where it does not answer as it should.
+
+    Certificates are not checked: they name a Service, and pods are asked by the addresses that the API server told.
+    """
     headers = {"Authorization": f"Bearer {token}"} if token else {}
     limit = asyncio.Semaphore(MAX_AT_ONCE)
     timeout = aiohttp.ClientTimeout(total=TIMEOUT_S)
     async with aiohttp.ClientSession(timeout=timeout, headers=headers) as session:
 
-        async def one(address: str) -> T | None:
+        async def one(pod: PodView) -> T | None:
             try:
-                url = url_of(address, port, path)
-                async with limit, session.get(url, allow_redirects=False) as response:
+                url = url_of(pod.ip, port, path, tls=pod.tls)
+                async with limit, session.get(url, allow_redirects=False, ssl=False) as response:
                     return decoder.decode(await _body(response, max_bytes)) if response.status == 200 else None
             except (aiohttp.ClientError, TimeoutError, OSError, ValueError, msgspec.MsgspecError):
                 return None
 
-        return list(await asyncio.gather(*(one(pod.ip) for pod in pods)))
+        return list(await asyncio.gather(*(one(pod) for pod in pods)))
 
 
 async def _body(response: aiohttp.ClientResponse, max_bytes: int) -> bytes:

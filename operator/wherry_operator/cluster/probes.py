@@ -186,7 +186,7 @@ class Prober(Generic[K]):
         pod = target.pod
         async with self._limit:
             begun = self._clock()
-            reached, answered = await _ask(session, pod.ip, target.port) if pod.ip else (False, False)
+            reached, answered = await _ask(session, pod, target.port) if pod.ip else (False, False)
             self._note(self._pods[pod.uid], begun, answered, reached)
 
     def _note(self, contact: _Contact, begun: float, answered: bool, reached: bool = False) -> None:
@@ -277,13 +277,14 @@ class Prober(Generic[K]):
                 self.changed(key)
 
 
-async def _ask(session: aiohttp.ClientSession, address: str, port: int) -> tuple[bool, bool]:
+async def _ask(session: aiohttp.ClientSession, pod: PodView, port: int) -> tuple[bool, bool]:
     """Whether a worker or a router takes up a connection, and whether it answers.
 
     What it answers does not matter: how it is doing is for the kubelet's probes.
     """
     try:
-        async with session.get(url_of(address, port, "/health"), allow_redirects=False) as answer:
+        url = url_of(pod.ip, port, "/health", tls=pod.tls)
+        async with session.get(url, allow_redirects=False, ssl=False) as answer:
             await answer.read()
     except (aiohttp.ConnectionTimeoutError, aiohttp.ClientConnectorError, ValueError):
         return False, False

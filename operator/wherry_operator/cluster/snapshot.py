@@ -7,6 +7,7 @@ from typing import Any
 
 from wherry_operator.api.resource import LLMDeployment
 from wherry_operator.cluster.client import Api
+from wherry_operator.desired.access import NeededSecret, needed_secrets
 from wherry_operator.desired.common import router_name, token_secret_name
 from wherry_operator.desired.disruption import router_budget_name, runtime_budget_name
 from wherry_operator.planning.objects import owned
@@ -42,13 +43,25 @@ async def read(api: Api, raw: dict[str, Any]) -> Observed:
     objects |= {(REVISION, raw["metadata"]["name"]): {"kind": REVISION} | raw for raw in revisions}
     runtime = [p for p in pods if _component(p) == naming.COMPONENT_RUNTIME and owned(p, owner)]
     router = [p for p in pods if _component(p) == naming.COMPONENT_ROUTER]
+    needed = needed_secrets(owner.spec) if owner.spec else []
+    secrets = await asyncio.gather(*(api.get("Secret", owner.namespace, secret.name) for secret in needed))
+    lacks = [_lack(secret, found) for secret, found in zip(needed, secrets, strict=True)]
     return Observed(
         owner=owner,
         pods=tuple(PodView.from_raw(pod) for pod in runtime),
         router_pods=tuple(PodView.from_raw(pod) for pod in router),
         objects=objects,
         token=_token(objects.get(keys[0])),
+        missing=tuple(text for text in lacks if text),
     )
+
+
+def _lack(secret: NeededSecret, raw: dict[str, Any] | None) -> str:
+    """What is wrong with a Secret that somebody else makes; of its content nothing is kept."""
+    if raw is None:
+        return f"the Secret {secret.name!r} of {secret.field} does not exist"
+    lacking = [entry for entry in secret.entries if entry not in raw.get("data", {})]
+    return f"the Secret {secret.name!r} of {secret.field} has no entry {lacking[0]!r}" if lacking else ""
 
 
 def _component(pod: dict[str, Any]) -> str:

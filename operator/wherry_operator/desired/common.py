@@ -110,10 +110,10 @@ def environment(owner: LLMDeployment) -> list[dict[str, Any]]:
     ]
 
 
-def probe(path: str, period: int, failures: int, timeout: int = 5) -> dict[str, Any]:
+def probe(path: str, period: int, failures: int, timeout: int = 5, *, tls: bool = False) -> dict[str, Any]:
     """An HTTP probe of port `http`; times in seconds."""
     return {
-        "httpGet": {"path": path, "port": "http"},
+        "httpGet": {"path": path, "port": "http", **({"scheme": "HTTPS"} if tls else {})},
         "periodSeconds": period,
         "timeoutSeconds": timeout,
         "failureThreshold": failures,

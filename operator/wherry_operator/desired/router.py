@@ -6,6 +6,7 @@ from typing import Any
 from wherry_operator.api.kube import parse_duration
 from wherry_operator.api.resource import LLMDeployment
 from wherry_operator.api.v1alpha1 import LLMDeploymentSpec, PriorityClass, Router
+from wherry_operator.desired.access import access_args, access_environment, access_volumes
 from wherry_operator.desired.common import (
     GRACE_MARGIN_S,
     RenderSettings,
@@ -45,6 +46,7 @@ def router_args(owner: LLMDeployment, spec: LLMDeploymentSpec) -> list[str]:
         *([] if spec.failover.resume else ["--no-resume"]),
         *admission_args(spec.router),
         *cache_args(spec),
+        *access_args(owner, spec),
     ]
 
 
@@ -149,19 +151,23 @@ def _deployment(owner: LLMDeployment, spec: LLMDeploymentSpec, template: dict[st
 
 
 def _pod_spec(owner: LLMDeployment, spec: LLMDeploymentSpec, settings: RenderSettings) -> dict[str, Any]:
+    tls, secrets = spec.router.tls is not None, access_volumes(spec)
     container: dict[str, Any] = {
         "name": CONTAINER,
         "image": spec.router.image or settings.router_image,
         "command": ["wherry-router"],
         "args": router_args(owner, spec),
-        "env": environment(owner),
+        "env": [*environment(owner), *access_environment(spec)],
         "ports": [{"name": "http", "containerPort": naming.ROUTER_PORT, "protocol": "TCP"}],
-        "startupProbe": probe("/healthz", period=1, failures=60),
-        "livenessProbe": probe("/healthz", period=5, failures=6),
-        "readinessProbe": probe("/readyz", period=2, failures=3),
+        "startupProbe": probe("/healthz", period=1, failures=60, tls=tls),
+        "livenessProbe": probe("/healthz", period=5, failures=6, tls=tls),
+        "readinessProbe": probe("/readyz", period=2, failures=3, tls=tls),
         "securityContext": container_security(),
         "terminationMessagePolicy": "FallbackToLogsOnError",
-        "volumeMounts": [{"name": "tmp", "mountPath": "/tmp"}],  # noqa: S108 - the container's own
+        "volumeMounts": [
+            {"name": "tmp", "mountPath": "/tmp"},  # noqa: S108 - the container's own
+            *(mount for _, mount in secrets),
+        ],
     }
     if spec.router.resources:
         container["resources"] = spec.router.resources.to_wire()
@@ -173,7 +179,7 @@ def _pod_spec(owner: LLMDeployment, spec: LLMDeploymentSpec, settings: RenderSet
         "serviceAccountName": router_name(owner),
         "terminationGracePeriodSeconds": drain_seconds(spec) + GRACE_MARGIN_S,
         "tolerations": lost_node_tolerations(),
-        "volumes": [{"name": "tmp", "emptyDir": {}}],
+        "volumes": [{"name": "tmp", "emptyDir": {}}, *(volume for volume, _ in secrets)],
     }
     if spec.image_pull_secrets:
         pod["imagePullSecrets"] = [secret.to_wire() for secret in spec.image_pull_secrets]

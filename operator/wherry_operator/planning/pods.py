@@ -44,6 +44,7 @@ class PodView:
     `index` is its place in its group, of `group_size` pods; `leader` the address of pod 0 that it was made with.
     `restarts` are those of the engine's container. `failed_before`: what the group before this one died of.
     `avoids`: nodes that it must not be bound to, as they were lost when it was made.
+    `tls`: whether it answers by TLS; told by its readiness probe, so it holds for each pod of a rollout.
     `lost_because`: why the operator holds its node for lost; not the pod's own word, see failover.py.
     """
 
@@ -75,6 +76,7 @@ class PodView:
     failed_before: str = ""
     avoids: tuple[str, ...] = ()
     lost_because: str = ""
+    tls: bool = False
 
     @property
     def ended(self) -> bool:
@@ -132,8 +134,14 @@ class PodView:
             host_ip=status.get("hostIP", ""),
             restarts=_restarts(status),
             failed_before=annotations.get(ANNOTATION_CAUSE, ""),
+            tls=_tls(raw),
             avoids=tuple(filter(None, annotations.get(ANNOTATION_AVOID, "").split(","))),
         )
+
+
+def _tls(raw: dict[str, Any]) -> bool:
+    probes = (c.get("readinessProbe", {}) for c in raw.get("spec", {}).get("containers", []))
+    return any(probe.get("httpGet", {}).get("scheme") == "HTTPS" for probe in probes)
 
 
 def _containers_ready(status: dict[str, Any], conditions: dict[str, Any], created: datetime) -> datetime | None:

@@ -56,10 +56,11 @@ def _most_restarts(plan: Plan) -> int:
 def _url(observed: Observed, settings: Settings) -> str | None:
     owner = observed.owner
     service = observed.objects.get(("Service", owner.name))
+    scheme = "https" if owner.spec and owner.spec.router.tls else "http"
     if settings.service_url == "dns":
-        return f"http://{owner.name}.{owner.namespace}.svc:{naming.SERVICE_PORT}"
+        return f"{scheme}://{owner.name}.{owner.namespace}.svc:{naming.SERVICE_PORT}"
     address = (service or {}).get("spec", {}).get("clusterIP")
-    return f"http://{address}:{naming.SERVICE_PORT}" if address else None
+    return f"{scheme}://{address}:{naming.SERVICE_PORT}" if address else None
 
 
 def _refused(refusal: Refusal) -> PendingAction:
@@ -163,6 +164,8 @@ def _router(observed: Observed) -> Finding:
     ready, wanted = status.get("readyReplicas", 0), raw["spec"].get("replicas", 1)
     if ready >= 1:
         return Finding(c.ROUTER_READY, True, "Serving", f"{ready} of {wanted} router pods are ready")
+    if observed.missing:
+        return Finding(c.ROUTER_READY, False, "SecretNotFound", "; ".join(observed.missing))
     if cause:
         # "Loading" is about a model, which a router has not.
         message = cause.message.replace("is loading the model", "is not ready yet")
@@ -191,6 +194,8 @@ def _degraded(observed: Observed, cause: Cause | None, router: Finding, router_c
         return Finding(c.DEGRADED, True, cause.reason, cause.message)
     if router_cause and router_cause.severity != "waiting":
         return Finding(c.DEGRADED, True, "RouterFailing", f"{router_cause.reason}: {router_cause.message}")
+    if observed.missing:
+        return Finding(c.DEGRADED, True, "SecretNotFound", "; ".join(observed.missing))
     if router.reason == "FailedCreate":
         return Finding(c.DEGRADED, True, "RouterFailing", router.message)
     return Finding(c.DEGRADED, False, "AsExpected", "nothing is wrong")

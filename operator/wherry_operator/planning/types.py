@@ -60,7 +60,7 @@ class Observed:
     does. `objects` are the raw children other than pods, by (kind, name); they may be someone else's. `token` is None
     where there is no Secret. `reports` are what routers answered, by their pods' uid; those that were not asked are
     missing too. `leaving_nodes` are being emptied, each with the words that say so; None where the operator may not see
-    nodes.
+    nodes. `missing`: for each Secret that the spec names and that is not as it should be, a sentence that says so.
     """
 
     owner: LLMDeployment
@@ -73,6 +73,7 @@ class Observed:
     isolated: str = ""
     reports: dict[str, RouterReport] = field(default_factory=dict)
     leaving_nodes: dict[str, str] | None = None
+    missing: tuple[str, ...] = ()
 
     @property
     def shunned_nodes(self) -> tuple[str, ...]:

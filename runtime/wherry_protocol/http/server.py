@@ -6,6 +6,7 @@ import ipaddress
 import math
 import signal
 import socket
+import ssl
 from collections.abc import Awaitable, Callable, Generator
 from typing import Any
 
@@ -92,10 +93,10 @@ def bind(host: str, port: int) -> socket.socket:
     return sock
 
 
-def url_of(sock: socket.socket) -> str:
-    """http://host:port of a bound socket."""
+def url_of(sock: socket.socket, scheme: str = "http") -> str:
+    """scheme://host:port of a bound socket."""
     host, port = sock.getsockname()[:2]
-    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+    return f"{scheme}://[{host}]:{port}" if ":" in host else f"{scheme}://{host}:{port}"
 
 
 def covers_loopback(sock: socket.socket) -> bool:
@@ -105,11 +106,16 @@ def covers_loopback(sock: socket.socket) -> bool:
 
 
 async def serve(
-    app: App, sockets: list[socket.socket], stop: asyncio.Event, drain: Callable[[], Awaitable[float | None]]
+    app: App,
+    sockets: list[socket.socket],
+    stop: asyncio.Event,
+    drain: Callable[[], Awaitable[float | None]],
+    tls: ssl.SSLContext | None = None,
 ) -> None:
     """Serves `app` on `sockets` until `stop` is set, goes on serving while `drain` runs, then closes.
 
     `drain` returns how many seconds a request that still slipped in gets to finish; what then runs is cancelled.
+    With `tls` connections are encrypted.
     """
     options: dict[str, Any] = {"lifespan": "off", "ws": "none", "log_config": None, "access_log": False}
     config = uvicorn.Config(
@@ -122,6 +128,8 @@ async def serve(
         backlog=_BACKLOG,
         **options,
     )
+    config.load()
+    config.ssl = tls
     server = _Server(config)
     serving = asyncio.create_task(server.serve(sockets=sockets))
     stopping = asyncio.create_task(stop.wait())

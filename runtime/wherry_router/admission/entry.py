@@ -109,10 +109,7 @@ class Admission:
     def leave(self, ticket: Ticket, tokens: int) -> None:
         """A request is over; `tokens` is what it took."""
         now = self._clock()
-        ran = ticket.state is State.RUNNING
         self._queues.leave(ticket, now, tokens)
-        if ran:
-            self._metrics.spent(ticket.tenant, tokens)
         self._pump(now)
 
     def freed(self, ticket: Ticket) -> None:

@@ -1,10 +1,8 @@
-"""Metrics of admission. A class's name is the operator's own; of tenants a bounded number is told apart."""
+"""Metrics of admission. A class's name is the operator's own."""
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
 WAIT_BUCKETS = (0.001, 0.005, 0.02, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120)
-MAX_TENANTS = 100
-OTHERS = "others"
 
 
 class AdmissionMetrics:
@@ -34,27 +32,7 @@ class AdmissionMetrics:
             ["class", "reason"],
             registry=registry,
         )
-        self._tenants = Counter(
-            "wherry_router_tenant_tokens",
-            f"Tokens of prompts and answers by tenant; the first {MAX_TENANTS} are told apart.",
-            ["tenant"],
-            registry=registry,
-        )
-        self._children: dict[str, Counter] = {}
 
     def refused(self, class_name: str, reason: str) -> None:
         """Counts a refusal."""
         self._refused.labels(class_name, reason).inc()
-
-    def spent(self, tenant: str, tokens: int) -> None:
-        """Counts what a tenant's request took. Requests of nobody in particular are not counted here."""
-        if not tenant:
-            return
-        child = self._children.get(tenant)
-        if child is None:
-            name = tenant if len(self._children) < MAX_TENANTS else OTHERS
-            if name == OTHERS and OTHERS in self._children:
-                child = self._children[OTHERS]
-            else:
-                child = self._children[name] = self._tenants.labels(name)
-        child.inc(tokens)

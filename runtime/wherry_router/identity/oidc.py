@@ -120,6 +120,8 @@ class Issuer:
         return next(iter(keys.values())) if not kid and len(keys) == 1 else keys.get(kid)
 
     def _decode(self, token: bytes, key: dict[str, Any], algorithm: str) -> dict[str, Any]:
+        if key.get("alg", algorithm) != algorithm:
+            raise _invalid("The token is signed by another algorithm than its key is for.")
         try:
             return jwt.decode(
                 token,

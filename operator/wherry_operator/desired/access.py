@@ -1,0 +1,101 @@
+"""Keys, limits and TLS of the router: its flags, its environment, and the Secrets that it mounts. Pure.
+
+Secrets are mounted as they are, not as something that may be missing: a router without its keys or its certificate must
+not serve, the kubelet starts it as soon as the Secret is there, and until then those of before go on.
+"""
+
+from typing import Any, NamedTuple
+
+from wherry_operator.api.access import LimitSet
+from wherry_operator.api.resource import LLMDeployment
+from wherry_operator.api.v1alpha1 import LLMDeploymentSpec
+from wherry_protocol import naming
+
+KEYS_DIR = "/etc/wherry/keys"
+TLS_DIR = "/etc/wherry/tls"
+
+
+class NeededSecret(NamedTuple):
+    """A Secret that the spec names. `entries`: what it must have, at least one of any kind where there is none here."""
+
+    field: str
+    name: str
+    entries: tuple[str, ...] = ()
+
+
+def needed_secrets(spec: LLMDeploymentSpec) -> list[NeededSecret]:
+    """The Secrets that somebody else has to make."""
+    router, found = spec.router, []
+    if router.auth and router.auth.secret_name:
+        found.append(NeededSecret("spec.router.auth", router.auth.secret_name))
+    if router.limits and router.limits.redis and router.limits.redis.secret_name:
+        found.append(NeededSecret("spec.router.limits.redis", router.limits.redis.secret_name, ("url",)))
+    if router.tls:
+        found.append(NeededSecret("spec.router.tls", router.tls.secret_name, ("tls.crt", "tls.key")))
+    return found
+
+
+def access_args(owner: LLMDeployment, spec: LLMDeploymentSpec) -> list[str]:
+    """The router's flags."""
+    router, args = spec.router, []
+    if router.auth and router.auth.secret_name:
+        args.append(f"--api-keys={KEYS_DIR}")
+    if router.auth and (oidc := router.auth.oidc):
+        args += [f"--oidc-issuer={oidc.issuer}", f"--oidc-audience={oidc.audience}"]
+        args.append(f"--oidc-tenant-claim={oidc.tenant_claim}")
+    args += _limit_args(owner, spec)
+    if router.tls:
+        args += [f"--tls-cert={TLS_DIR}/tls.crt", f"--tls-key={TLS_DIR}/tls.key"]
+    return args
+
+
+def _limit_args(owner: LLMDeployment, spec: LLMDeploymentSpec) -> list[str]:
+    limits, args = spec.router.limits, []
+    if limits:
+        named = {"key": limits.per_key, "tenant": limits.per_tenant, "total": limits.total}
+        args += [f"--limit-{name}={text}" for name, given in named.items() if (text := _text(given))]
+        if limits.redis:
+            args.append(f"--limit-fallback={limits.redis.fallback}")
+            args.append(f"--limit-namespace={owner.namespace}/{owner.name}")
+    # Keys may have limits of their own, which the operator does not read.
+    if limits or (spec.router.auth and spec.router.auth.secret_name):
+        args.append(f"--limit-routers={spec.router.replicas}")
+    return args
+
+
+def _text(limits: LimitSet | None) -> str:
+    if limits is None:
+        return ""
+    parts = {
+        "requests": limits.requests_per_minute,
+        "tokens": limits.tokens_per_minute,
+        "concurrent": limits.concurrent,
+    }
+    return ",".join(f"{name}={number}" for name, number in parts.items() if number)
+
+
+def access_environment(spec: LLMDeploymentSpec) -> list[dict[str, Any]]:
+    """Redis' URL."""
+    redis = spec.router.limits.redis if spec.router.limits else None
+    if redis is None:
+        return []
+    if redis.secret_name:
+        reference = {"name": redis.secret_name, "key": "url"}
+        return [{"name": naming.ENV_REDIS_URL, "valueFrom": {"secretKeyRef": reference}}]
+    return [{"name": naming.ENV_REDIS_URL, "value": redis.url}]
+
+
+def access_volumes(spec: LLMDeploymentSpec) -> list[tuple[dict[str, Any], dict[str, Any]]]:
+    """Each Secret that is mounted, as a volume and its mount."""
+    router, found = spec.router, []
+    if router.auth and router.auth.secret_name:
+        found.append(_mounted("api-keys", router.auth.secret_name, KEYS_DIR))
+    if router.tls:
+        found.append(_mounted("tls", router.tls.secret_name, TLS_DIR))
+    return found
+
+
+def _mounted(name: str, secret: str, path: str) -> tuple[dict[str, Any], dict[str, Any]]:
+    # Readable for the router's user, whoever that is, and for nobody outside the pod.
+    volume = {"name": name, "secret": {"secretName": secret, "defaultMode": 0o444}}
+    return volume, {"name": name, "mountPath": path, "readOnly": True}

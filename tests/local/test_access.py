@@ -1,0 +1,78 @@
+"""Keys and TLS from Secrets, all of it real: operator, node, router. Missing first, then there, then changed."""
+
+import ssl
+from collections.abc import Iterator
+from typing import Any
+
+import httpx
+import pytest
+from tests.local.harness import TestCluster, eventually, local_cluster
+from tests.router.certificates import pair
+
+ALICE, BOB = "wk-alice-0123456789abcdef", "wk-bob-0123456789abcdef"
+SPEC: dict[str, Any] = {
+    "model": {"name": "tiny", "uri": "sample://tiny"},
+    "replicas": 1,
+    "dtype": "float32",
+    "batching": {"kvCacheMemory": "64Mi"},
+    "router": {
+        "auth": {"secretName": "chat-keys"},
+        "limits": {"perTenant": {"requestsPerMinute": 3}},
+        "tls": {"secretName": "chat-tls"},
+    },
+    "resources": {"requests": {"cpu": "100m", "memory": "512Mi"}, "limits": {"memory": "1Gi"}},
+}
+CHAT = {"model": "tiny", "messages": [{"role": "user", "content": "Hello"}], "max_tokens": 4}
+
+
+@pytest.fixture(scope="module")
+def wherry() -> Iterator[TestCluster]:
+    body = {"apiVersion": "inference.wherry.dev/v1alpha1", "kind": "LLMDeployment"}
+    with local_cluster(nodes=1, operator=True, backoff_scale=0.05) as running:
+        running.apply(body | {"metadata": {"name": "chat"}, "spec": SPEC})
+        yield running
+
+
+def secret(name: str, **entries: str) -> dict[str, Any]:
+    return {"apiVersion": "v1", "kind": "Secret", "metadata": {"name": name}, "stringData": entries}
+
+
+def condition(cluster: TestCluster, name: str) -> dict[str, Any]:
+    found = cluster.get("llmdeployment", "chat").get("status", {}).get("conditions", [])
+    return next((c for c in found if c["type"] == name), {})
+
+
+def test_secrets_that_are_missing_then_there_then_changed(wherry: TestCluster) -> None:
+    def told(name: str, reason: str, text: str) -> bool:
+        found = condition(wherry, name)
+        return found.get("reason") == reason and text in found["message"]
+
+    eventually(lambda: told("RouterReady", "SecretNotFound", "'chat-keys' of spec.router.auth"), "the missing key", 60)
+    assert "'chat-tls' of spec.router.tls does not exist" in condition(wherry, "Degraded")["message"]
+    found = pair()
+    wherry.apply(secret("chat-keys", alice=ALICE), secret("chat-tls", **{"tls.crt": found.cert, "tls.key": found.key}))
+    eventually(lambda: condition(wherry, "Ready").get("status") == "True", "the deployment to be ready", 120)
+    assert condition(wherry, "Degraded")["status"] == "False"
+    status = wherry.get("llmdeployment", "chat")["status"]
+    assert status["url"].startswith("https://")
+    address = wherry.get("pods", "-l", "app.kubernetes.io/component=router")["items"][0]["status"]["podIP"]
+    context = ssl.create_default_context(cadata=found.cert)
+    context.check_hostname = False  # it names 127.0.0.1, and a pod of local mode has another loopback address
+    with httpx.Client(base_url=f"https://{address}:8080", verify=context, timeout=30) as client:
+
+        def ask(key: str) -> int:
+            headers = {"Authorization": f"Bearer {key}"}
+            return client.post("/v1/chat/completions", json=CHAT, headers=headers).status_code
+
+        assert [ask(ALICE), ask(BOB)] == [200, 401]
+        wherry.kubectl("delete", "secret", "chat-keys")
+        wherry.apply(secret("chat-keys", bob=BOB))
+        eventually(
+            lambda: client.get("/v1/models", headers={"Authorization": f"Bearer {BOB}"}).status_code == 200, "bob"
+        )
+        assert [ask(ALICE), ask(BOB), ask(BOB), ask(BOB), ask(BOB)] == [401, 200, 200, 200, 429]
+    logs = wherry.kubectl("logs", "-l", "app.kubernetes.io/component=router", "--tail=-1")
+    everything = logs + str(wherry.get("llmdeployment", "chat")) + str(wherry.get("events"))
+    assert "API keys read" in logs
+    for canary in (ALICE, BOB, found.key.splitlines()[1]):
+        assert canary not in everything
