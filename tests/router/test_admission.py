@@ -307,7 +307,7 @@ class TestTime:
         # 200 tokens/s, 60 requests of 100 tokens wait.
         assert story.queues.wait_s(Ticket(rank=1, tenant="a")) == pytest.approx(30, rel=0.03)
         story.come("a100", timeout_s=20)
-        assert story.turned == ["a100 too_slow 10"]
+        assert story.turned == ["a100 too_slow 30"]
         # Another tenant does not wait behind the first one's.
         story.come("b1", timeout_s=1)
         assert story.serve(1) == "b1"
