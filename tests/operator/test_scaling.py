@@ -84,7 +84,7 @@ def test_replicas_follow_the_load(workers: Workers, kube: Kube, operator: Operat
     eventually(lambda: kube.condition("ScalingActive").get("status") == "True", "signals arrive")
     workers.running = 25
     eventually(lambda: len(kube.runtime_pods()) == 3, "it scales up")
-    assert kube.wait_ready()["status"]["desiredReplicas"] == 3
+    eventually(lambda: kube.wait_ready()["status"]["desiredReplicas"] == 3, "the status says so")
     workers.fail, workers.running = True, 0
     eventually(lambda: kube.condition("ScalingActive")["reason"] == "NoSignals", "the signals are gone")
     assert len(kube.runtime_pods()) == 3, "missing signals scaled down"

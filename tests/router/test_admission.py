@@ -307,7 +307,7 @@ class TestTime:
         # 200 tokens/s, 60 requests of 100 tokens wait.
         assert story.queues.wait_s(Ticket(rank=1, tenant="a")) == pytest.approx(30, rel=0.03)
         story.come("a100", timeout_s=20)
-        assert story.turned == ["a100 too_slow 10"]
+        assert story.turned == ["a100 too_slow 30"]
         # Another tenant does not wait behind the first one's.
         story.come("b1", timeout_s=1)
         assert story.serve(1) == "b1"
@@ -424,10 +424,14 @@ class TestCapacity:
     def test_the_bulkhead_holds_too(self) -> None:
         assert Meter(6).measure([replica(load(most=64))], 0, 1.0).limit == 6
 
-    @pytest.mark.parametrize("reports", [[None], [None, load()]])
-    def test_without_a_report_there_is_no_limit(self, reports: list[LoadReport | None]) -> None:
-        got = Meter(512).measure([replica(report) for report in reports], 0, 1.0)
-        assert (got.limit, got.replicas) == (math.inf, len(reports))
+    def test_who_has_just_come_gets_a_few_until_it_tells_its_load(self) -> None:
+        meter, replicas = Meter(512), [replica(load(most=64)), replica(None)]
+        assert meter.measure(replicas, 0, 1.0).limit == 72 + 4
+        assert meter.measure(replicas, 0, 1.9).limit == 72 + 4
+        assert meter.measure(replicas, 0, 2.0).limit == 72 + 512, "it tells nothing, so the bulkhead is what is known"
+        replicas[1].load = load(most=64)
+        assert meter.measure(replicas, 0, 2.1).limit == 72 + 72
+        assert Meter(512).measure([], 0, 1.0).replicas == 0
 
     def test_a_full_cache_holds_prompts_back_but_for_a_few_that_wait_in_the_worker(self) -> None:
         story = Story()

@@ -18,6 +18,10 @@ QUEUE_SHARE = 0.125
 QUEUE_LEAST = 2
 # Share of a KV cache that new prompts may fill; the rest is for answers that grow.
 KV_SHARE = 0.9
+# A replica that has just come gets so many requests until it tells its load; one that never does is taken for a worker
+# that tells nothing.
+NEW_LIMIT = 4
+NEW_S = 1.0
 
 
 class Replica(Protocol):
@@ -62,34 +66,32 @@ def queue_of(max_running: int) -> int:
 
 
 class Meter:
-    """Turns reports into a capacity. It remembers what this router had on a replica when its last report came."""
+    """Turns reports into a capacity. It remembers what this router had on a replica when its last report came, and
+    since when a replica has told nothing."""
 
     def __init__(self, max_per_replica: int) -> None:
         self._max_per_replica = max_per_replica
-        self._seen: dict[Replica, tuple[LoadReport, int, float]] = {}
+        self._seen: dict[Replica, tuple[LoadReport | None, int, float]] = {}
 
     def measure(self, replicas: Iterable[Replica], elsewhere: int, now: float) -> Capacity:
-        """The capacity of `replicas`.
-
-        Where one of them tells no load, there is no limit here: the bound of requests per replica (bulkhead) holds
-        alone, as it does for all.
+        """The capacity of `replicas`. Of one that tells no load only the bound of requests (bulkhead) is known.
 
         Args:
             elsewhere: this router's requests on replicas that get no new ones.
         """
-        seen: dict[Replica, tuple[LoadReport, int, float]] = {}
-        limit = others = queue = waiting = count = 0
-        kv_free, since, known = 0.0, now, True
+        seen: dict[Replica, tuple[LoadReport | None, int, float]] = {}
+        limit = others = queue = waiting = 0
+        kv_free, since = 0.0, now
         for replica in replicas:
-            count += 1
             load = replica.load
-            if load is None:
-                known = False
-                continue
             before = self._seen.get(replica)
             if before is None or before[0] is not load:
                 before = (load, replica.requests, now)
             seen[replica] = before
+            if load is None:
+                limit += min(NEW_LIMIT if now - before[2] < NEW_S else self._max_per_replica, self._max_per_replica)
+                kv_free = math.inf
+                continue
             extra = queue_of(load.max_running)
             limit += min(load.max_running + extra, self._max_per_replica)
             others += max(load.running + load.waiting - before[1], 0)
@@ -98,10 +100,8 @@ class Meter:
             kv_free += max(KV_SHARE * (load.kv_tokens_total or math.inf) - load.kv_tokens_used, 0.0)
             since = min(since, before[2])
         self._seen = seen
-        if not known or not count:
-            return Capacity(replicas=count, limit=math.inf)
         return Capacity(
-            replicas=count,
+            replicas=len(seen),
             limit=limit,
             others=others - elsewhere,
             queue=queue,

@@ -31,7 +31,8 @@ class LoadPoll:
     async def _run(self) -> None:
         idle_s = 0.0
         while True:
-            if self._pool.requests() or idle_s >= _IDLE_S:
+            unknown = any(replica.load is None for replica in self._pool.replicas())
+            if unknown or idle_s >= _IDLE_S or self._pool.requests():
                 idle_s = 0.0
                 await asyncio.gather(*(self._ask(replica) for replica in self._pool.replicas()))
             await asyncio.sleep(_EVERY_S)

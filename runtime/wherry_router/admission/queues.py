@@ -68,9 +68,8 @@ class Queues:
         self._advance(now)
         wait_s = self.wait_s(ticket) if capacity.replicas else None
         if wait_s is not None and now + wait_s > ticket.deadline:
-            over = now + wait_s - ticket.deadline
             ticket.state = State.DONE
-            return [], [Turned(ticket, "too_slow", _seconds(over))]
+            return [], [Turned(ticket, "too_slow", _seconds(wait_s))]
         self._push(ticket)
         passed = self.pump(now, capacity)
         turned: list[Turned] = []
