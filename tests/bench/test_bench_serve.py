@@ -116,7 +116,7 @@ def _answered(url: str) -> float:
     [
         (["--model", "other"], "serves chat, not other"),
         (["--plot", "x.png"], "--plot writes SVG"),
-        (["--think", "nan"], "finite number"),
+        (["--think", "inf"], "finite number"),
         (["--rate", "0"], "--rate"),
     ],
 )
