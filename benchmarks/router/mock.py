@@ -21,7 +21,7 @@ from wherry_protocol.http.server import bind, stop_on_signals, url_of
 from wherry_protocol.sse import encode_event
 from wherry_protocol.worker import End, Event, LoadReport, Metrics, Started, Token
 
-_TOKENS = re.compile(rb'"max_tokens":\s*(\d+)')
+_TOKENS = re.compile(rb'"max_(?:completion_)?tokens":\s*(\d+)')  # sglang-router passes the one on as the other
 _RESUMED = re.compile(rb'"token_ids":\[([\d,]+)\]')
 _STREAM = re.compile(rb'"stream":\s*true')
 _TEXT = "word "
