@@ -84,6 +84,12 @@ class Scheduler:
         return not self._requests
 
     @property
+    def prompt_tokens_pending(self) -> int:
+        """Tokens of prompts still to be computed; of those that wait nobody knows yet what is cached. Any thread."""
+        begun = sum(max(request.num_prompt - request.num_computed, 0) for request in tuple(self.running))
+        return begun + sum(len(request.tokens) for request in tuple(self.waiting))
+
+    @property
     def num_decoding(self) -> int:
         """Sequences in the next step if all that it does is to advance each running one by a token; 0 if it does more,
         or a plan in flight draws somebody's last token."""
@@ -303,7 +309,7 @@ class Scheduler:
         request = self.running.pop()
         self._release(request)
         request.num_computed = request.num_planned = 0
-        request.num_registered = 0
+        request.num_registered = request.num_marked = 0
         request.preemptions += 1
         self.preemptions += 1
         insort(self.waiting, request, key=_rank)
@@ -356,6 +362,7 @@ class Scheduler:
         self.blocks.share(matched)
         request.add_blocks(matched)
         request.num_registered = len(matched)
+        self._mark(request)
         request.num_computed = request.num_planned = len(matched) * size
         if not request.preemptions:
             request.cached_tokens = request.num_computed
@@ -371,6 +378,16 @@ class Scheduler:
             for index in range(request.num_registered, full):
                 self.blocks.register(int(request.blocks[index]), request.hashes[index])
         request.num_registered = full
+        self._mark(request)
+
+    def _mark(self, request: Request) -> None:
+        """Tells the prefix cache what routers know its blocks by."""
+        marks, index = request.marks if self.blocks.prefix_cache else (), request.num_marked
+        while index < len(marks) and marks[index][0] < request.num_registered:
+            block, key = marks[index]
+            self.blocks.mark(request.hashes[block], key)
+            index += 1
+        request.num_marked = index
 
     def _step(self, request: Request, count: int, drafts: Sequence[int] = ()) -> SequenceStep:
         """Plans `count` tokens of `request`, for which there are blocks: known ones, and then one that is UNKNOWN or as
