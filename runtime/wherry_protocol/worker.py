@@ -78,6 +78,7 @@ class ExecuteRequest(msgspec.Struct, kw_only=True, omit_defaults=True):
     priority: int = 0  # higher runs first; ties by arrival
     created: int = 0  # Unix time in seconds, for chat templates that write a date; 0: the worker's own clock
     resume: Resume | None = None
+    cache_salt: str = ""  # requests with different salts share no cached prefix; ASCII, 128 characters at most
 
 
 class CancelRequest(msgspec.Struct):

@@ -17,6 +17,8 @@ from wherry_protocol.naming import ENV_WORKER_TOKEN, ROUTER_PORT
 from wherry_router.app import RouterApp
 from wherry_router.discovery.endpoints import EndpointPoll, parse_endpoints
 from wherry_router.metrics import RouterMetrics
+from wherry_router.policies import POLICIES
+from wherry_router.policies import add_arguments as add_policy_arguments
 from wherry_router.pool import Pool
 from wherry_router.replicas import Replicas
 from wherry_router.settings import Limits
@@ -88,6 +90,7 @@ def argument_parser() -> argparse.ArgumentParser:
         action="store_false",
         help="end a stream whose worker is lost with an error, instead of going on with it on another",
     )
+    add_policy_arguments(parser)
     defaults = Limits()
     for name, text in _BOUNDS.items():
         default = getattr(defaults, name)
@@ -132,7 +135,7 @@ async def _run(args: argparse.Namespace, sockets: list[socket.socket]) -> int:
     async with contextlib.AsyncExitStack() as stack:
         upstream = Upstream(os.environ.get(ENV_WORKER_TOKEN), limits)
         stack.push_async_callback(upstream.close)
-        backend = Replicas(upstream, limits, metrics)
+        backend = Replicas(upstream, limits, metrics, POLICIES[args.policy]())
         stack.push_async_callback(backend.close)
         app = RouterApp(
             backend,

@@ -7,7 +7,7 @@ import time
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
 
-from wherry_protocol.http.asgi import CancelOnDisconnect, Headers, Receive, Scope, Send, read_body, respond
+from wherry_protocol.http.asgi import CancelOnDisconnect, Headers, Receive, Scope, Send, header, read_body, respond
 from wherry_protocol.openai.answers import Choice, Usage, cancelled, failure, whole
 from wherry_protocol.openai.errors import ApiError, model_not_found
 from wherry_protocol.openai.requests import ChatCompletionRequest, CompletionRequest, Request, parse
@@ -33,7 +33,15 @@ _STREAM: Headers = [
 class Answer:
     """One request being answered: what every step needs to know of it."""
 
-    def __init__(self, request: Request, caller: Caller, correlation: str, headers: Headers, began: float) -> None:
+    def __init__(
+        self,
+        request: Request,
+        caller: Caller,
+        correlation: str,
+        headers: Headers,
+        began: float,
+        session: str = "",
+    ) -> None:
         self.chat = isinstance(request, ChatCompletionRequest)
         self.request = request
         self.caller = caller
@@ -42,6 +50,7 @@ class Answer:
         self.correlation = correlation
         self.headers = headers
         self.began = began
+        self.session = session
         self.usage = Usage()
         self.n = request.n or 1
 
@@ -81,7 +90,7 @@ class Completions:
             )
             if request.model != self._model:
                 raise model_not_found(request.model, self._model)
-            answer = Answer(request, caller, correlation, headers, began)
+            answer = Answer(request, caller, correlation, headers, began, _session(scope, request, caller))
             guard = CancelOnDisconnect(receive)
             async with guard:
                 await (self._stream(answer, send) if request.stream else self._whole(answer, send))
@@ -94,7 +103,7 @@ class Completions:
 
     def _generate(self, answer: Answer, *, whole: bool) -> AsyncGenerator[tuple[int, Event], None]:
         requests = to_execute(answer.request, answer.id, answer.created)
-        delivery = Delivery(whole=whole)
+        delivery = Delivery(whole=whole, session=answer.session)
         return merge([self._backend.generate(r, answer.correlation, delivery) for r in requests])
 
     async def _whole(self, answer: Answer, send: Send) -> None:
@@ -135,6 +144,13 @@ class Completions:
         else:
             await stream.write((chunks.usage(answer.usage) if include_usage else b"") + DONE)
         await send({"type": "http.response.body", "body": b""})
+
+
+def _session(scope: Scope, request: Request, caller: Caller) -> str:
+    """What the client calls its session, apart from that of another tenant; empty where it says nothing."""
+    named = header(scope, b"x-session-id")
+    session = named.decode("latin-1") if named else getattr(request, "prompt_cache_key", None) or request.user
+    return f"{caller.tenant}\0{session}" if session else ""
 
 
 class _Stream:

@@ -155,6 +155,17 @@ class Batching(CamelModel):
     )
 
 
+RouterPolicy = Literal[
+    "prefix-aware",
+    "least-tokens",
+    "least-requests",
+    "power-of-two",
+    "session-affinity",
+    "round-robin",
+    "random",
+]
+
+
 class Router(CamelModel):
     """The router in front of the replicas: it speaks the OpenAI API."""
 
@@ -164,6 +175,12 @@ class Router(CamelModel):
     )
     resources: ResourceRequirements | None = Field(
         None, description="CPU and memory of each router pod.", json_schema_extra=rules.RESOURCES
+    )
+    policy: RouterPolicy = Field(
+        "prefix-aware",
+        description="How the router chooses a replica for a request: by the prefix that replicas have cached weighed "
+        "against their load, by load alone (fewest tokens or requests owed, or the better of two at random), by the "
+        "client's session, in turns, or at random.",
     )
 
 

@@ -3,7 +3,7 @@
 from typing import Any
 
 from wherry_operator.api.resource import LLMDeployment
-from wherry_operator.api.v1alpha1 import LLMDeploymentSpec
+from wherry_operator.api.v1alpha1 import LLMDeploymentSpec, Router
 from wherry_operator.desired.common import (
     GRACE_MARGIN_S,
     RenderSettings,
@@ -39,7 +39,13 @@ def router_args(owner: LLMDeployment, spec: LLMDeploymentSpec) -> list[str]:
         f"--drain-timeout-s={drain_seconds(spec)}",
         f"--drain-grace-s={LINGER_S}",
         *([] if spec.failover.resume else ["--no-resume"]),
+        *policy_args(spec),
     ]
+
+
+def policy_args(spec: LLMDeploymentSpec) -> list[str]:
+    """How the router chooses replicas. Its own default is not named: routers that are there need not be exchanged."""
+    return [] if spec.router.policy == Router().policy else [f"--policy={spec.router.policy}"]
 
 
 def router_template(

@@ -9,7 +9,6 @@ from collections import deque
 from collections.abc import AsyncIterator, Awaitable, Callable
 
 from wherry_protocol.engine_config import EngineConfig
-from wherry_protocol.prefix import prefix_keys, written_out
 from wherry_protocol.worker import Event, ExecuteRequest, FinishReason, LoadReport, PrefixChange
 from wherry_runtime.engine.answer import Answer
 from wherry_runtime.engine.core import EngineClosedError, EngineCore
@@ -25,7 +24,7 @@ from wherry_runtime.engine.validation import (
     check_tokens,
 )
 from wherry_runtime.loading.errors import ModelError
-from wherry_runtime.scheduling.digest import Cursor, Mark, marks_of
+from wherry_runtime.scheduling.digest import Cursor, Mark, marks_for
 from wherry_runtime.scheduling.request import Request
 from wherry_runtime.scheduling.scheduler import QueueFullError
 from wherry_runtime.tokenization.chat_template import TemplateError
@@ -345,8 +344,7 @@ class AsyncEngine:
         blocks = self._core.scheduler.blocks if self._core is not None else None
         if blocks is None or not blocks.prefix_cache:
             return []
-        text = written_out(request.prompt)
-        return marks_of(prefix_keys(text, request.model), len(text), num_tokens, blocks.block_size)
+        return marks_for(request, num_tokens, blocks.block_size)
 
     def _report(self, progress: list[Progress]) -> None:
         """Called by the step loop's thread."""

@@ -14,8 +14,8 @@ from itertools import islice
 
 import msgspec
 
-from wherry_protocol.prefix import CHUNK_BYTES, pack_keys
-from wherry_protocol.worker import PrefixChange
+from wherry_protocol.prefix import CHUNK_BYTES, pack_keys, prefix_keys, written_out
+from wherry_protocol.worker import ExecuteRequest, PrefixChange
 
 Mark = tuple[int, int]  # index of a prompt's block, and the key of the text that ends in it
 
@@ -36,6 +36,12 @@ def marks_of(keys: Sequence[int], num_bytes: int, num_tokens: int, block_size: i
             break
         marks.append((block, key))
     return marks
+
+
+def marks_for(request: ExecuteRequest, num_tokens: int, block_size: int) -> list[Mark]:
+    """What routers know the blocks of a request's prompt by, which has `num_tokens`."""
+    text = written_out(request.prompt)
+    return marks_of(prefix_keys(text, request.model, request.cache_salt), len(text), num_tokens, block_size)
 
 
 class Cursor(msgspec.Struct, frozen=True):
