@@ -85,6 +85,16 @@ def test_two_routers_send_a_session_to_the_same_replica(mocks: list[Mock]) -> No
         assert by_field.json()["choices"][0]["message"]["content"][0] in found["s1"]
 
 
+def test_two_routers_send_a_prompt_that_nobody_has_to_the_same_replica(mocks: list[Mock]) -> None:
+    urls = [mock.url for mock in mocks]
+    with router(*urls) as one, router(*reversed(urls)) as other:
+        prompts = [f"{n} {LONG}" for n in range(8)]
+        found = [(answered_by(one, text), answered_by(other, text)) for text in prompts]
+        assert all(first == second for first, second in found), found
+        assert len({first for first, _ in found}) > 1
+        assert metric(one, 'wherry_router_policy_decisions_total{reason="cold"}') == 8
+
+
 def test_a_worker_that_is_killed_stops_reporting(mocks: list[Mock]) -> None:
     with mock_worker("d") as d, router(mocks[0].url, d.url) as front:
         eventually(lambda: metric(front, "wherry_router_replicas_reporting") == 2)

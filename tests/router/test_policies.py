@@ -226,6 +226,14 @@ def test_a_restarted_router_learns_the_caches_from_the_first_report_and_follows_
     assert story.b.cached_tokens(story.ask(1, 2, 3, 4)) == 0, "the worker began anew"
 
 
+def test_an_answer_that_lost_its_worker_goes_on_where_its_prompt_is_cached() -> None:
+    story = Clocked()
+    told(story.b, True, [1, 2, 3])
+    story.b.outstanding_tokens = 100
+    assert story.pool.choose_successor([], story.ask(1, 2, 3)) is story.b
+    assert story.pool.choose_successor([story.b], story.ask(1, 2, 3)) is story.a
+
+
 def test_what_is_on_its_way_counts_as_cached_until_reports_can_tell() -> None:
     story = Clocked()
     for replica in (story.a, story.b):
