@@ -136,7 +136,7 @@ class World:
             preemptions_total=0,
             steps_total=engine.steps,
             heartbeat_age_s=0.0,
-            prompt_tokens_pending=scheduler.prompt_tokens_pending,
+            tokens_owed=scheduler.tokens_owed,
         )
 
     def send(self, session: Session, turn: int) -> None:

@@ -34,6 +34,7 @@ from benchmarks.router.workloads import WORKLOADS, Session
 from rich.console import Console
 from rich.table import Table
 from tests.reliability.world import free_port
+from tests.router.harness import TINY
 
 MODEL = "chat"
 REPLICAS = 8
@@ -48,7 +49,8 @@ _console = Console(stderr=True)
 
 @dataclass(frozen=True)
 class Stack:
-    """What workers speak, the router's command for their URLs and a port, and the rate (index) to begin with."""
+    """What workers speak (`real`: the worker API, with a model), the router's command for their URLs and a port, and
+    the rate (index) to begin with."""
 
     api: str
     command: Callable[[list[str], int], list[str]]
@@ -76,6 +78,8 @@ STACKS = {
     "Wherry, random": Stack("worker", _wherry("random"), 2),
     "Wherry, least-tokens": Stack("worker", _wherry("least-tokens"), 2),
     "Wherry, prefix-aware": Stack("worker", _wherry("prefix-aware"), 7),
+    "3 real replicas, random": Stack("real", _wherry("random"), 2),
+    "3 real replicas, prefix-aware": Stack("real", _wherry("prefix-aware"), 4),
     "vllm-router, cache_aware": Stack("openai", _peer("vllm-router", "vllm_router.launch_router"), 5),
     "sglang-router, cache_aware": Stack("openai", _peer("sglang-router", "sglang_router.launch_router"), 5),
 }
@@ -122,12 +126,26 @@ def process(command: list[str]) -> Iterator[subprocess.Popen[str]]:
 
 @contextlib.contextmanager
 def workers(api: str, speed: float) -> Iterator[list[str]]:
-    """The addresses of simulated replicas."""
+    """The addresses of replicas, simulated or real."""
+    if api == "real":
+        with contextlib.ExitStack() as opened:
+            yield [opened.enter_context(_real()) for _ in range(3)]
+        return
     flags = ["--replicas", str(REPLICAS), "--port", "0", "--model", MODEL, "--api", api, "--speed", str(speed), *SHAPE]
     with process([sys.executable, "-m", "wherry_cli.main", "simulate", *flags]) as child:
         if child.stdout is None:
             raise RuntimeError("the child has no output")
         yield [json.loads(child.stdout.readline())["url"] for _ in range(REPLICAS)]
+
+
+@contextlib.contextmanager
+def _real() -> Iterator[str]:
+    """The address of a worker with the sample model and a cache of 10,000 tokens: eight of the 24 prompts."""
+    port = free_port()
+    size = ("--kv-cache-bytes", str(10_000 * 4096), "--max-queued", "1000", "--threads", "1", "--port", str(port))
+    model = ("--model-name", MODEL, "--model-uri", f"file://{TINY}")
+    with process([sys.executable, "-m", "wherry_runtime", *model, *size]):
+        yield f"http://127.0.0.1:{port}"
 
 
 async def counted(session: aiohttp.ClientSession, urls: list[str]) -> list[tuple[float, float, float]]:
@@ -277,6 +295,8 @@ def _point(
 def point(name: str, workload: str, args: argparse.Namespace, rate: float) -> Point:
     """One rate, with fresh workers and a fresh router."""
     stack = STACKS[name]
+    if stack.api == "real":
+        args = argparse.Namespace(**{**vars(args), "speed": 1.0})
     with workers(stack.api, args.speed) as urls:
         port = free_port()
         with process(stack.command(urls, port)), asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
@@ -308,7 +328,7 @@ def show(results: dict[str, dict[str, list[dict[str, Any]]]]) -> None:
     for workload, stacks in results.items():
         table = Table("router", "requests/s", "× random", "p50 s", "p99 s", "cached", "max/mean", title=workload)
         best = {name: [p for p in points if p["p99"] <= BOUND_S and not p["failed"]] for name, points in stacks.items()}
-        base = best.get("Wherry, random")
+        base = best.get("Wherry, random") or best.get("3 real replicas, random")
         for name in (name for name in STACKS if name in stacks):
             if not best[name]:
                 table.add_row(name, f"< {stacks[name][0]['rate']}", "", "", "", "", "")
@@ -328,7 +348,7 @@ def show(results: dict[str, dict[str, list[dict[str, Any]]]]) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    parser.add_argument("--workload", nargs="+", choices=WORKLOADS, default=["shared-prefix", "multi-turn"])
+    parser.add_argument("--workload", nargs="+", choices=WORKLOADS, default=["shared-prefix", "multi-turn", "real"])
     parser.add_argument("--stack", nargs="+", choices=STACKS, default=list(STACKS))
     parser.add_argument("--go-on", action="store_true", help="with what is in the file of stacks that were cut short")
     parser.add_argument("--speed", type=float, default=0.5, help="of the simulated device, of real time")
@@ -342,6 +362,8 @@ def main() -> None:
     kept = json.loads(args.json.read_text()) if args.json.exists() else {"results": {}}
     kept["machine"] = {"cpus": os.cpu_count(), "python": platform.python_version(), "speed": args.speed}
     for workload, name in itertools.product(args.workload, args.stack):
+        if (workload == "real") != (STACKS[name].api == "real"):
+            continue
         stacks = kept["results"].setdefault(workload, {})
         points = {one["rate"]: Point(**one) for one in stacks.get(name, [])} if args.go_on else {}
 

@@ -107,4 +107,10 @@ class NothingShared:
             yield Session(now, f"{seed}-{number}", [Turn(text(f"{seed} {number}", tokens), output)])
 
 
-WORKLOADS = {"multi-turn": MultiTurn(), "shared-prefix": SharedPrefix(), "nothing-shared": NothingShared()}
+WORKLOADS = {
+    "multi-turn": MultiTurn(),
+    "shared-prefix": SharedPrefix(),
+    "nothing-shared": NothingShared(),
+    # For the sample model on this machine's cores: some 1,300 tokens, of which one request asks 60.
+    "real": SharedPrefix(groups=24, prefix=400, question=20, output=8),
+}

@@ -156,7 +156,7 @@ class SimulatedEngine:
             preemptions_total=scheduler.preemptions,
             steps_total=simulation.steps,
             heartbeat_age_s=self.heartbeat_age(),
-            prompt_tokens_pending=scheduler.prompt_tokens_pending,
+            tokens_owed=scheduler.tokens_owed,
         )
 
     def prefixes_since(self, cursor: Cursor | None) -> tuple[Cursor | None, PrefixChange | None]:

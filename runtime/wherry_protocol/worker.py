@@ -16,6 +16,9 @@ from typing import Literal
 
 import msgspec
 
+# Tokens that an answer is taken to have while nobody knows its length.
+EXPECTED_OUTPUT = 256
+
 FinishReason = Literal["stop", "length", "cancelled"]
 
 
@@ -173,7 +176,7 @@ class LoadReport(msgspec.Struct, kw_only=True):
     prefix_queried_tokens_total: int = 0  # prompt tokens looked up in the prefix cache
     draft_tokens_total: int = 0  # guesses of speculative decoding that were checked
     accepted_tokens_total: int = 0  # of these, those that held
-    prompt_tokens_pending: int = 0  # of live requests' prompts, still to be computed; cached ones too while they wait
+    tokens_owed: int = 0  # of live requests: what of prompts is to be computed, and of answers expected
 
 
 class PrefixChange(msgspec.Struct, omit_defaults=True):

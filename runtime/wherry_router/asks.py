@@ -1,11 +1,9 @@
 """What a policy is told of a request: how long it is, in tokens, and by which keys its beginnings are known."""
 
 from wherry_protocol.prefix import CHUNK_BYTES, prefix_keys, written_out
-from wherry_protocol.worker import ExecuteRequest
+from wherry_protocol.worker import EXPECTED_OUTPUT, ExecuteRequest
 from wherry_router.policies import Ask
 
-# What an answer is taken to cost while nobody knows its length.
-EXPECTED_OUTPUT = 256
 _BYTES_PER_TOKEN = 4.0  # until workers have told
 _LEAST, _MOST = 0.5, 16.0
 _WEIGHT = 0.05  # of one prompt in the running mean

@@ -12,7 +12,7 @@ from prometheus_client import CollectorRegistry
 
 from wherry_protocol.router_report import ReplicaReport, ReplicaState
 from wherry_protocol.worker import End, Event, LoadReport, LoadUpdate, Started, Token
-from wherry_router.asks import EXPECTED_OUTPUT, Asks, expected_output
+from wherry_router.asks import Asks, expected_output
 from wherry_router.metrics import RouterMetrics
 from wherry_router.policies import ANYTHING, Ask, Policy
 from wherry_router.policies.hashing import identity_of
@@ -106,9 +106,9 @@ class Replica:
         self.load = load
         live = load.running + load.waiting if load is not None else 0
         self.foreign_requests = max(live - self.requests, 0)
-        # Of each of the others' requests, its share of the prompts to be read and half an answer.
-        each = load.prompt_tokens_pending // live + EXPECTED_OUTPUT // 2 if load is not None and live else 0
-        self.foreign_tokens = self.foreign_requests * each
+        # Estimates differ a little, so without another's request there is nothing of others.
+        owed = load.tokens_owed if load is not None and self.foreign_requests else 0
+        self.foreign_tokens = max(owed - self.outstanding_tokens, 0)
 
 
 class Lease:

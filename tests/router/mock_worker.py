@@ -131,6 +131,7 @@ class MockWorker:
             kv_tokens_total=1000,
             steps_total=0,
             heartbeat_age_s=0.0,
+            tokens_owed=100 * (self.state.running + self.state.others),
             **totals,
         )
 

@@ -7,8 +7,7 @@ from random import Random
 import pytest
 
 from wherry_protocol.prefix import pack_keys
-from wherry_protocol.worker import End, LoadReport, LoadUpdate, PrefixChange, Started, Token
-from wherry_router.asks import EXPECTED_OUTPUT
+from wherry_protocol.worker import EXPECTED_OUTPUT, End, LoadReport, LoadUpdate, PrefixChange, Started, Token
 from wherry_router.policies import POLICIES, Ask, Policy
 from wherry_router.policies.hashing import identity_of
 from wherry_router.policies.power_of_two import PowerOfTwo
@@ -133,7 +132,7 @@ def test_decision(_: str, views: list[View], expected: int, reason: str) -> None
 def test_routers_that_know_nothing_of_one_another_agree_on_a_cold_prompt() -> None:
     names = "abcdefgh"
     one = [view(0, 0, identity_of(name)) for name in names]
-    other = [view(700 if name == "c" else 0, 0, identity_of(name)) for name in reversed(names)]
+    other = [view(250 if name == "c" else 0, 0, identity_of(name)) for name in reversed(names)]
     found = [names[decide(one, 1000, 100, key).which] for key in range(0, 2**64, 2**55)]
     assert found == [names[::-1][decide(other, 1000, 100, key).which] for key in range(0, 2**64, 2**55)]
     assert min(found.count(name) for name in names) > 30
@@ -163,7 +162,7 @@ def test_a_prefix_that_everybody_asks_for_does_not_pile_up_on_one() -> None:
 # What replicas tell.
 
 
-def report(running: int = 0, waiting: int = 0, pending: int = 0) -> LoadReport:
+def report(running: int = 0, waiting: int = 0, owed: int = 0) -> LoadReport:
     return LoadReport(
         model="chat",
         ready=True,
@@ -178,7 +177,7 @@ def report(running: int = 0, waiting: int = 0, pending: int = 0) -> LoadReport:
         preemptions_total=0,
         steps_total=0,
         heartbeat_age_s=0.0,
-        prompt_tokens_pending=pending,
+        tokens_owed=owed,
     )
 
 
@@ -205,10 +204,12 @@ def test_what_others_have_there_counts_and_what_this_router_has_counts_once() ->
     lease = pool.lease(replica, 100, 50)
     replica.reported(report(running=1))
     assert (replica.load_requests, replica.load_tokens) == (1, 150)
-    replica.reported(report(running=2, waiting=1, pending=900))
-    assert (replica.load_requests, replica.load_tokens) == (3, 150 + 2 * (300 + EXPECTED_OUTPUT // 2))
+    replica.reported(report(running=1, owed=190))
+    assert replica.load_tokens == 150, "the worker reckons otherwise, and there is nobody else"
+    replica.reported(report(running=2, waiting=1, owed=900))
+    assert (replica.load_requests, replica.load_tokens) == (3, 900)
     lease.release()
-    assert replica.load_requests == 2
+    assert (replica.load_requests, replica.load_tokens) == (2, 750)
     replica.reported(None)
     assert (replica.load_requests, replica.load_tokens, replica.load) == (0, 0, None)
 

@@ -178,6 +178,21 @@ def test_a_key_is_told_once_its_block_is_computed_and_until_it_is_evicted() -> N
     assert len(blocks.digest) == 0
 
 
+def test_what_is_owed_counts_neither_cached_prompts_nor_what_is_done() -> None:
+    scheduler = Scheduler(BlockManager(300, 4), max_running=1, max_batched_tokens=8, max_queued=8)
+    assert scheduler.tokens_owed == 0
+    marks = [(1, 101), (3, 103)]
+    first = Request(id="a", tokens=list(range(16)), max_new_tokens=3, marks=marks)
+    scheduler.add(first)
+    assert scheduler.tokens_owed == 16 + 3
+    scheduler.commit(scheduler.schedule(), {})
+    assert scheduler.tokens_owed == 8 + 3
+    scheduler.add(Request(id="b", tokens=[*range(16), 90, 91], max_new_tokens=1000, marks=[*marks, (4, 104)]))
+    assert scheduler.tokens_owed == (8 + 3) + (18 - 8 + 256), "half of it is cached by now"
+    scheduler.commit(scheduler.schedule(), {"a": [7]})
+    assert scheduler.tokens_owed == 2 + (18 - 16 + 256)
+
+
 def test_without_a_prefix_cache_nothing_is_told() -> None:
     blocks = BlockManager(8, 4, prefix_cache=False)
     run(

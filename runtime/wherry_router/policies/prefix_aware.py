@@ -7,8 +7,8 @@ replica may be busier than the least busy one by as large a share of the mean as
 `BOUND` times the mean. Whoever is over that loses its prompts to the next best, which has the prefix from then on: a
 prefix that everybody asks for spreads over as many replicas as it needs.
 
-A prompt that nobody has cached goes where its first chunks hash to, so that routers agree on it before any report tells
-them of one another; only replicas that are not busier than the mean come into question.
+A prompt that nobody has cached goes to the least busy replica, and of those that are as good as that where its first
+chunks hash to: so routers agree on it before any report tells them of one another.
 """
 
 from collections.abc import Sequence
@@ -23,6 +23,8 @@ BOUND = 1.25
 # Prefixes that save less than this, or this share of the prompt, are no reason to go anywhere.
 LEAST_SAVED = 32
 LEAST_SHARE = 0.05
+# By how much of what a cold prompt costs a replica may owe more than the least busy one and be as good.
+AS_GOOD = 0.25
 # The key that a cold prompt goes by: that of its first KiB, or all of it.
 COLD_KEY = 3
 
@@ -42,8 +44,8 @@ def decide(views: Sequence[View], prompt: int, output: int, key: int) -> Choice:
     mean, least = sum(loads) / len(loads), min(loads)
     most = max(view.cached for view in views)
     if most < max(LEAST_SAVED, LEAST_SHARE * prompt):
-        # Who owes no more than one such request above the mean is not busy.
-        return Choice(home([view.identity for view in views], loads, mean + prompt + output, key), "cold")
+        bound = least + AS_GOOD * (prompt + output)
+        return Choice(home([view.identity for view in views], loads, bound, key), "cold")
 
     def cost(index: int) -> tuple[float, int, int]:
         view = views[index]

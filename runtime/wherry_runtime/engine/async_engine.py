@@ -191,7 +191,7 @@ class AsyncEngine:
             accepted_tokens_total=core.accepted_tokens if core else 0,
             steps_total=core.steps if core else 0,
             heartbeat_age_s=self.heartbeat_age(),
-            prompt_tokens_pending=core.scheduler.prompt_tokens_pending if core else 0,
+            tokens_owed=core.scheduler.tokens_owed if core else 0,
         )
 
     def prefixes_since(self, cursor: Cursor | None) -> tuple[Cursor | None, PrefixChange | None]:

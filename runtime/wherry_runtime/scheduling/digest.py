@@ -8,6 +8,7 @@ cached it may be off by a few blocks.
 
 import secrets
 import threading
+from bisect import bisect_left
 from collections import deque
 from collections.abc import Sequence
 from itertools import islice
@@ -89,6 +90,11 @@ class PrefixDigest:
                 else:
                     del self._count[key]
                     self._note(key)
+
+    def cached_blocks(self, marks: Sequence[Mark]) -> int:
+        """How many leading blocks of a prompt with these `marks` are cached, about; for any thread."""
+        found = bisect_left(marks, True, key=lambda mark: mark[1] not in self._count)
+        return marks[found - 1][0] + 1 if found else 0
 
     def since(self, cursor: Cursor | None) -> tuple[Cursor, PrefixChange | None]:
         """What changed since `cursor`, which another digest may have given; None: nothing."""

@@ -17,6 +17,7 @@ to them.
 from bisect import insort
 from collections.abc import Iterable, Mapping, Sequence
 
+from wherry_protocol.worker import EXPECTED_OUTPUT
 from wherry_runtime.scheduling.blocks import BlockManager, IntegrityError, extend_hashes
 from wherry_runtime.scheduling.limit import StepLimit
 from wherry_runtime.scheduling.pacing import Allowance, Pacer
@@ -84,10 +85,16 @@ class Scheduler:
         return not self._requests
 
     @property
-    def prompt_tokens_pending(self) -> int:
-        """Tokens of prompts still to be computed; of those that wait nobody knows yet what is cached. Any thread."""
-        begun = sum(max(request.num_prompt - request.num_computed, 0) for request in tuple(self.running))
-        return begun + sum(len(request.tokens) for request in tuple(self.waiting))
+    def tokens_owed(self) -> int:
+        """What live requests are to compute: their prompts, as far as they are not cached, and `EXPECTED_OUTPUT` of
+        each answer or what it may have at most. For any thread."""
+        digest, size = self.blocks.digest, self.blocks.block_size
+        owed = 0
+        for request in (*self.running, *self.waiting):
+            answer = max(min(request.max_new_tokens, EXPECTED_OUTPUT) - request.num_new, 1)
+            done = request.num_computed or digest.cached_blocks(request.marks) * size
+            owed += max(len(request.tokens) - request.num_new - done, 0) + answer
+        return owed
 
     @property
     def num_decoding(self) -> int:
