@@ -24,7 +24,7 @@ BOUND = 1.25
 LEAST_SAVED = 32
 LEAST_SHARE = 0.05
 # By how much of what a cold prompt costs a replica may owe more than the least busy one and be as good.
-AS_GOOD = 0.25
+AS_GOOD = 0.1
 # The key that a cold prompt goes by: that of its first KiB, or all of it.
 COLD_KEY = 3
 

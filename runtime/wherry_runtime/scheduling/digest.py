@@ -1,9 +1,9 @@
 """Which beginnings of prompts are in the prefix cache now, in the keys that routers know them by.
 
 A key says how much of a prompt's text it covers, a block how many of its tokens. Keys are tied to blocks in proportion,
-rounded up, and a key is told for as long as a block that it is tied to is in the prefix index: what the digest tells
-goes away with the eviction of the block. The text is not evenly spread over the tokens, so near the end of what is
-cached it may be off by a few blocks.
+rounded up. A key is told for as long as a block that it is tied to is in the prefix index, or a live request has it in
+its prompt: what the digest tells goes away with the eviction of the block. The text is not evenly spread over the
+tokens, so near the end of what is cached it may be off by a few blocks.
 """
 
 import secrets
@@ -61,10 +61,32 @@ class PrefixDigest:
         self._version = 0
         self._keys_of: dict[bytes, list[int]] = {}  # by block hash
         self._count: dict[int, int] = {}  # key → blocks it is tied to
+        self._coming: dict[int, int] = {}  # key → live requests that have it in their prompt
         self._changes: deque[int] = deque(maxlen=_MAX_CHANGES)
 
     def __len__(self) -> int:
-        return len(self._count)
+        return len(self._count.keys() | self._coming.keys())
+
+    def expect(self, marks: Sequence[Mark]) -> None:
+        """A request is in the queue: whoever comes later will find its prompt in the cache."""
+        with self._lock:
+            for _, key in marks:
+                count = self._coming.get(key, 0)
+                self._coming[key] = count + 1
+                if not count and key not in self._count:
+                    self._note(key)
+
+    def over(self, marks: Sequence[Mark]) -> None:
+        """The request has ended: what it has not computed will not be there."""
+        with self._lock:
+            for _, key in marks:
+                count = self._coming[key] - 1
+                if count:
+                    self._coming[key] = count
+                else:
+                    del self._coming[key]
+                    if key not in self._count:
+                        self._note(key)
 
     def tie(self, block_hash: bytes, key: int) -> None:
         """`block_hash` is in the prefix index, and `key`'s text ends in it."""
@@ -75,7 +97,7 @@ class PrefixDigest:
             self._keys_of.setdefault(block_hash, []).append(key)
             count = self._count.get(key, 0)
             self._count[key] = count + 1
-            if not count:
+            if not count and key not in self._coming:
                 self._note(key)
 
     def drop(self, block_hash: bytes) -> None:
@@ -89,11 +111,15 @@ class PrefixDigest:
                     self._count[key] = count
                 else:
                     del self._count[key]
-                    self._note(key)
+                    if key not in self._coming:
+                        self._note(key)
 
     def cached_blocks(self, marks: Sequence[Mark]) -> int:
-        """How many leading blocks of a prompt with these `marks` are cached, about; for any thread."""
-        found = bisect_left(marks, True, key=lambda mark: mark[1] not in self._count)
+        """How many leading blocks of a waiting prompt with these `marks` are cached, or in another live request's
+        prompt, about; for any thread."""
+        found = bisect_left(
+            marks, True, key=lambda mark: mark[1] not in self._count and self._coming.get(mark[1], 0) < 2
+        )
         return marks[found - 1][0] + 1 if found else 0
 
     def since(self, cursor: Cursor | None) -> tuple[Cursor, PrefixChange | None]:
@@ -105,10 +131,10 @@ class PrefixDigest:
                 return now, None
             if 0 < missed <= len(self._changes):
                 changed = set(islice(self._changes, len(self._changes) - missed, None))
-                added = [key for key in changed if key in self._count]
-                removed = [key for key in changed if key not in self._count]
+                present = {key for key in changed if key in self._count or key in self._coming}
+                added, removed = list(present), list(changed - present)
             else:
-                changed, added, removed = set(), list(self._count), []
+                changed, added, removed = set(), list(self._count.keys() | self._coming.keys()), []
         return now, PrefixChange(whole=not changed, added=pack_keys(added), removed=pack_keys(removed))
 
     def _note(self, key: int) -> None:

@@ -125,6 +125,8 @@ class Scheduler:
         request.rank = (-request.priority, self._arrivals - (RESUMED if request.num_resumed else 0))
         self._arrivals += 1
         self._requests[request.id] = request
+        if self.blocks.prefix_cache:
+            self.blocks.digest.expect(request.marks)
         insort(self.waiting, request, key=_rank)
 
     def remove(self, request_id: str, *, suspect: bool = False) -> Request | None:
@@ -139,6 +141,8 @@ class Scheduler:
         if request is None:
             return None
         (self.running if request in self.running else self.waiting).remove(request)
+        if self.blocks.prefix_cache:
+            self.blocks.digest.over(request.marks)
         if suspect:
             self.blocks.forget(request.blocks.tolist())
             self._suspects.add(request_id)
