@@ -1,4 +1,4 @@
-"""`wherry bench`: how fast the engine is on this machine."""
+"""`wherry bench`: how fast the engine is on this machine, and what a server does under load."""
 
 import sys
 from pathlib import Path
@@ -6,21 +6,19 @@ from typing import Annotated, Any
 
 import typer
 
+from wherry_cli.bench_flags import Failure, ServeFlags
 from wherry_cli.engine_flags import with_engine_flags
+from wherry_cli.struct_flags import with_struct
 
-app = typer.Typer(help="Measure how fast models run on this machine.", no_args_is_help=True, add_completion=False)
+app = typer.Typer(help="Measure engines and servers.", no_args_is_help=True, add_completion=False)
 
 # Settings of a server, which a measurement has none of, or which `bench` decides itself.
 NOT_FLAGS = ("model_name", "model_uri", "host", "port", "drain_timeout_s", "max_queued", "max_running")
 
 
-class Failure(Exception):
-    """Something the user can mend. The message says what and how."""
-
-
 @app.callback()
 def bench() -> None:
-    """Measure how fast models run on this machine."""
+    """Measure how fast models run on this machine, and what a server does under load."""
 
 
 def numbers(text: str) -> list[int]:
@@ -88,3 +86,27 @@ def engine_command(
         raise typer.Exit(130) from None
     show(report)
     save(report, json, plot)
+
+
+@app.command("serve")
+@with_struct(ServeFlags)
+def serve_command(flags: ServeFlags) -> None:
+    """What a server does under load: requests come when they are due, whether or not earlier ones were answered.
+
+    Any server that speaks the OpenAI API with streaming. Latencies count from when a request was due. Ctrl-C ends the
+    test with the table of what was measured so far.
+    """
+    from wherry_cli.bench_serve import run, save, show
+
+    try:
+        check_plot(flags.plot)
+        report, outcomes, interrupted = run(flags)
+    except Failure as error:
+        sys.stderr.write(f"wherry bench serve: {error}\n")
+        raise typer.Exit(1) from None
+    except KeyboardInterrupt:
+        raise typer.Exit(130) from None
+    show(report, flags)
+    save(report, outcomes, flags.json, flags.plot)
+    if interrupted:
+        raise typer.Exit(130)

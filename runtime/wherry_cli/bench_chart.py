@@ -21,12 +21,13 @@ class Line:
 
 @dataclass(frozen=True)
 class Chart:
-    """One frame with its lines. x is logarithmic (sizes double), y starts at zero."""
+    """One frame with its lines. x is logarithmic (sizes double) unless it is told not to be, y starts at zero."""
 
     title: str
     x_label: str
     y_label: str
     lines: Sequence[Line]
+    log_x: bool = True
 
 
 def ticks(highest: float) -> list[float]:
@@ -48,10 +49,14 @@ def _chart(chart: Chart) -> list[str]:
     xs = sorted({p[0] for p in points})
     marks = ticks(max((p[3] for p in points), default=0.0))
     inner_width, inner_height = WIDTH - LEFT - RIGHT, HEIGHT - TOP - BOTTOM
-    low, high = (math.log2(xs[0]), math.log2(xs[-1])) if xs else (0.0, 1.0)
+
+    def along(x: float) -> float:
+        return math.log2(x) if chart.log_x else x
+
+    low, high = (along(xs[0]), along(xs[-1])) if xs else (0.0, 1.0)
 
     def at_x(x: float) -> float:
-        return LEFT + inner_width * ((math.log2(x) - low) / (high - low) if high > low else 0.5)
+        return LEFT + inner_width * ((along(x) - low) / (high - low) if high > low else 0.5)
 
     def at_y(y: float) -> float:
         return TOP + inner_height * (1 - y / marks[-1])

@@ -18,7 +18,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from wherry_cli import bench_machine
-from wherry_cli.bench import Failure
+from wherry_cli.bench_flags import Failure
 from wherry_cli.serve import Failure as ModelFailure
 from wherry_cli.serve import model_uri
 from wherry_protocol.engine_config import EngineConfig

@@ -22,7 +22,9 @@ class Entry(NamedTuple):
 COMMANDS = {
     "serve": Entry("wherry_cli.serve", "Serve one model over the OpenAI API, in this process.", "runtime,router"),
     "chat": Entry("wherry_cli.chat", "Chat with a model in the terminal.", ""),
-    "bench": Entry("wherry_cli.bench", "Measure how fast a model runs on this machine.", "runtime,router"),
+    "bench": Entry(
+        "wherry_cli.bench", "Measure how fast a model runs here, or what a server does under load.", "runtime,router"
+    ),
     "simulate": Entry("wherry_cli.simulate", "Run workers without a model, to study routing.", "runtime,router"),
     "plan": Entry("wherry_cli.plan", "Show what an LLMDeployment would change, and why.", "operator"),
     "local": Entry("wherry_cli.local", "Run a real Kubernetes control plane on this machine.", "local"),

@@ -12,12 +12,14 @@ from typing import Annotated, Literal
 import msgspec
 import typer
 import uvloop
+from msgspec import Meta
 from prometheus_client import CollectorRegistry
 from rich.console import Console
 
 from wherry_cli.engine_backend import EngineBackend
 from wherry_cli.simulated_engine import SimulatedEngine
 from wherry_cli.simulated_model import Costs, Shape
+from wherry_cli.struct_flags import with_struct
 from wherry_protocol.http.asgi import App
 from wherry_protocol.http.logs import set_up
 from wherry_protocol.http.server import AddressError, bind, serve, stop_on_signals, url_of
@@ -37,29 +39,88 @@ _SHAPE, _COSTS = Shape(), Costs()
 _console = Console(stderr=True, highlight=False)
 
 
-class _Settings(msgspec.Struct, kw_only=True):
-    model: str
-    api: Api
-    token: str | None
-    shape: Shape
-    costs: Costs
-    tokens_per_event: int
-    drain_timeout_s: float
+class Simulated(msgspec.Struct, kw_only=True):
+    """The command's options."""
+
+    replicas: Annotated[int, Meta(description="workers in this process, one port each", ge=1, le=1000)] = 1
+    port: Annotated[int, Meta(description="port of the first; the others follow; 0: free ones", ge=0, le=65535)] = 9000
+    host: Annotated[str, Meta(description="address to listen on")] = "127.0.0.1"
+    model: Annotated[str, Meta(description="name that clients ask for")] = "chat"
+    api: Annotated[
+        Api, Meta(description="worker: what Wherry's router speaks; openai: what other routers stand in front of")
+    ] = "worker"
+    speed: Annotated[
+        float, Meta(description="how many times as fast as the device; below 1, larger simulations fit", ge=0.001)
+    ] = 1.0
+    tokens_per_event: Annotated[
+        int, Meta(description="tokens told together, after the first: fewer events cost less", ge=1)
+    ] = 1
+    step_ms: Annotated[float, Meta(description="milliseconds of any step", ge=0)] = _COSTS.step * 1e3
+    decode_ms: Annotated[float, Meta(description="milliseconds more for each answer that gets a token", ge=0)] = (
+        _COSTS.decode * 1e3
+    )
+    context_us: Annotated[float, Meta(description="microseconds more for each token that these attend to", ge=0)] = (
+        _COSTS.context * 1e6
+    )
+    prefill_ms: Annotated[
+        float, Meta(description="milliseconds more for each prompt token that is not cached", ge=0)
+    ] = _COSTS.prefill * 1e3
+    max_running: Annotated[int, Meta(description="requests in a batch at most", ge=1)] = _SHAPE.max_running
+    max_queued: Annotated[int, Meta(description="requests that may wait; over it the answer is 429", ge=0)] = (
+        _SHAPE.max_queued
+    )
+    max_batched_tokens: Annotated[
+        int, Meta(description="tokens in one step at most; longer prompts are chunked", ge=1)
+    ] = _SHAPE.max_batched_tokens
+    max_itl_ratio: Annotated[
+        float,
+        Meta(description="how many times as long answers may wait for a token while prompts come in; 0: no limit"),
+    ] = _SHAPE.max_itl_ratio
+    max_model_len: Annotated[int, Meta(description="tokens of prompt and answer together", ge=2)] = _SHAPE.max_model_len
+    kv_tokens: Annotated[int, Meta(description="tokens that the KV cache holds", ge=1)] = _SHAPE.kv_tokens
+    block_size: Annotated[int, Meta(description="tokens in a KV cache block", ge=1)] = _SHAPE.block_size
+    prefix_cache: Annotated[bool, Meta(description="reuse the KV cache of equal prefixes")] = True
+    answer_tokens: Annotated[float, Meta(description="mean length of answers that nothing ends sooner", ge=1)] = (
+        _SHAPE.answer_tokens
+    )
+    drain_timeout_s: Annotated[float, Meta(description="seconds that answers get to finish after SIGTERM", ge=0)] = 5
+
+    def shape(self) -> Shape:
+        """The engine's limits.
+
+        Raises:
+            SettingsError: they do not go together.
+        """
+        if self.max_itl_ratio != 0 and not self.max_itl_ratio >= 1:
+            raise SettingsError("--max-itl-ratio is at least 1, or 0 for no limit")
+        if self.kv_tokens < self.block_size:
+            raise SettingsError(f"--kv-tokens={self.kv_tokens} is not one block of --block-size={self.block_size}")
+        return Shape(**{name: getattr(self, name) for name in Shape.__struct_fields__})
+
+    def costs(self) -> Costs:
+        """The device's, as fast as it is simulated."""
+        full = Costs(
+            step=self.step_ms / 1e3,
+            decode=self.decode_ms / 1e3,
+            context=self.context_us / 1e6,
+            prefill=self.prefill_ms / 1e3,
+        )
+        return full.scaled(self.speed)
 
 
-def _worker(settings: _Settings, engine: SimulatedEngine, lifecycle: Lifecycle) -> tuple[App, Drain]:
+def _worker(settings: Simulated, token: str | None, engine: SimulatedEngine, lifecycle: Lifecycle) -> tuple[App, Drain]:
     async def drain() -> None:
         await lifecycle.drain(settings.drain_timeout_s, engine)
 
-    return WorkerApp(engine, settings.model, settings.token, lifecycle), drain
+    return WorkerApp(engine, settings.model, token, lifecycle), drain
 
 
-def _openai(settings: _Settings, engine: SimulatedEngine) -> tuple[App, Drain]:
+def _openai(settings: Simulated, token: str | None, engine: SimulatedEngine) -> tuple[App, Drain]:
     registry = CollectorRegistry()
     registry.register(LoadCollector(settings.model, engine.load))
     metrics = RouterMetrics(registry)
-    limits = Limits(max_concurrent=settings.shape.max_running + settings.shape.max_queued + 1)
-    app = RouterApp(EngineBackend(engine), settings.model, limits, metrics, registry, settings.token)
+    limits = Limits(max_concurrent=settings.max_running + settings.max_queued + 1)
+    app = RouterApp(EngineBackend(engine), settings.model, limits, metrics, registry, token)
 
     async def drain() -> float:
         return await app.drain(settings.drain_timeout_s, 0)
@@ -67,11 +128,14 @@ def _openai(settings: _Settings, engine: SimulatedEngine) -> tuple[App, Drain]:
     return app, drain
 
 
-async def _replica(settings: _Settings, sock: socket, stop: asyncio.Event) -> None:
-    engine = SimulatedEngine(settings.model, settings.shape, settings.costs, settings.tokens_per_event)
+async def _replica(settings: Simulated, token: str | None, sock: socket, stop: asyncio.Event) -> None:
+    engine = SimulatedEngine(settings.model, settings.shape(), settings.costs(), settings.tokens_per_event)
     lifecycle = Lifecycle()
     await lifecycle.load(engine)
-    app, drain = _worker(settings, engine, lifecycle) if settings.api == "worker" else _openai(settings, engine)
+    if settings.api == "worker":
+        app, drain = _worker(settings, token, engine, lifecycle)
+    else:
+        app, drain = _openai(settings, token, engine)
 
     async def stop_with_the_others() -> None:
         await stop.wait()
@@ -85,13 +149,13 @@ async def _replica(settings: _Settings, sock: socket, stop: asyncio.Event) -> No
         await engine.close()
 
 
-async def _run(settings: _Settings, sockets: list[socket]) -> None:
+async def _run(settings: Simulated, token: str | None, sockets: list[socket]) -> None:
     stop = asyncio.Event()
     stop_on_signals(stop)
     for number, sock in enumerate(sockets):
         sys.stdout.write(json.dumps({"replica": number, "url": url_of(sock)}) + "\n")
     sys.stdout.flush()
-    await asyncio.gather(*(_replica(settings, sock, stop) for sock in sockets))
+    await asyncio.gather(*(_replica(settings, token, sock, stop) for sock in sockets))
 
 
 def _bind(host: str, port: int, replicas: int) -> list[socket]:
@@ -101,18 +165,11 @@ def _bind(host: str, port: int, replicas: int) -> list[socket]:
     return sockets
 
 
-def _check(shape: Shape) -> None:
-    if shape.max_itl_ratio and shape.max_itl_ratio < 1:
-        raise SettingsError("--max-itl-ratio is at least 1, or 0 for no limit")
-    if shape.kv_tokens < shape.block_size:
-        raise SettingsError(f"--kv-tokens={shape.kv_tokens} is not one block of --block-size={shape.block_size}")
-
-
 def _token(api: Api, host: str) -> str | None:
     return worker_token(host) if api == "worker" else os.environ.get(ENV_API_KEY)
 
 
-def _greet(settings: _Settings, sockets: list[socket]) -> None:
+def _greet(settings: Simulated, sockets: list[socket]) -> None:
     urls = ",".join(url_of(sock) for sock in sockets)
     what = "the worker API" if settings.api == "worker" else "the OpenAI API"
     _console.print(f"{len(sockets)} simulated replicas of [bold]{settings.model}[/] speak {what}. Ctrl-C stops them.")
@@ -121,87 +178,23 @@ def _greet(settings: _Settings, sockets: list[socket]) -> None:
         _console.print(f"  wherry-router --model {settings.model} --endpoints {urls}", soft_wrap=True, markup=False)
 
 
-def app(
-    replicas: Annotated[int, typer.Option(help="Workers in this process, one port each.", min=1, max=1000)] = 1,
-    port: Annotated[int, typer.Option(help="Port of the first; the others follow. 0: free ones.", min=0)] = 9000,
-    host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
-    model: Annotated[str, typer.Option(help="Name that clients ask for.")] = "chat",
-    api: Annotated[
-        Api, typer.Option(help="worker: what Wherry's router speaks; openai: what other routers stand in front of.")
-    ] = "worker",
-    speed: Annotated[
-        float, typer.Option(help="How many times as fast as the device; below 1, larger simulations fit.", min=0.001)
-    ] = 1.0,
-    tokens_per_event: Annotated[
-        int, typer.Option(help="Tokens told together, after the first: fewer events cost less.", min=1)
-    ] = 1,
-    step_ms: Annotated[float, typer.Option(help="Milliseconds of any step.", min=0)] = _COSTS.step * 1e3,
-    decode_ms: Annotated[
-        float, typer.Option(help="Milliseconds more for each answer that gets a token.", min=0)
-    ] = _COSTS.decode * 1e3,
-    context_us: Annotated[
-        float, typer.Option(help="Microseconds more for each token that these attend to.", min=0)
-    ] = _COSTS.context * 1e6,
-    prefill_ms: Annotated[
-        float, typer.Option(help="Milliseconds more for each prompt token that is not cached.", min=0)
-    ] = _COSTS.prefill * 1e3,
-    max_running: Annotated[int, typer.Option(help="Requests in a batch at most.", min=1)] = _SHAPE.max_running,
-    max_queued: Annotated[
-        int, typer.Option(help="Requests that may wait; over it the answer is 429.", min=0)
-    ] = _SHAPE.max_queued,
-    max_batched_tokens: Annotated[
-        int, typer.Option(help="Tokens in one step at most; longer prompts are chunked.", min=1)
-    ] = _SHAPE.max_batched_tokens,
-    max_itl_ratio: Annotated[
-        float,
-        typer.Option(help="How many times as long answers may wait for a token while prompts come in; 0: no limit."),
-    ] = _SHAPE.max_itl_ratio,
-    max_model_len: Annotated[
-        int, typer.Option(help="Tokens of prompt and answer together.", min=2)
-    ] = _SHAPE.max_model_len,
-    kv_tokens: Annotated[int, typer.Option(help="Tokens that the KV cache holds.", min=1)] = _SHAPE.kv_tokens,
-    block_size: Annotated[int, typer.Option(help="Tokens in a KV cache block.", min=1)] = _SHAPE.block_size,
-    prefix_cache: Annotated[bool, typer.Option(help="Reuse the KV cache of equal prefixes.")] = True,
-    answer_tokens: Annotated[
-        float, typer.Option(help="Mean length of answers that nothing ends sooner.", min=1)
-    ] = _SHAPE.answer_tokens,
-    drain_timeout_s: Annotated[float, typer.Option(help="Seconds that answers get to finish.", min=0)] = 5,
-) -> None:
+@with_struct(Simulated)
+def app(settings: Simulated) -> None:
     """Run workers without a model: they batch, queue, cache and take time like engines on GPUs, and answer with noise.
 
     Prints a line of JSON with the address of each replica. The defaults resemble a model of 8B parameters on one GPU.
     """
     set_up(level=30)
     try:
-        shape = Shape(
-            max_running=max_running,
-            max_queued=max_queued,
-            max_batched_tokens=max_batched_tokens,
-            max_itl_ratio=max_itl_ratio,
-            max_model_len=max_model_len,
-            kv_tokens=kv_tokens,
-            block_size=block_size,
-            prefix_cache=prefix_cache,
-            answer_tokens=answer_tokens,
-        )
-        _check(shape)
-        costs = Costs(step=step_ms / 1e3, decode=decode_ms / 1e3, context=context_us / 1e6, prefill=prefill_ms / 1e3)
-        settings = _Settings(
-            model=model,
-            api=api,
-            token=_token(api, host),
-            shape=shape,
-            costs=costs.scaled(speed),
-            tokens_per_event=tokens_per_event,
-            drain_timeout_s=drain_timeout_s,
-        )
-        sockets = _bind(host, port, replicas)
+        settings.shape()
+        token = _token(settings.api, settings.host)
+        sockets = _bind(settings.host, settings.port, settings.replicas)
     except (AddressError, SettingsError) as error:
         sys.stderr.write(f"wherry simulate: {error}\n")
         raise typer.Exit(1) from None
     _greet(settings, sockets)
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
-        runner.run(_run(settings, sockets))
+        runner.run(_run(settings, token, sockets))
 
 
 if __name__ == "__main__":
