@@ -29,7 +29,9 @@ from wherry_protocol.worker import (
     Started,
     Token,
 )
-from wherry_router.policies import POLICIES
+from wherry_router.policies import POLICIES, Policy
+from wherry_router.policies.power_of_two import PowerOfTwo
+from wherry_router.policies.random import RandomChoice
 from wherry_router.pool import Endpoint, Lease, Pool
 from wherry_router.settings import Limits
 from wherry_runtime.scheduling.digest import Cursor, marks_for
@@ -74,18 +76,24 @@ class Live:
     begun: bool = False
 
 
+def _made(policy: str, seed: int) -> Policy:
+    """The policy, with random numbers that are the same in every run."""
+    if policy == "random":
+        return RandomChoice(random.Random(seed))
+    return PowerOfTwo(random.Random(seed)) if policy == "power-of-two" else POLICIES[policy]()
+
+
 class World:
     """Replicas, routers in turns, and the events between them."""
 
     def __init__(self, policy: str, replicas: int, routers: int, shape: Shape = SHAPE) -> None:
-        random.seed(1)
         self.now = 0.0
         self.shape = shape
         self.engines = [Simulation(shape, Costs()) for _ in range(replicas)]
         self.idle = [True] * replicas
         self.pools = []
-        for _ in range(routers):
-            pool = Pool(Limits(eject_share=0.0), clock=lambda: self.now, policy=POLICIES[policy]())
+        for seed in range(routers):
+            pool = Pool(Limits(eject_share=0.0), clock=lambda: self.now, policy=_made(policy, seed))
             pool.set_endpoints([Endpoint(f"replica-{n}", f"http://{n}") for n in range(replicas)])
             self.pools.append(pool)
         self.cursors: list[list[Cursor | None]] = [[None] * replicas for _ in range(routers)]
