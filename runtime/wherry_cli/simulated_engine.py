@@ -20,7 +20,17 @@ from wherry_cli.simulated_model import (
     natural_length,
     text_of,
 )
-from wherry_protocol.worker import End, ErrorEvent, Event, ExecuteRequest, LoadReport, Metrics, Started, Token
+from wherry_protocol.worker import (
+    End,
+    ErrorEvent,
+    Event,
+    ExecuteRequest,
+    LoadReport,
+    Metrics,
+    PrefixChange,
+    Started,
+    Token,
+)
 from wherry_runtime.engine.resume import check_resume, digest_of
 from wherry_runtime.engine.validation import (
     RequestError,
@@ -30,6 +40,7 @@ from wherry_runtime.engine.validation import (
     check_text,
     check_tokens,
 )
+from wherry_runtime.scheduling.digest import Cursor, marks_for
 from wherry_runtime.scheduling.request import Request
 from wherry_runtime.scheduling.scheduler import DoesNotFitError, QueueFullError
 
@@ -145,7 +156,14 @@ class SimulatedEngine:
             preemptions_total=scheduler.preemptions,
             steps_total=simulation.steps,
             heartbeat_age_s=self.heartbeat_age(),
+            tokens_owed=scheduler.tokens_owed,
         )
+
+    def prefixes_since(self, cursor: Cursor | None) -> tuple[Cursor | None, PrefixChange | None]:
+        """See `surface.Engine.prefixes_since`."""
+        if not self._shape.prefix_cache:
+            return None, None
+        return self._simulation.scheduler.blocks.digest.since(cursor)
 
     def cancel(self, request_id: str) -> bool:
         """See `surface.Engine.cancel`."""
@@ -221,6 +239,7 @@ class SimulatedEngine:
             max_new_tokens=most,
             priority=request.priority,
             num_resumed=len(begun),
+            marks=marks_for(request, len(prompt), self._shape.block_size) if self._shape.prefix_cache else (),
         )
         return Job(live, seed, length, "stop" if length < most else "length")
 

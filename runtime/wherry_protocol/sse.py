@@ -9,7 +9,7 @@ from collections.abc import AsyncIterator
 
 import msgspec
 
-from wherry_protocol.worker import Event
+from wherry_protocol.worker import Event, LoadUpdate
 
 HEARTBEAT_S = 0.3
 HEARTBEAT = b": alive\n\n"
@@ -17,6 +17,7 @@ HEADER_HEARTBEAT = "x-heartbeat-s"
 
 _encoder = msgspec.json.Encoder()
 _decoder: msgspec.json.Decoder[Event] = msgspec.json.Decoder(Event)
+_load_decoder = msgspec.json.Decoder(LoadUpdate)
 _TAGS = {t: t.__struct_config__.tag for t in Event.__args__}
 
 
@@ -25,15 +26,31 @@ def encode_event(event: Event) -> bytes:
     return b"event: %s\ndata: %s\n\n" % (str(_TAGS[type(event)]).encode(), _encoder.encode(event))
 
 
+def encode_load(update: LoadUpdate) -> bytes:
+    """One SSE frame."""
+    return b"event: load\ndata: %s\n\n" % _encoder.encode(update)
+
+
 def decode_frame(frame: bytes) -> Event | None:
     """The event of one frame (without its blank line), or None for a comment.
 
     Raises:
         msgspec.ValidationError, msgspec.DecodeError: the data is not an event.
     """
+    data = _data(frame)
+    return None if data is None else _decoder.decode(data)
+
+
+def decode_load(frame: bytes) -> LoadUpdate | None:
+    """What one frame of `GET /load/watch` tells, or None for a comment. Raises as `decode_frame` does."""
+    data = _data(frame)
+    return None if data is None else _load_decoder.decode(data)
+
+
+def _data(frame: bytes) -> bytes | None:
     for line in frame.split(b"\n"):
         if line.startswith(b"data: "):
-            return _decoder.decode(line[6:])
+            return line[6:]
     return None
 
 

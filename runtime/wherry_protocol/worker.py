@@ -8,12 +8,16 @@
 The answer's headers come once the request is in the engine's queue, and comments wherever it pauses (see `sse`).
 A request that cannot start gets an HTTP status with an `ErrorEvent` as its JSON body and no stream: 400 (the request),
 401 (the token), 404 (the model), 429 (the queue is full, with `Retry-After`), 503 (not ready or draining).
-`POST /cancel` takes a `CancelRequest`; `GET /load` answers a `LoadReport`; `GET /health` and `GET /ready` ask no token.
+`POST /cancel` takes a `CancelRequest`; `GET /load` answers a `LoadReport`, and `GET /load/watch` a stream of
+`LoadUpdate`s that ends when the worker takes no more requests; `GET /health` and `GET /ready` ask no token.
 """
 
 from typing import Literal
 
 import msgspec
+
+# Tokens that an answer is taken to have while nobody knows its length.
+EXPECTED_OUTPUT = 256
 
 FinishReason = Literal["stop", "length", "cancelled"]
 
@@ -172,3 +176,20 @@ class LoadReport(msgspec.Struct, kw_only=True):
     prefix_queried_tokens_total: int = 0  # prompt tokens looked up in the prefix cache
     draft_tokens_total: int = 0  # guesses of speculative decoding that were checked
     accepted_tokens_total: int = 0  # of these, those that held
+    tokens_owed: int = 0  # of live requests: what of prompts is to be computed, and of answers expected
+
+
+class PrefixChange(msgspec.Struct, omit_defaults=True):
+    """What changed of the prefixes that a worker has cached: keys of `wherry_protocol.prefix`, packed. `whole`: the
+    worker has those of `added` and no others, whatever was told before."""
+
+    whole: bool
+    added: bytes = b""
+    removed: bytes = b""
+
+
+class LoadUpdate(msgspec.Struct, kw_only=True, omit_defaults=True):
+    """One event of `GET /load/watch`. The first one of a stream has all prefixes, unless the worker caches none."""
+
+    load: LoadReport
+    prefixes: PrefixChange | None = None  # None: no change

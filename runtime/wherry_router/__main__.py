@@ -18,7 +18,6 @@ from wherry_protocol.naming import ENV_WORKER_TOKEN, ROUTER_PORT
 from wherry_router import response_cache
 from wherry_router.admission import flags as admission_flags
 from wherry_router.admission.entry import Admission
-from wherry_router.admission.polling import LoadPoll
 from wherry_router.admission.settings import QueueSettings
 from wherry_router.app import OPEN_PATHS, RouterApp
 from wherry_router.discovery.endpoints import EndpointPoll, parse_endpoints
@@ -28,6 +27,8 @@ from wherry_router.listener import TlsFiles, make_tls
 from wherry_router.listener import add_arguments as add_tls_arguments
 from wherry_router.listener import check as check_tls
 from wherry_router.metrics import RouterMetrics
+from wherry_router.policies import POLICIES
+from wherry_router.policies import add_arguments as add_policy_arguments
 from wherry_router.pool import Pool
 from wherry_router.replicas import Replicas
 from wherry_router.settings import Limits
@@ -98,6 +99,7 @@ def argument_parser() -> argparse.ArgumentParser:
         action="store_false",
         help="end a stream whose worker is lost with an error, instead of going on with it on another",
     )
+    add_policy_arguments(parser)
     defaults = Limits()
     for name, text in _BOUNDS.items():
         default = getattr(defaults, name)
@@ -149,7 +151,7 @@ async def _run(
     async with contextlib.AsyncExitStack() as stack:
         upstream = Upstream(os.environ.get(ENV_WORKER_TOKEN), limits)
         stack.push_async_callback(upstream.close)
-        backend = Replicas(upstream, limits, metrics)
+        backend = Replicas(upstream, limits, metrics, POLICIES[args.policy]())
         stack.push_async_callback(backend.close)
         gate = identity.make_gate(args, OPEN_PATHS)
         metrics.watch_stale(gate.stale)
@@ -169,7 +171,6 @@ async def _run(
             admission=Admission(queue, metrics.admission, backend.pool, limits.max_per_replica),
             limiter=limiter,
         )
-        stack.push_async_callback(LoadPoll(backend.pool, upstream).start().stop)
         work = [("discovery", _discovery(args, upstream, backend.pool, stack))]
         work += [("following the keys", follower) for follower in gate.followers()]
         if tls is not None:

@@ -7,16 +7,17 @@ from wherry_protocol.worker import Event, ExecuteRequest
 
 
 class Delivery:
-    """What the client has of an answer. Its choices share it.
+    """What the client has of an answer, and the `session` that it says the answer belongs to. Its choices share it.
 
     `whole`: it gets the answer in one piece at the end, so a choice may begin anew. `begun`: a token of some choice was
     passed on. From then on a choice is not refused any more, and what goes wrong can only end the answer.
     """
 
-    __slots__ = ("begun", "whole")
+    __slots__ = ("begun", "session", "whole")
 
-    def __init__(self, *, whole: bool) -> None:
+    def __init__(self, *, whole: bool, session: str = "") -> None:
         self.whole = whole
+        self.session = session
         self.begun = False
 
 

@@ -38,7 +38,14 @@ class Answer:
     """One request being answered: what every step needs to know of it."""
 
     def __init__(
-        self, request: Request, caller: Caller, correlation: str, headers: Headers, began: float, place: Place
+        self,
+        request: Request,
+        caller: Caller,
+        correlation: str,
+        headers: Headers,
+        began: float,
+        place: Place,
+        session: str = "",
     ) -> None:
         self.chat = isinstance(request, ChatCompletionRequest)
         self.request = request
@@ -49,6 +56,7 @@ class Answer:
         self.headers = headers
         self.began = began
         self.place = place
+        self.session = session
         self.requests: list[ExecuteRequest] = []
         self.lookup = NOTHING
         self.usage = Usage()
@@ -112,7 +120,8 @@ class Completions:
             if request.model != self._model:
                 raise model_not_found(request.model, self._model)
             place = self._place(scope, caller, request, len(body))
-            answer = Answer(request, caller, correlation, headers, began, place)
+            session = _session(scope, request, caller)
+            answer = Answer(request, caller, correlation, headers, began, place, session)
             guard = CancelOnDisconnect(receive)
             with await self._limiter.reserve(caller, request, answer.id, headers) as answer.charge:
                 await self._prepare(answer, scope)
@@ -151,7 +160,7 @@ class Completions:
         cache, lookup = self._cache, answer.lookup
         if lookup.kept is not None:
             return merge([replay(events) for events in lookup.kept])
-        delivery = Delivery(whole=whole)
+        delivery = Delivery(whole=whole, session=answer.session)
         generations = [self._backend.generate(r, answer.correlation, delivery) for r in answer.requests]
         if cache is not None and lookup.keeps:
             pairs = zip(answer.requests, generations, strict=True)
@@ -198,6 +207,13 @@ class Completions:
         else:
             await stream.write((chunks.usage(answer.usage) if include_usage else b"") + DONE)
         await send({"type": "http.response.body", "body": b""})
+
+
+def _session(scope: Scope, request: Request, caller: Caller) -> str:
+    """What the client calls its session, apart from that of another tenant; empty where it says nothing."""
+    named = header(scope, b"x-session-id")
+    session = named.decode("latin-1") if named else getattr(request, "prompt_cache_key", None) or request.user
+    return f"{caller.tenant}\0{session}" if session else ""
 
 
 class _Stream:

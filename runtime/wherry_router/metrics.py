@@ -51,6 +51,7 @@ class RouterMetrics:
             registry=registry,
         )
         self._add_resilience(registry)
+        self._add_policy(registry)
         self._retries = Counter(
             "wherry_router_retries", "Tries on another replica, by what failed.", ["reason"], registry=registry
         )
@@ -122,6 +123,32 @@ class RouterMetrics:
             registry=registry,
         )
 
+    def _add_policy(self, registry: CollectorRegistry) -> None:
+        self._decisions = Counter(
+            "wherry_router_policy_decisions",
+            "Replicas chosen, by why: for their prefix or session, by load or turn, by hash (cold), or since the best "
+            "one had too much (hot).",
+            ["reason"],
+            registry=registry,
+        )
+        self._prompt_tokens = Counter(
+            "wherry_router_prompt_tokens", "Tokens of prompts that workers began with.", registry=registry
+        )
+        self._cached_tokens = Counter(
+            "wherry_router_cached_prompt_tokens", "Of these, those that the worker had cached.", registry=registry
+        )
+        self._known_prefixes = Gauge(
+            "wherry_router_known_prefixes", "Prefixes that replicas have told they have cached.", registry=registry
+        )
+        self._reporting = Gauge(
+            "wherry_router_replicas_reporting", "Replicas that push load reports now.", registry=registry
+        )
+        self._imbalance = Gauge(
+            "wherry_router_load_max_over_mean",
+            "Tokens that the replica owes which owes the most, over the mean of all; 0 while nothing is owed.",
+            registry=registry,
+        )
+
     def watch_pool(self, pool: "Pool") -> None:
         """Reads the gauges of replicas from `pool` at each scrape."""
         self.outstanding.set_function(lambda: sum(r.outstanding_tokens for r in pool.replicas()))
@@ -130,6 +157,9 @@ class RouterMetrics:
         for state in ("closed", "open", "half_open"):
             self._breakers.labels(state).set_function(functools.partial(_count, pool.breaker_states, state))
         self._panic.set_function(lambda: pool.panicking(pool.clock()))
+        self._known_prefixes.set_function(lambda: sum(len(r.prefixes) for r in pool.replicas()))
+        self._reporting.set_function(lambda: sum(r.load is not None for r in pool.replicas()))
+        self._imbalance.set_function(lambda: _max_over_mean([r.load_tokens for r in pool.replicas()]))
 
     def watch_stale(self, stale: Callable[[], dict[str, bool]]) -> None:
         """Reads at each scrape what of `stale` is so; its names do not change."""
@@ -142,6 +172,15 @@ class RouterMetrics:
         if counter is None:
             counter = self._children[route, status] = self._requests.labels(route, str(status))
         counter.inc()
+
+    def decided(self, reason: str) -> None:
+        """Counts a choice of a replica."""
+        self._decisions.labels(reason).inc()
+
+    def read_prompt(self, tokens: int, cached: int) -> None:
+        """Counts the prompt of a request that a worker began with."""
+        self._prompt_tokens.inc(tokens)
+        self._cached_tokens.inc(cached)
 
     def breaker_opened(self, reason: str) -> None:
         """Counts a breaker that opened."""
@@ -162,6 +201,11 @@ class RouterMetrics:
 
 def _is(flags: Callable[[], dict[str, bool]], name: str) -> float:
     return float(flags()[name])
+
+
+def _max_over_mean(loads: Collection[int]) -> float:
+    total = sum(loads)
+    return max(loads) * len(loads) / total if total else 0.0
 
 
 def _count(states: Callable[[], Collection[str]], state: str) -> int:

@@ -11,9 +11,13 @@ import msgspec
 from prometheus_client import CollectorRegistry
 
 from wherry_protocol.router_report import ReplicaReport, ReplicaState
-from wherry_protocol.worker import End, Event, LoadReport, Started, Token
+from wherry_protocol.worker import End, Event, LoadReport, LoadUpdate, Started, Token
+from wherry_router.asks import Asks, expected_output
 from wherry_router.metrics import RouterMetrics
-from wherry_router.policies import least_outstanding
+from wherry_router.policies import ANYTHING, Ask, Policy
+from wherry_router.policies.hashing import identity_of
+from wherry_router.policies.least_tokens import LeastTokens
+from wherry_router.prefix_view import PrefixView
 from wherry_router.resilience.breaker import Breaker, State
 from wherry_router.resilience.budget import RetryBudget, backoff_s
 from wherry_router.resilience.faults import Blame, blame
@@ -23,8 +27,6 @@ from wherry_router.settings import Limits
 
 log = logging.getLogger("wherry.router")
 
-# What an answer is taken to cost while nobody knows its length.
-EXPECTED_OUTPUT = 256
 _JUDGE_EVERY_S = 1.0
 # Breakers also change by time alone, which wakes nobody.
 _LOOK_AGAIN_S = 0.25
@@ -42,6 +44,9 @@ class Replica:
 
     `draining`: it gets no new request. `drain_deadline` (event loop's time): when what still runs there is to go on
     elsewhere; None: never, the worker ends it itself. Both may change, and change back, while requests run.
+
+    `load`: what it last pushed, 100 ms old at most unless nothing has changed; None while it pushes nothing. What this
+    router itself has there is counted by its own books, to the moment; a report adds what others have.
     """
 
     __slots__ = (
@@ -50,9 +55,13 @@ class Replica:
         "draining",
         "endpoint",
         "execute_url",
+        "foreign_requests",
+        "foreign_tokens",
+        "identity",
         "last_chosen",
         "load",
         "outstanding_tokens",
+        "prefixes",
         "record",
         "requests",
     )
@@ -65,14 +74,41 @@ class Replica:
         self.drain_deadline: float | None = None
         self.outstanding_tokens = 0
         self.requests = 0
+        self.load: LoadReport | None = None
+        self.foreign_requests = 0
+        self.foreign_tokens = 0
+        self.prefixes = PrefixView()
+        self.identity = identity_of(endpoint.name)
         self.last_chosen = 0
-        self.load: LoadReport | None = None  # the worker's own; None: it has not told
         self.breaker = Breaker(limits.breaker_faults, limits.breaker_max_open_s)
         self.record = Record()
 
     def out(self, now: float) -> bool:
         """Whether it failed lately: its breaker is not closed, or it is ejected."""
         return self.breaker.state is not State.CLOSED or self.record.ejected(now)
+
+    @property
+    def load_requests(self) -> int:
+        """See `Candidate`."""
+        return self.requests + self.foreign_requests
+
+    @property
+    def load_tokens(self) -> int:
+        """See `Candidate`."""
+        return self.outstanding_tokens + self.foreign_tokens
+
+    def cached_tokens(self, ask: Ask) -> int:
+        """See `Candidate`."""
+        return min(int(self.prefixes.match(ask.keys) * ask.tokens_per_key), ask.prompt_tokens)
+
+    def reported(self, load: LoadReport | None) -> None:
+        """Its load now; None: it no longer tells."""
+        self.load = load
+        live = load.running + load.waiting if load is not None else 0
+        self.foreign_requests = max(live - self.requests, 0)
+        # Estimates differ a little, so without another's request there is nothing of others.
+        owed = load.tokens_owed if load is not None and self.foreign_requests else 0
+        self.foreign_tokens = max(owed - self.outstanding_tokens, 0)
 
 
 class Lease:
@@ -81,16 +117,21 @@ class Lease:
     What is owed is estimated at first, put right by the events, and nothing after `release`.
     """
 
-    __slots__ = ("_began", "_epoch", "_output", "_pool", "_prompt", "_replica", "_trial")
+    __slots__ = ("_ask", "_began", "_epoch", "_output", "_pool", "_prompt", "_replica", "_trial")
 
-    def __init__(self, pool: "Pool", replica: Replica, prompt_estimate: int, max_tokens: int | None) -> None:
+    def __init__(
+        self, pool: "Pool", replica: Replica, prompt_estimate: int, max_tokens: int | None, ask: Ask = ANYTHING
+    ) -> None:
         self._pool = pool
         self._replica = replica
         self._prompt = prompt_estimate
-        self._output = min(max_tokens or EXPECTED_OUTPUT, EXPECTED_OUTPUT)
+        self._output = expected_output(max_tokens)
+        self._ask = ask
         replica.requests += 1
         replica.outstanding_tokens += self._prompt + self._output
         self._began: float | None = pool.clock()
+        if ask.keys:
+            replica.prefixes.expect(ask.keys, self._began)
         self._trial = replica.breaker.begin(self._began)
         self._epoch = replica.breaker.epoch
 
@@ -107,6 +148,7 @@ class Lease:
             self._prompt, self._output = 0, output
         elif type(event) is Started:
             prompt = max(event.prompt_tokens - event.cached_tokens, 0)
+            self._pool.started(self._ask, event)
             self._replica.outstanding_tokens += prompt - self._prompt
             self._prompt = prompt
         elif type(event) is End:
@@ -121,6 +163,8 @@ class Lease:
         self._replica.requests -= 1
         self._replica.outstanding_tokens -= self._prompt + self._output
         self._prompt = self._output = 0
+        if self._ask.keys:
+            self._replica.prefixes.over(self._ask.keys, self._pool.clock())
         self._replica.breaker.ended(self._trial)
         self._pool.released(self._replica)
 
@@ -134,7 +178,12 @@ class Pool:
         metrics: RouterMetrics | None = None,
         on_open: Callable[[Replica], None] = lambda _: None,
         clock: Callable[[], float] = time.monotonic,
+        policy: Policy | None = None,
+        on_replicas: Callable[[], None] = lambda: None,
     ) -> None:
+        self._policy = policy or LeastTokens()
+        self.asks = Asks(with_keys=self._policy.reads_prefixes)
+        self._on_replicas = on_replicas
         self._limits = limits or Limits()
         self._metrics = metrics or RouterMetrics(CollectorRegistry())
         self._on_open = on_open
@@ -176,6 +225,7 @@ class Pool:
                 self._on_open(replica)
         self.known = True
         self._changed.set()
+        self._on_replicas()
 
     def replicas(self) -> Collection[Replica]:
         """Every replica that discovery names, draining ones too."""
@@ -210,16 +260,16 @@ class Pool:
 
     # What a request asks.
 
-    def choose(self, tried: Collection[Replica]) -> Replica | None:
+    def choose(self, tried: Collection[Replica], ask: Ask = ANYTHING) -> Replica | None:
         """The replica for the next try of a request; never one of `tried`."""
         now = self.clock()
         usable = [r for r in self._usable(now) if r not in tried and self._has_room(r)]
-        chosen = least_outstanding.choose([r for r in usable if r.breaker.trial_due(now)] or usable)
+        chosen = self._by_policy([r for r in usable if r.breaker.trial_due(now)] or usable, ask)
         if chosen is not None and not tried:
             self._budget.request(now)
-        return self._turn_of(chosen)
+        return chosen
 
-    def choose_successor(self, tried: Collection[Replica]) -> Replica | None:
+    def choose_successor(self, tried: Collection[Replica], ask: Ask = ANYTHING) -> Replica | None:
         """The replica on which an answer goes on that has begun; never one of `tried`.
 
         It was admitted before and its client has seen a part of it, so the bulkhead does not hold it back. It is not
@@ -235,16 +285,20 @@ class Pool:
             ]
         if not usable:
             usable = [r for r in left if r.draining and not r.out(now)]
-        return self._turn_of(least_outstanding.choose(usable))
+        return self._by_policy(usable, ask)
 
     def has_another(self, replica: Replica) -> bool:
         """Whether what runs on `replica` could go on elsewhere at once."""
         now = self.clock()
         return any(not r.draining and not r.out(now) for r in self._replicas.values() if r is not replica)
 
-    def _turn_of(self, chosen: Replica | None) -> Replica | None:
-        if chosen is not None:
-            chosen.last_chosen = next(self._turns)
+    def _by_policy(self, usable: list[Replica], ask: Ask) -> Replica | None:
+        if not usable:
+            return None
+        index, reason = self._policy.choose(usable, ask)
+        self._metrics.decided(reason)
+        chosen = usable[index]
+        chosen.last_chosen = next(self._turns)
         return chosen
 
     def lacks_room(self, tried: Collection[Replica]) -> bool:
@@ -264,9 +318,9 @@ class Pool:
             return None
         return 0.0 if free else backoff_s(retries, random.random())  # noqa: S311 - not a secret
 
-    def lease(self, replica: Replica, prompt_estimate: int, max_tokens: int | None) -> Lease:
-        """To be held while a request runs on `replica`."""
-        return Lease(self, replica, prompt_estimate, max_tokens)
+    def lease(self, replica: Replica, prompt_estimate: int, max_tokens: int | None, ask: Ask = ANYTHING) -> Lease:
+        """To be held while a request runs on `replica`. `prompt_estimate`: tokens that it is to read."""
+        return Lease(self, replica, prompt_estimate, max_tokens, ask)
 
     async def wait(self, timeout_s: float) -> None:
         """Until there is a replica that may be chosen, `timeout_s` at most."""
@@ -318,7 +372,22 @@ class Pool:
     def _has_room(self, replica: Replica) -> bool:
         return replica.requests < self._limits.max_per_replica
 
-    # What requests and probes tell.
+    # What requests, probes and reports tell.
+
+    def reported(self, replica: Replica, update: LoadUpdate | None) -> None:
+        """A load report came; None: there are none any more.
+
+        Raises:
+            ValueError: its prefixes cannot be read.
+        """
+        replica.reported(None if update is None else update.load)
+        if update is not None and update.prefixes is not None:
+            replica.prefixes.apply(update.prefixes)
+
+    def started(self, ask: Ask, event: Started) -> None:
+        """A worker begins with a request."""
+        self.asks.learn(ask, event.prompt_tokens)
+        self._metrics.read_prompt(event.prompt_tokens, event.cached_tokens)
 
     def answered(self, replica: Replica, began: float) -> None:
         """A request's first token came."""

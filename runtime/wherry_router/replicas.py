@@ -15,7 +15,9 @@ from wherry_protocol.worker import End, Event, ExecuteRequest, Token
 from wherry_router.backend import Delivery
 from wherry_router.fault import Expired, WorkerFault
 from wherry_router.ledger import Ledger
+from wherry_router.load_feed import LoadFeed
 from wherry_router.metrics import RouterMetrics
+from wherry_router.policies import Ask, Policy
 from wherry_router.pool import Pool, Replica
 from wherry_router.resilience.budget import backoff_s
 from wherry_router.resilience.prober import Prober
@@ -26,16 +28,24 @@ from wherry_router.upstream import Upstream
 log = logging.getLogger("wherry.router")
 
 _encode = msgspec.json.Encoder().encode
-_BYTES_PER_TOKEN = 4
 _PROGRESS = (Token, End)
 
 
 class Replicas:
     """A `Backend` over the pool."""
 
-    def __init__(self, upstream: Upstream, limits: Limits, metrics: RouterMetrics) -> None:
+    def __init__(
+        self, upstream: Upstream, limits: Limits, metrics: RouterMetrics, policy: Policy | None = None
+    ) -> None:
         self._prober = Prober(upstream.ask)
-        self.pool = Pool(limits, metrics, on_open=lambda replica: self._prober.watch(self.pool, replica))
+        self._feed = LoadFeed(upstream.watch_load)
+        self.pool = Pool(
+            limits,
+            metrics,
+            on_open=lambda replica: self._prober.watch(self.pool, replica),
+            policy=policy,
+            on_replicas=lambda: self._feed.follow(self.pool),
+        )
         self._upstream = upstream
         self._limits = limits
         self._metrics = metrics
@@ -45,7 +55,8 @@ class Replicas:
         return None if self.pool.known else "the replicas are not known yet"
 
     async def close(self) -> None:
-        """Ends the probes."""
+        """Ends the probes and the load reports."""
+        await self._feed.close()
         await self._prober.close()
 
     def report(self) -> list[ReplicaReport]:
@@ -59,9 +70,11 @@ class Replicas:
         now = asyncio.get_running_loop().time
         ledger = Ledger(request, restarts=delivery.whole and not self._limits.resume)
         tries = Tries(self._limits, now(), delivery, ledger)
-        while (replica := await self._next(tries)) is not None:
+        ask = self.pool.asks.of(request, delivery.session)
+        while (replica := await self._next(tries, ask)) is not None:
             body = _encode(ledger.request(tries.failed))
-            lease = self.pool.lease(replica, len(body) // _BYTES_PER_TOKEN, request.sampling.max_tokens)
+            prompt = ask.prompt_tokens - replica.cached_tokens(ask) + len(ledger.ids)
+            lease = self.pool.lease(replica, prompt, request.sampling.max_tokens, ask)
             leaves = functools.partial(self._leaves, replica, tries)
             stream = self._upstream.execute(replica, body, correlation_id, tries.deadline, leaves)
             try:
@@ -108,47 +121,48 @@ class Replicas:
             return False
         return tries.movable and self.pool.has_another(replica)
 
-    async def _next(self, tries: Tries) -> Replica | None:
+    async def _next(self, tries: Tries, ask: Ask) -> Replica | None:
         """The replica of the next try; None: there is none."""
         if tries.error is not None:
             return None
         if tries.resuming:
-            return await self._successor(tries)
+            return await self._successor(tries, ask)
         if len(tries.tried) >= self._limits.max_tries:
             return None
-        replica = await self._choose(tries.tried)
+        replica = await self._choose(tries.tried, ask)
         if replica is None or tries.fault is None:
             return replica
-        return await self._retry(replica, tries, tries.fault.reason)
+        return await self._retry(replica, tries, ask)
 
-    async def _retry(self, replica: Replica, tries: Tries, reason: str) -> Replica | None:
+    async def _retry(self, replica: Replica, tries: Tries, ask: Ask) -> Replica | None:
         """`replica` or another, once the budget allows it."""
+        reason = "" if tries.fault is None else tries.fault.reason
         pause = self.pool.retry_pause(reason, len(tries.tried) - 1)
         if pause is None:
             return None
         chosen: Replica | None = replica
         if pause:
             await asyncio.sleep(pause)
-            chosen = self.pool.choose(tries.tried)
+            chosen = self.pool.choose(tries.tried, ask)
         self._metrics.retried(reason)
         return chosen
 
-    async def _choose(self, tried: list[Replica]) -> Replica | None:
-        replica = self.pool.choose(tried)
+    async def _choose(self, tried: list[Replica], ask: Ask) -> Replica | None:
+        replica = self.pool.choose(tried, ask)
         if replica is None and not tried:
             # Where only room is missing the answer is 429 at once: the client's pause is worth more than the router's.
             if self.pool.lacks_room(tried):
                 return None
             await self.pool.wait(self._limits.no_replica_wait_s)
-            replica = self.pool.choose(tried)
+            replica = self.pool.choose(tried, ask)
         return replica
 
-    async def _successor(self, tries: Tries) -> Replica | None:
+    async def _successor(self, tries: Tries, ask: Ask) -> Replica | None:
         """The replica that goes on with an answer. Waits for one, within bounds."""
         now = asyncio.get_running_loop().time
         reason = "" if tries.fault is None else tries.fault.reason
         while left := tries.left(now()):
-            replica = self.pool.choose_successor(tries.tried)
+            replica = self.pool.choose_successor(tries.tried, ask)
             if replica is not None:
                 (self._metrics.resumed if tries.going_on else self._metrics.retried)(reason)
                 return replica

@@ -7,9 +7,10 @@ import aiohttp
 import msgspec
 
 from wherry_protocol.openai.errors import ApiError
-from wherry_protocol.sse import HEADER_HEARTBEAT, decode_frame, frames
-from wherry_protocol.worker import End, ErrorEvent, Event, LoadReport, Token
+from wherry_protocol.sse import HEADER_HEARTBEAT, decode_frame, decode_load, frames
+from wherry_protocol.worker import End, ErrorEvent, Event, LoadReport, LoadUpdate, Token
 from wherry_router.fault import Expired, QueueFull, WorkerFault
+from wherry_router.load_feed import NoFeedError
 from wherry_router.pool import Replica
 from wherry_router.settings import Limits
 from wherry_router.watchdog import Health, Watchdog, begins_within
@@ -19,6 +20,7 @@ _decode_load = msgspec.json.Decoder(LoadReport).decode
 _JSON = "application/json"
 _MAX_REFUSAL = 64 * 1024
 _PROBE_S = 1.0  # for questions that no client waits for
+_SILENCE_S = 1.5  # of a load stream, which says every 0.3 s that it is there
 
 
 class Upstream:
@@ -64,6 +66,22 @@ class Upstream:
                 return _decode_load(await response.read()) if response.status == 200 else None
         except (aiohttp.ClientError, OSError, TimeoutError, msgspec.DecodeError):
             return None
+
+    async def watch_load(self, url: str) -> AsyncGenerator[LoadUpdate, None]:
+        """The worker's load whenever it has changed.
+
+        Raises:
+            NoFeedError: it does not tell.
+            aiohttp.ClientError, OSError, TimeoutError, msgspec.DecodeError: it told, and the stream broke.
+        """
+        timeout = aiohttp.ClientTimeout(total=None, sock_connect=self._limits.connect_timeout_s, sock_read=_SILENCE_S)
+        async with self._session.get(url + "/load/watch", headers=self._headers, timeout=timeout) as response:
+            if response.status != 200:
+                raise NoFeedError(f"/load/watch: {response.status}")
+            async for frame in frames(response.content.iter_any()):
+                update = decode_load(frame)
+                if update is not None:
+                    yield update
 
     async def execute(
         self,

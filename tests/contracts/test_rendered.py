@@ -4,7 +4,7 @@ import difflib
 import importlib
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import yaml
@@ -12,6 +12,7 @@ import yaml
 from wherry_operator.api.generate import drift
 from wherry_operator.api.kube import parse_duration
 from wherry_operator.api.resource import LLMDeployment
+from wherry_operator.api.v1alpha1 import Router, RouterPolicy
 from wherry_operator.desired.common import RenderSettings
 from wherry_operator.desired.objects import Desired, render
 from wherry_operator.desired.router import router_args
@@ -87,6 +88,21 @@ def test_the_router_queues_as_the_spec_says(path: Path) -> None:
     assert (told.bounds.max_requests, told.bounds.max_tokens) == (said.queue.max_requests, said.queue.max_tokens)
     assert told.timeout_s == parse_duration(said.queue.timeout)
     assert told.bounds.no_replica_s == parse_duration(said.queue.start_timeout)
+
+
+@pytest.mark.parametrize("policy", get_args(RouterPolicy))
+def test_the_router_gets_the_policy_that_is_asked_for(policy: str) -> None:
+    module = importlib.import_module("wherry_router.__main__")
+    owner = owner_of(EXAMPLES[0])
+    assert owner.spec is not None
+    asked = owner.spec.model_copy(update={"router": owner.spec.router.model_copy(update={"policy": policy})})
+    assert module.argument_parser().parse_args(router_args(owner, asked)).policy == policy
+
+
+def test_operator_and_router_know_the_same_policies() -> None:
+    policies = importlib.import_module("wherry_router.policies")
+    assert list(get_args(RouterPolicy)) == list(policies.POLICIES)
+    assert Router().policy == policies.DEFAULT
 
 
 def test_generated_files_are_up_to_date() -> None:

@@ -15,8 +15,19 @@ import uvloop
 
 from wherry_protocol.http.asgi import CancelOnDisconnect, Receive, Scope, Send, header, read_body, respond
 from wherry_protocol.http.server import bind, serve, stop_on_signals, url_of
-from wherry_protocol.sse import encode_event
-from wherry_protocol.worker import End, ErrorEvent, ExecuteRequest, LoadReport, Metrics, Started, Token
+from wherry_protocol.prefix import pack_keys
+from wherry_protocol.sse import encode_event, encode_load
+from wherry_protocol.worker import (
+    End,
+    ErrorEvent,
+    ExecuteRequest,
+    LoadReport,
+    LoadUpdate,
+    Metrics,
+    PrefixChange,
+    Started,
+    Token,
+)
 
 _decode = msgspec.json.Decoder(ExecuteRequest).decode
 
@@ -58,6 +69,9 @@ class State(msgspec.Struct):
     request_ids: list[str] = []
     resumed_at: list[int] = []  # tokens that resumed requests came with
     cache_salts: list[str] = []
+    reports: bool = True  # whether it pushes its load
+    prefixes: list[int] = []  # keys that it says it has cached
+    others: int = 0  # requests that it says it runs for other routers
 
 
 class MockWorker:
@@ -77,6 +91,8 @@ class MockWorker:
             await respond(send, 200, b"{}")
         elif path == "/ready":
             await respond(send, 200 if self.state.ready else 503, b"{}")
+        elif path == "/load/watch":
+            await self._watch(receive, send)
         elif path == "/load":
             await respond(send, 200, msgspec.json.encode(self._load()))
         elif path == "/mock":
@@ -88,6 +104,21 @@ class MockWorker:
         else:
             await respond(send, 404, b"{}")
 
+    async def _watch(self, receive: Receive, send: Send) -> None:
+        headers = [(b"content-type", b"text/event-stream")]
+        await send({"type": "http.response.start", "status": 200, "headers": headers})
+        told: list[int] | None = None
+        async with CancelOnDisconnect(receive):
+            while self.state.reports:
+                prefixes = None
+                if told != self.state.prefixes:
+                    told = list(self.state.prefixes)
+                    prefixes = PrefixChange(whole=True, added=pack_keys(told))
+                body = encode_load(LoadUpdate(load=self._load(), prefixes=prefixes))
+                await send({"type": "http.response.body", "body": body, "more_body": True})
+                await asyncio.sleep(0.02)
+        await send({"type": "http.response.body", "body": b""})
+
     def _load(self) -> LoadReport:
         totals = dict.fromkeys(
             ("prompt_tokens_total", "completion_tokens_total", "prefix_hit_tokens_total", "preemptions_total"), 0
@@ -95,13 +126,14 @@ class MockWorker:
         return LoadReport(
             model=self._model,
             ready=self.state.ready,
-            running=self.state.running,
+            running=self.state.running + self.state.others,
             waiting=0,
             max_running=self._max_running,
             kv_tokens_used=0,
             kv_tokens_total=1_000_000,
             steps_total=0,
             heartbeat_age_s=0.0,
+            tokens_owed=100 * (self.state.running + self.state.others),
             **totals,
         )
 

@@ -218,6 +218,17 @@ class ResponseCache(CamelModel):
     ttl: Duration = Field("10m", description="How long an answer is kept.", json_schema_extra=rules.CACHE_TTL)
 
 
+RouterPolicy = Literal[
+    "prefix-aware",
+    "least-tokens",
+    "least-requests",
+    "power-of-two",
+    "session-affinity",
+    "round-robin",
+    "random",
+]
+
+
 class Router(CamelModel):
     """The router in front of the replicas: it speaks the OpenAI API."""
 
@@ -254,6 +265,12 @@ class Router(CamelModel):
     )
     limits: RouterLimits | None = Field(None, description="How much clients may ask for.")
     tls: RouterTls | None = Field(None, description="TLS on the router's port. Without it: plain HTTP.")
+    policy: RouterPolicy = Field(
+        "prefix-aware",
+        description="How the router chooses a replica for a request: by the prefix that replicas have cached weighed "
+        "against their load, by load alone (fewest tokens or requests owed, or the better of two at random), by the "
+        "client's session, in turns, or at random.",
+    )
 
 
 class RolloutStrategy(CamelModel):

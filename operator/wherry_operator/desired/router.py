@@ -44,6 +44,7 @@ def router_args(owner: LLMDeployment, spec: LLMDeploymentSpec) -> list[str]:
         f"--drain-timeout-s={drain_seconds(spec)}",
         f"--drain-grace-s={LINGER_S}",
         *([] if spec.failover.resume else ["--no-resume"]),
+        *policy_args(spec),
         *admission_args(spec.router),
         *cache_args(spec),
         *access_args(owner, spec),
@@ -80,6 +81,11 @@ def _class(one: PriorityClass) -> str:
     fields = [f"name={one.name}", f"priority={one.priority}"]
     fields += [f"{name}={bound}" for name, bound in bounds.items() if bound is not None]
     return ",".join(fields + ["default"] * one.default)
+
+
+def policy_args(spec: LLMDeploymentSpec) -> list[str]:
+    """How the router chooses replicas. Its own default is not named: routers that are there need not be exchanged."""
+    return [] if spec.router.policy == Router().policy else [f"--policy={spec.router.policy}"]
 
 
 def router_template(

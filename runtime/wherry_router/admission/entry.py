@@ -7,6 +7,7 @@ from collections.abc import Callable
 
 from wherry_protocol.http.asgi import Scope
 from wherry_protocol.openai.errors import ApiError, invalid
+from wherry_protocol.worker import EXPECTED_OUTPUT
 from wherry_router.admission.capacity import OPEN, Capacity, Meter
 from wherry_router.admission.classes import HEADER, Classes
 from wherry_router.admission.metrics import AdmissionMetrics
@@ -14,7 +15,7 @@ from wherry_router.admission.queues import Queues, Turned
 from wherry_router.admission.settings import QueueSettings
 from wherry_router.admission.ticket import State, Ticket
 from wherry_router.caller import Caller
-from wherry_router.pool import EXPECTED_OUTPUT, Pool
+from wherry_router.pool import Pool
 
 TIMEOUT_HEADER = b"x-wherry-queue-timeout-ms"
 _MAX_TIMEOUT_MS = 3_600_000

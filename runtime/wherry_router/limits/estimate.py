@@ -1,7 +1,7 @@
 """How many tokens a request will take, before anybody knows. Pure."""
 
 from wherry_protocol.openai.requests import ChatCompletionRequest, Request
-from wherry_router.pool import EXPECTED_OUTPUT
+from wherry_protocol.worker import EXPECTED_OUTPUT
 
 # What a chat template writes around a turn.
 _TURN = 8

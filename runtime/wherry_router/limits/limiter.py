@@ -12,13 +12,12 @@ from prometheus_client import CollectorRegistry, Counter, Gauge
 from wherry_protocol.http.asgi import Headers
 from wherry_protocol.openai.errors import ApiError
 from wherry_protocol.openai.requests import Request
-from wherry_protocol.worker import End, Event, Started, Token
+from wherry_protocol.worker import EXPECTED_OUTPUT, End, Event, Started, Token
 from wherry_router.caller import Caller
 from wherry_router.limits.bounds import Bound, Outcome, Rules
 from wherry_router.limits.estimate import Estimate, PromptScale
 from wherry_router.limits.local import LocalStore
 from wherry_router.limits.usage import Usage
-from wherry_router.pool import EXPECTED_OUTPUT
 
 if TYPE_CHECKING:
     from wherry_router.limits.shared import SharedStore

@@ -9,7 +9,7 @@ from collections import deque
 from collections.abc import AsyncIterator, Awaitable, Callable
 
 from wherry_protocol.engine_config import EngineConfig
-from wherry_protocol.worker import Event, ExecuteRequest, FinishReason, LoadReport
+from wherry_protocol.worker import Event, ExecuteRequest, FinishReason, LoadReport, PrefixChange
 from wherry_runtime.engine.answer import Answer
 from wherry_runtime.engine.core import EngineClosedError, EngineCore
 from wherry_runtime.engine.live import Live, Progress
@@ -24,6 +24,7 @@ from wherry_runtime.engine.validation import (
     check_tokens,
 )
 from wherry_runtime.loading.errors import ModelError
+from wherry_runtime.scheduling.digest import Cursor, Mark, marks_for
 from wherry_runtime.scheduling.request import Request
 from wherry_runtime.scheduling.scheduler import QueueFullError
 from wherry_runtime.tokenization.chat_template import TemplateError
@@ -190,7 +191,14 @@ class AsyncEngine:
             accepted_tokens_total=core.accepted_tokens if core else 0,
             steps_total=core.steps if core else 0,
             heartbeat_age_s=self.heartbeat_age(),
+            tokens_owed=core.scheduler.tokens_owed if core else 0,
         )
+
+    def prefixes_since(self, cursor: Cursor | None) -> tuple[Cursor | None, PrefixChange | None]:
+        """What changed in the prefix cache since `cursor` (None: all of it), and the next cursor."""
+        if self._core is None or not self._core.scheduler.blocks.prefix_cache:
+            return None, None
+        return self._core.scheduler.blocks.digest.since(cursor)
 
     def heartbeat_age(self) -> float:
         """Seconds since the step loop last came round; 0 before there is one (loading is not a hang)."""
@@ -324,6 +332,7 @@ class AsyncEngine:
                 tokens=tokens + begun,
                 max_new_tokens=max_new,
                 priority=request.priority,
+                marks=self._marks(request, len(tokens)),
                 num_resumed=len(begun),
                 salt=request.cache_salt.encode(),
             ),
@@ -331,6 +340,12 @@ class AsyncEngine:
             seed=_seed(request),
             stop_ids=frozenset(stop_ids),
         )
+
+    def _marks(self, request: ExecuteRequest, num_tokens: int) -> list[Mark]:
+        blocks = self._core.scheduler.blocks if self._core is not None else None
+        if blocks is None or not blocks.prefix_cache:
+            return []
+        return marks_for(request, num_tokens, blocks.block_size)
 
     def _report(self, progress: list[Progress]) -> None:
         """Called by the step loop's thread."""

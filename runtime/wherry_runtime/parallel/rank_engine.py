@@ -6,13 +6,14 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 
 from wherry_protocol.engine_config import EngineConfig
 from wherry_protocol.naming import EXIT_PEER_LOST
-from wherry_protocol.worker import Event, ExecuteRequest, LoadReport
+from wherry_protocol.worker import Event, ExecuteRequest, LoadReport, PrefixChange
 from wherry_runtime.engine.validation import RequestError
 from wherry_runtime.loading.errors import ModelError
 from wherry_runtime.parallel.ending import end
 from wherry_runtime.parallel.follow import Follower
 from wherry_runtime.parallel.group import place
 from wherry_runtime.parallel.members import Child
+from wherry_runtime.scheduling.digest import Cursor
 
 
 class RankEngine:
@@ -90,6 +91,9 @@ class RankEngine:
             steps_total=0,
             heartbeat_age_s=self.heartbeat_age(),
         )
+
+    def prefixes_since(self, cursor: Cursor | None) -> tuple[Cursor | None, PrefixChange | None]:
+        return None, None
 
     def heartbeat_age(self) -> float:
         return self._follower.step_age()

@@ -11,6 +11,8 @@ from array import array
 from collections import Counter, OrderedDict
 from collections.abc import Iterable, Sequence
 
+from wherry_runtime.scheduling.digest import PrefixDigest
+
 
 class OutOfBlocksError(Exception):
     """Fewer blocks are free than were asked for; nothing was changed."""
@@ -39,6 +41,7 @@ class BlockManager:
         self.num_blocks = num_blocks
         self.block_size = block_size
         self.prefix_cache = prefix_cache
+        self.digest = PrefixDigest()
         self._references = [0] * num_blocks
         self._hash_of: dict[int, bytes] = {}
         self._block_of: dict[bytes, int] = {}
@@ -97,6 +100,7 @@ class BlockManager:
             block, _ = self._free.popitem(last=False)
             if (digest := self._hash_of.pop(block, None)) is not None:
                 del self._block_of[digest]
+                self.digest.drop(digest)
             self._references[block] = 1
             blocks.append(block)
         return blocks
@@ -127,11 +131,17 @@ class BlockManager:
             self._block_of[digest] = block
             self._hash_of[block] = digest
 
+    def mark(self, digest: bytes, key: int) -> None:
+        """Routers know the prefix `digest` by `key`."""
+        if digest in self._block_of:
+            self.digest.tie(digest, key)
+
     def forget(self, blocks: Iterable[int]) -> None:
         """Takes blocks out of the prefix index: their content is not to be trusted."""
         for block in blocks:
             if (digest := self._hash_of.pop(block, None)) is not None:
                 del self._block_of[digest]
+                self.digest.drop(digest)
 
     def check_integrity(self, held: Iterable[Sequence[int]]) -> None:
         """Checks every invariant against the block tables of all live requests.

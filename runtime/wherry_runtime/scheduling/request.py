@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from wherry_runtime.scheduling.digest import Mark
 from wherry_runtime.scheduling.plan import BlockTable
 
 
@@ -28,6 +29,7 @@ class Request:
     max_new_tokens: int
     priority: int = 0
     salt: bytes = b""  # requests with different salts never share cached blocks
+    marks: Sequence[Mark] = ()  # what routers know the prompt's blocks by
     num_resumed: int = 0  # of `tokens` at first: the beginning of the answer, which another engine has drawn
     num_prompt: int = field(init=False)
     most_computed: int = field(init=False)  # the answer's last token never is: nothing follows it
@@ -40,6 +42,7 @@ class Request:
     blocks: BlockTable = field(default_factory=_no_blocks)
     hashes: list[bytes] = field(default_factory=list)  # of full blocks, as far as anyone needed them
     num_registered: int = 0  # leading blocks that the prefix cache knows
+    num_marked: int = 0  # leading `marks` that the prefix cache knows
     cached_tokens: int = 0  # of the prompt, found in the prefix cache when it was first admitted
     preemptions: int = 0
     arrival: int = -1  # set by the scheduler

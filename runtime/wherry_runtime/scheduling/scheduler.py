@@ -18,6 +18,7 @@ to them.
 from bisect import insort
 from collections.abc import Iterable, Mapping, Sequence
 
+from wherry_protocol.worker import EXPECTED_OUTPUT
 from wherry_runtime.scheduling.blocks import BlockManager, IntegrityError, extend_hashes
 from wherry_runtime.scheduling.limit import StepLimit
 from wherry_runtime.scheduling.pacing import Allowance, Pacer
@@ -85,6 +86,18 @@ class Scheduler:
         return not self._requests
 
     @property
+    def tokens_owed(self) -> int:
+        """What live requests are to compute: their prompts, as far as they are not cached, and `EXPECTED_OUTPUT` of
+        each answer or what it may have at most. For any thread."""
+        digest, size = self.blocks.digest, self.blocks.block_size
+        owed = 0
+        for request in (*self.running, *self.waiting):
+            answer = max(min(request.max_new_tokens, EXPECTED_OUTPUT) - request.num_new, 1)
+            done = request.num_computed or digest.cached_blocks(request.marks) * size
+            owed += max(len(request.tokens) - request.num_new - done, 0) + answer
+        return owed
+
+    @property
     def num_decoding(self) -> int:
         """Sequences in the next step if all that it does is to advance each running one by a token; 0 if it does more,
         or a plan in flight draws somebody's last token."""
@@ -117,6 +130,8 @@ class Scheduler:
         request.rank = (-request.priority, self._arrivals - (RESUMED if request.num_resumed else 0))
         self._arrivals += 1
         self._requests[request.id] = request
+        if self.blocks.prefix_cache:
+            self.blocks.digest.expect(request.marks)
         insort(self.waiting, request, key=_rank)
 
     def remove(self, request_id: str, *, suspect: bool = False) -> Request | None:
@@ -131,6 +146,8 @@ class Scheduler:
         if request is None:
             return None
         (self.running if request in self.running else self.waiting).remove(request)
+        if self.blocks.prefix_cache:
+            self.blocks.digest.over(request.marks)
         if suspect:
             self.blocks.forget(request.blocks.tolist())
             self._suspects.add(request_id)
@@ -361,7 +378,7 @@ class Scheduler:
         request = self.running.pop()
         self._release(request)
         request.num_computed = request.num_planned = 0
-        request.num_registered = 0
+        request.num_registered = request.num_marked = 0
         request.preemptions += 1
         self.preemptions += 1
         insort(self.waiting, request, key=_rank)
@@ -408,6 +425,7 @@ class Scheduler:
         self.blocks.share(matched)
         request.add_blocks(matched)
         request.num_registered = len(matched)
+        self._mark(request)
         request.num_computed = request.num_planned = len(matched) * self.blocks.block_size
         if not request.preemptions:
             request.cached_tokens = request.num_computed
@@ -433,6 +451,16 @@ class Scheduler:
             for index in range(request.num_registered, full):
                 self.blocks.register(int(request.blocks[index]), request.hashes[index])
         request.num_registered = full
+        self._mark(request)
+
+    def _mark(self, request: Request) -> None:
+        """Tells the prefix cache what routers know its blocks by."""
+        marks, index = request.marks if self.blocks.prefix_cache else (), request.num_marked
+        while index < len(marks) and marks[index][0] < request.num_registered:
+            block, key = marks[index]
+            self.blocks.mark(request.hashes[block], key)
+            index += 1
+        request.num_marked = index
 
     def _step(self, request: Request, count: int, drafts: Sequence[int] = ()) -> SequenceStep:
         """Plans `count` tokens of `request`, for which there are blocks: known ones, and then one that is UNKNOWN or as

@@ -27,6 +27,7 @@ from wherry_protocol.http.auth import TokenGuard
 from wherry_protocol.sse import HEADER_HEARTBEAT, HEARTBEAT_S, encode_event
 from wherry_protocol.worker import CancelRequest, End, ErrorEvent, Event, ExecuteRequest, Metrics, Token
 from wherry_runtime.server.lifecycle import Lifecycle
+from wherry_runtime.server.load_watch import watch_load
 from wherry_runtime.server.metrics import WorkerMetrics
 from wherry_runtime.server.pulse import Pulse
 from wherry_runtime.server.surface import Engine, events_of, refusal
@@ -86,6 +87,7 @@ class WorkerApp:
             b"/cancel": ("POST", self._cancel),
             b"/shutdown": ("POST", self._shutdown),
             b"/load": ("GET", self._load),
+            b"/load/watch": ("GET", self._watch_load),
             b"/health": ("GET", self._health),
             b"/ready": ("GET", self._ready),
             b"/metrics": ("GET", self._scrape),
@@ -214,6 +216,13 @@ class WorkerApp:
         if self._lifecycle.state not in ("ready", "draining"):
             raise _Refused(503, self._lifecycle.state, "the model is not loaded", retryable=True)
         await call.json(200, self._engine.load())
+
+    async def _watch_load(self, call: _Call) -> None:
+        if self._lifecycle.state != "ready":
+            raise _Refused(503, self._lifecycle.state, self._lifecycle.message or "not ready", retryable=True)
+        async with CancelOnDisconnect(call.receive):
+            await call.send({"type": "http.response.start", "status": 200, "headers": [*_SSE, *call.headers]})
+            await watch_load(self._engine, lambda: self._lifecycle.state == "ready", call.send)
 
     async def _health(self, call: _Call) -> None:
         status, report = self._lifecycle.health(self._engine)

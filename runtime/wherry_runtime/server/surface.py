@@ -3,7 +3,8 @@
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
 from typing import Protocol, cast, runtime_checkable
 
-from wherry_protocol.worker import ErrorEvent, Event, ExecuteRequest, LoadReport
+from wherry_protocol.worker import ErrorEvent, Event, ExecuteRequest, LoadReport, PrefixChange
+from wherry_runtime.scheduling.digest import Cursor
 
 Admitted = Callable[[], Awaitable[None]]
 
@@ -27,6 +28,10 @@ class Engine(Protocol):
 
     def load(self) -> LoadReport:
         """How busy it is now."""
+
+    def prefixes_since(self, cursor: Cursor | None) -> tuple[Cursor | None, PrefixChange | None]:
+        """What changed in its prefix cache since `cursor` (None: all of it; None back: nothing), and the next cursor,
+        which is None where there is no prefix cache."""
 
     def heartbeat_age(self) -> float:
         """Seconds since the step loop last went round; it also goes round while idle."""
