@@ -1,5 +1,6 @@
 """What a Secret's entries mean, and what becomes of files that change. No process, no clock."""
 
+import contextlib
 import gc
 import hashlib
 from collections.abc import Iterator
@@ -7,6 +8,8 @@ from pathlib import Path
 from types import FunctionType, ModuleType
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from tests.router.volume import Volume
 from typer.testing import CliRunner
 
@@ -81,6 +84,33 @@ def test_an_entry_that_cannot_be_used_spoils_the_set_and_is_never_quoted(
         read_keys([("good", b"wk-good-good-good-good"), (name, content)])
     text = str(caught.value)
     assert not any(secret in text for secret in (KEY, OTHER, HASH, "good-good")), text
+
+
+ODD = [
+    "key: 2001-99-99",
+    "1: 2",
+    "? [a]\n: b",
+    "[" * 3000,
+    "&a [*a]",
+    "!!python/object/apply:os.system [x]",
+    "weight: " + "9" * 5000,
+    f"key: {KEY}\nlimits: {{tokensPerMinute: {10**30}}}",
+    "keys: 7",
+    "",
+    "null",
+]
+
+
+@pytest.mark.parametrize("text", ODD, ids=range(len(ODD)))
+def test_odd_files_are_refused_like_all_others(text: str) -> None:
+    with pytest.raises(KeysError):
+        read_keys([("a.yaml", text.encode())])
+
+
+@given(st.sampled_from(["a", "a.yaml", "a.json", ""]), st.binary(max_size=200) | st.text(max_size=200).map(str.encode))
+def test_no_file_ends_the_router(name: str, content: bytes) -> None:
+    with contextlib.suppress(KeysError):
+        read_keys([(name, content)])
 
 
 def test_new_keys_are_long_and_never_the_same() -> None:
