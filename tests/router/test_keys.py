@@ -18,6 +18,7 @@ from wherry_router.caller import Caller, LimitSet
 from wherry_router.identity.gate import Gate, KeyFiles
 from wherry_router.identity.keys import KeysError, hash_of, new_key, read_keys
 from wherry_router.identity.salt import Salts
+from wherry_router.watched import Watched
 
 KEY, OTHER = "wk-0123456789abcdef", "wk-fedcba9876543210"
 HASH = hashlib.sha256(KEY.encode()).hexdigest()
@@ -172,6 +173,29 @@ def test_what_cannot_be_used_changes_nothing_until_it_can(tmp_path: Path) -> Non
     looks(files)
     assert known(files, KEY, OTHER) == [False, True]
     assert files.watched.problem is None
+
+
+def test_what_is_wrong_is_not_read_all_the_time(tmp_path: Path) -> None:
+    """A set that cannot be used costs no more than one look in thirty; a change of it is seen at once."""
+    reads: list[str] = []
+
+    def load() -> str:
+        reads.append((tmp_path / "file").read_text())
+        if reads[-1] == "wrong":
+            raise KeysError("wrong")
+        return reads[-1]
+
+    used: list[str] = []
+    (tmp_path / "file").write_text("wrong")
+    watched = Watched("keys", [tmp_path / "file"], load, used.append, (KeysError,))
+    watched.start()
+    for _ in range(91):
+        watched.look()
+    assert (len(reads), watched.problem) == (4, "wrong")
+    (tmp_path / "file").write_text("right")
+    watched.look()
+    watched.look()
+    assert (used, watched.problem) == (["right"], None)
 
 
 def test_a_file_is_not_read_while_somebody_writes_it(tmp_path: Path) -> None:
