@@ -2,6 +2,8 @@
 
 import msgspec
 
+MOST = 10**12  # far below where Redis' numbers become inexact
+
 
 class LimitSet(msgspec.Struct, frozen=True, kw_only=True, rename="camel", forbid_unknown_fields=True):
     """How much may be asked for; 0: as much as there is.
@@ -17,8 +19,9 @@ class LimitSet(msgspec.Struct, frozen=True, kw_only=True, rename="camel", forbid
     concurrent: int = 0
 
     def __post_init__(self) -> None:
-        if min(self.requests_per_minute, self.tokens_per_minute, self.concurrent) < 0:
-            raise ValueError("a limit must not be below 0")
+        parts = (self.requests_per_minute, self.tokens_per_minute, self.concurrent)
+        if min(parts) < 0 or max(parts) > MOST:
+            raise ValueError(f"a limit must not be below 0, nor above {MOST}")
 
     def __bool__(self) -> bool:
         return bool(self.requests_per_minute or self.tokens_per_minute or self.concurrent)

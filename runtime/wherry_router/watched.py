@@ -15,6 +15,8 @@ log = logging.getLogger("wherry.router")
 T = TypeVar("T")
 
 POLL_S = 1.0
+# Files that could not be used and have not changed are read again at every so many looks.
+RETRY_LOOKS = 30
 MAX_BYTES = 1 << 20
 MAX_FILES = 20_000
 Fingerprint = tuple[tuple[str, int, int, int], ...]
@@ -92,6 +94,8 @@ class Watched(Generic[T]):
         self._errors: tuple[type[Exception], ...] = (FilesError, *errors)
         self._used: Fingerprint | None = None
         self._seen: Fingerprint | None = None
+        self._wrong: Fingerprint | None = None
+        self._wait = 0
         self.problem: str | None = None
 
     @property
@@ -107,7 +111,11 @@ class Watched(Generic[T]):
         """One of many looks."""
         now = fingerprint(self._paths)
         settled, self._seen = now == self._seen, now
-        if now != self._used and settled:
+        if now == self._used or not settled:
+            return
+        # Reading what is wrong is as much work as reading what is right, and it seldom mends itself unchanged.
+        self._wait = self._wait - 1 if now == self._wrong else 0
+        if self._wait <= 0:
             self._take(now)
 
     async def run(self) -> None:
@@ -120,13 +128,14 @@ class Watched(Generic[T]):
         try:
             value = self._load()
         except self._errors as error:
+            self._wrong, self._wait = now, RETRY_LOOKS
             self._complain(str(error))
             return
         if fingerprint(self._paths) != now:
             return
         again = self._used is not None
         self._use(value)
-        self._used, self.problem = now, None
+        self._used, self._wrong, self.problem = now, None, None
         log.info(f"{self._what} read", extra={"fields": {"again": again}})
 
     def _complain(self, message: str) -> None:

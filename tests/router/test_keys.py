@@ -1,5 +1,6 @@
 """What a Secret's entries mean, and what becomes of files that change. No process, no clock."""
 
+import contextlib
 import gc
 import hashlib
 from collections.abc import Iterator
@@ -7,6 +8,8 @@ from pathlib import Path
 from types import FunctionType, ModuleType
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from tests.router.volume import Volume
 from typer.testing import CliRunner
 
@@ -15,6 +18,7 @@ from wherry_router.caller import Caller, LimitSet
 from wherry_router.identity.gate import Gate, KeyFiles
 from wherry_router.identity.keys import KeysError, hash_of, new_key, read_keys
 from wherry_router.identity.salt import Salts
+from wherry_router.watched import Watched
 
 KEY, OTHER = "wk-0123456789abcdef", "wk-fedcba9876543210"
 HASH = hashlib.sha256(KEY.encode()).hexdigest()
@@ -83,6 +87,33 @@ def test_an_entry_that_cannot_be_used_spoils_the_set_and_is_never_quoted(
     assert not any(secret in text for secret in (KEY, OTHER, HASH, "good-good")), text
 
 
+ODD = [
+    "key: 2001-99-99",
+    "1: 2",
+    "? [a]\n: b",
+    "[" * 3000,
+    "&a [*a]",
+    "!!python/object/apply:os.system [x]",
+    "weight: " + "9" * 5000,
+    f"key: {KEY}\nlimits: {{tokensPerMinute: {10**30}}}",
+    "keys: 7",
+    "",
+    "null",
+]
+
+
+@pytest.mark.parametrize("text", ODD, ids=range(len(ODD)))
+def test_odd_files_are_refused_like_all_others(text: str) -> None:
+    with pytest.raises(KeysError):
+        read_keys([("a.yaml", text.encode())])
+
+
+@given(st.sampled_from(["a", "a.yaml", "a.json", ""]), st.binary(max_size=200) | st.text(max_size=200).map(str.encode))
+def test_no_file_ends_the_router(name: str, content: bytes) -> None:
+    with contextlib.suppress(KeysError):
+        read_keys([(name, content)])
+
+
 def test_new_keys_are_long_and_never_the_same() -> None:
     keys = {new_key() for _ in range(100)}
     assert len(keys) == 100
@@ -142,6 +173,29 @@ def test_what_cannot_be_used_changes_nothing_until_it_can(tmp_path: Path) -> Non
     looks(files)
     assert known(files, KEY, OTHER) == [False, True]
     assert files.watched.problem is None
+
+
+def test_what_is_wrong_is_not_read_all_the_time(tmp_path: Path) -> None:
+    """A set that cannot be used costs no more than one look in thirty; a change of it is seen at once."""
+    reads: list[str] = []
+
+    def load() -> str:
+        reads.append((tmp_path / "file").read_text())
+        if reads[-1] == "wrong":
+            raise KeysError("wrong")
+        return reads[-1]
+
+    used: list[str] = []
+    (tmp_path / "file").write_text("wrong")
+    watched = Watched("keys", [tmp_path / "file"], load, used.append, (KeysError,))
+    watched.start()
+    for _ in range(91):
+        watched.look()
+    assert (len(reads), watched.problem) == (4, "wrong")
+    (tmp_path / "file").write_text("right")
+    watched.look()
+    watched.look()
+    assert (used, watched.problem) == (["right"], None)
 
 
 def test_a_file_is_not_read_while_somebody_writes_it(tmp_path: Path) -> None:

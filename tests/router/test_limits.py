@@ -481,7 +481,17 @@ def test_usage_has_no_more_labels_than_it_may() -> None:
 
 
 @pytest.mark.parametrize(
-    "text", ["", "requests", "requests=", "requests=-1", "rps=1", "requests=1,requests=2", "requests=1.5"]
+    "text",
+    [
+        "",
+        "requests",
+        "requests=",
+        "requests=-1",
+        "rps=1",
+        "tokens=9999999999999",
+        "requests=1,requests=2",
+        "requests=1.5",
+    ],
 )
 def test_flags_that_mean_nothing_are_refused(text: str) -> None:
     with pytest.raises(argparse.ArgumentTypeError):

@@ -9,8 +9,10 @@ import time
 from collections.abc import Iterator
 from typing import Any
 
+import jwt
 import pytest
 from cryptography.hazmat.primitives import serialization
+from cryptography.hazmat.primitives.asymmetric import ec
 from tests.router.harness import eventually
 from tests.router.issuer import Issuer
 
@@ -117,6 +119,45 @@ REFUSED = {
 @pytest.mark.parametrize("make, status, code", REFUSED.values(), ids=REFUSED)
 async def test_what_is_refused(issuer: Issuer, make: Any, status: int, code: str) -> None:
     assert await refusal(checks(issuer), make(issuer)) == (status, code)
+
+
+ODD_HEADERS = [
+    b"{}",
+    b"[]",
+    b"[" * 9000,
+    b'{"alg": 5, "kid": "one"}',
+    b'{"alg": "ES256", "kid": ["one"]}',
+    b'{"alg": "ES256", "kid": "one", "b64": false, "crit": ["b64"]}',
+    b'{"alg": "ES256", "kid": "one", "jku": "http://127.0.0.1:1/keys", "jwk": {"kty": "oct", "k": "AA"}}',
+    b'{"alg": "ES256", "kid": "' + b"\xff" * 10 + b'"}',
+    b'{"alg": "none"}',
+    b"",
+]
+
+
+@pytest.mark.parametrize("head", ODD_HEADERS, ids=range(len(ODD_HEADERS)))
+async def test_odd_heads_are_refused_like_all_others(issuer: Issuer, head: bytes) -> None:
+    _, claims, signature = issuer.token("one").split(".")
+    check = checks(issuer)
+    await caller(check, issuer.token("one"))
+    status, code = await refusal(check, f"{_part(head)}.{claims}.{signature}")
+    assert (status, code) in {(401, "invalid_token"), (401, "invalid_api_key")}
+
+
+@pytest.mark.parametrize("claim", [{"exp": 1e308}, {"exp": "soon"}, {"nbf": "x"}, {"iat": []}, {"aud": 5}, {"iss": []}])
+async def test_odd_claims_are_refused_though_signed(issuer: Issuer, claim: dict[str, Any]) -> None:
+    head, body, _ = issuer.token("one").split(".")
+    claims = json.loads(base64.urlsafe_b64decode(body + "==")) | claim
+    # Signed by hand, as the library would not.
+    text = f"{head}.{_part(claims)}"
+    signature = jwt.algorithms.ECAlgorithm(jwt.algorithms.ECAlgorithm.SHA256, ec.SECP256R1).sign(
+        text.encode(), issuer.keys["one"]
+    )
+    check = checks(issuer)
+    if claim == {"exp": 1e308}:
+        assert (await caller(check, f"{text}.{_part(signature)}")).tenant == "alice"
+    else:
+        assert (await refusal(check, f"{text}.{_part(signature)}"))[0] == 401
 
 
 async def test_a_key_of_another_kind_than_the_token_says_is_no_crash(issuer: Issuer) -> None:

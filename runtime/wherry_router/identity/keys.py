@@ -104,7 +104,8 @@ def _read(file: str, content: bytes) -> list[tuple[bytes, Caller]]:
         return [_plain(file, content)]
     try:
         document = yaml.load(content, _LOADER)  # noqa: S506 - a safe one
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        # ValueError: what is no text, and what looks like a date and is none.
         mark = getattr(error, "problem_mark", None)
         raise KeysError(f"{file}: not YAML or JSON{f' (line {mark.line + 1})' if mark else ''}") from None
     several = isinstance(document, dict) and "keys" in document

@@ -92,7 +92,7 @@ class Issuer:
             return known[0]
         try:
             header = jwt.get_unverified_header(token)
-        except jwt.PyJWTError:
+        except (jwt.PyJWTError, ValueError, RecursionError):
             raise _invalid("This is neither an API key nor a token that is known here.", "invalid_api_key") from None
         algorithm, kid = header.get("alg"), header.get("kid", "")
         if algorithm not in ALGORITHMS or not isinstance(kid, str):
@@ -134,7 +134,7 @@ class Issuer:
             )
         except jwt.ExpiredSignatureError:
             raise _invalid("The token has expired.", "token_expired") from None
-        except jwt.PyJWTError as error:
+        except (jwt.PyJWTError, ValueError, TypeError, OverflowError, RecursionError) as error:
             # The class only: messages quote what the token says.
             raise _invalid(f"The token is not valid here ({type(error).__name__.removesuffix('Error')}).") from None
 

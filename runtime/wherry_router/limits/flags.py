@@ -28,7 +28,10 @@ def parse_limits(text: str) -> LimitSet:
                 f"{text!r} is not like requests=60,tokens=100000,concurrent=8 (per minute)"
             )
         given[_FIELDS[name]] = int(number)
-    return LimitSet(**given)
+    try:
+        return LimitSet(**given)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
