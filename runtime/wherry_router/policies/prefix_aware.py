@@ -1,11 +1,13 @@
 """Prefix-aware: the replica that has the longest beginning of the prompt cached, weighed against its load.
 
 A prefix that is computed again costs the whole pool work, a replica that is busier than others costs the request time.
-Both are counted in tokens. While little is owed, a replica is worth its queue: it is chosen if it saves more tokens of
-the prompt than it owes more than others. Under load, queues are long beside any prompt and differ by chance; then a
-replica may be busier than the least busy one by as large a share of the mean as it saves of the prompt, and never above
-`BOUND` times the mean. Whoever is over that loses its prompts to the next best, which has the prefix from then on: a
-prefix that everybody asks for spreads over as many replicas as it needs.
+Both are counted in tokens. While little is owed, a replica is worth its queue: it is chosen if it saves half as many
+tokens of the prompt as it owes more than others. (Not as many: whoever has to compute a prefix is busy with it for a
+while, and would lose its own prompts to others, who would have to compute them, and so on.) Under load, queues are long
+beside any prompt and differ by chance; then a replica may be busier than the least busy one by as large a share of the
+mean as it saves of the prompt. Above `BOUND` times the mean and `PATIENCE` times what it saves it is not chosen at all.
+Whoever is over that loses its prompts to the next best, which has the prefix from then on: a prefix that everybody asks
+for spreads over as many replicas as it needs.
 
 A prompt that nobody has cached goes to the least busy replica, and of those that are as good as that where its first
 chunks hash to: so routers agree on it before any report tells them of one another.
@@ -20,6 +22,8 @@ from wherry_router.policies.least_tokens import LeastTokens
 
 # How many times the mean load a replica may have and still be sent prompts for what it has cached.
 BOUND = 1.25
+# How many tokens of queue a token of the prompt is worth that need not be computed again.
+PATIENCE = 2
 # Prefixes that save less than this, or this share of the prompt, are no reason to go anywhere.
 LEAST_SAVED = 32
 LEAST_SHARE = 0.05
@@ -50,10 +54,10 @@ def decide(views: Sequence[View], prompt: int, output: int, key: int) -> Choice:
     def cost(index: int) -> tuple[float, int, int]:
         view = views[index]
         behind = view.load - least
-        waits = min(behind, prompt * behind / mean) if mean else 0.0
+        waits = min(behind / PATIENCE, prompt * behind / mean) if mean else 0.0
         return prompt - view.cached + waits, view.load, view.last_chosen
 
-    within = [index for index, view in enumerate(views) if view.load <= BOUND * mean + view.cached]
+    within = [index for index, view in enumerate(views) if view.load <= BOUND * mean + PATIENCE * view.cached]
     index = min(within, key=cost)
     return Choice(index, "prefix" if views[index].cached == most else "hot")
 
