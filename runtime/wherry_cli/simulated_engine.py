@@ -238,6 +238,7 @@ class SimulatedEngine:
             tokens=prompt + begun,
             max_new_tokens=most,
             priority=request.priority,
+            salt=request.cache_salt.encode(),
             num_resumed=len(begun),
             marks=marks_for(request, len(prompt), self._shape.block_size) if self._shape.prefix_cache else (),
         )

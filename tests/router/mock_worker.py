@@ -167,9 +167,11 @@ class MockWorker:
             return
         self.state.running += 1
         guard = CancelOnDisconnect(receive)
-        async with guard:
-            await self._answer(send, request, prompt, script)
-        self.state.running -= 1
+        try:
+            async with guard:
+                await self._answer(send, request, prompt, script)
+        finally:
+            self.state.running -= 1
         self.state.cancelled += guard.gone
 
     async def _refuse(self, send: Send, status: int, code: str) -> None:

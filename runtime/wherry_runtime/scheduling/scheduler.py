@@ -87,8 +87,7 @@ class Scheduler:
 
     @property
     def tokens_owed(self) -> int:
-        """What live requests are to compute: their prompts, as far as they are not cached, and `EXPECTED_OUTPUT` of
-        each answer or what it may have at most. For any thread."""
+        """What live requests are to compute: prompts, less what is cached, and `EXPECTED_OUTPUT` of each answer."""
         digest, size = self.blocks.digest, self.blocks.block_size
         owed = 0
         for request in (*self.running, *self.waiting):
