@@ -19,6 +19,7 @@ _decode_error = msgspec.json.Decoder(ErrorEvent).decode
 _decode_load = msgspec.json.Decoder(LoadReport).decode
 _JSON = "application/json"
 _MAX_REFUSAL = 64 * 1024
+_LONGEST_PROBE_S = 30.0
 _PROBE_S = 1.0  # for questions that no client waits for
 _SILENCE_S = 1.5  # of a load stream, which says every 0.3 s that it is there
 
@@ -46,8 +47,8 @@ class Upstream:
         self._health.close()
         await self._session.close()
 
-    async def _well(self, url: str, timeout_s: float) -> bool:
-        return await self.ask(url, "/health", timeout_s)
+    async def _well(self, url: str) -> bool:
+        return await self.ask(url, "/health", _LONGEST_PROBE_S)
 
     async def ask(self, url: str, path: str, timeout_s: float = _PROBE_S) -> bool:
         """Whether a GET of `path` answers 200 in time."""

@@ -9,7 +9,9 @@ on this connection.
 """
 
 import asyncio
-from collections.abc import Awaitable, Callable
+import math
+from collections.abc import Awaitable, Callable, Coroutine
+from typing import Any
 
 from wherry_protocol.sse import HEARTBEAT_S
 
@@ -19,6 +21,9 @@ _PATIENCE = 8.0
 _MOST = 2.5
 _WEIGHT = 0.2
 _MAX_KNOWN = 4096
+# A worker's time to answer is counted in turns of the event loop, each as long as this at most: a router that is short
+# of processor itself, or was stopped, reads late what has come in time.
+_TURN_S = 0.05
 
 
 class Health:
@@ -28,8 +33,8 @@ class Health:
     lengthens the time that it gets.
     """
 
-    def __init__(self, well: Callable[[str, float], Awaitable[bool]], timeout_s: float) -> None:
-        """`well(url, timeout_s)` asks once."""
+    def __init__(self, well: Callable[[str], Coroutine[Any, Any, bool]], timeout_s: float) -> None:
+        """`well(url)` asks once, for as long as it takes."""
         self._well = well
         self._timeout = timeout_s
         self._usual: dict[str, float] = {}
@@ -55,7 +60,7 @@ class Health:
     async def _ask(self, url: str) -> bool:
         loop = asyncio.get_running_loop()
         began = loop.time()
-        well = await self._well(url, self.timeout(url))
+        well = await self._answer(url)
         if well:
             if len(self._usual) >= _MAX_KNOWN:
                 self._usual.clear()  # of workers that went long ago, most of them
@@ -63,6 +68,17 @@ class Health:
             before = self._usual.get(url, took)
             self._usual[url] = before + _WEIGHT * (took - before)
         return well
+
+    async def _answer(self, url: str) -> bool:
+        asking = asyncio.get_running_loop().create_task(self._well(url))
+        try:
+            for _ in range(math.ceil(self.timeout(url) / _TURN_S)):
+                await asyncio.wait({asking}, timeout=_TURN_S)
+                if asking.done():
+                    return asking.result()
+            return False
+        finally:
+            asking.cancel()
 
 
 # How long not even a sign of life came before a connection is given up.

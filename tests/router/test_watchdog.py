@@ -1,10 +1,11 @@
 """Slow, gone, and well behind a dead connection: what the watchdog makes of silence."""
 
 import asyncio
+import time
 
 import pytest
 
-from wherry_router.watchdog import Watchdog, begins_within
+from wherry_router.watchdog import Health, Watchdog, begins_within
 
 STALL_S = 0.05
 
@@ -107,3 +108,27 @@ async def test_while_nobody_reads_a_worker_may_still_be_gone() -> None:
     case.dog.hold()
     await case.gone()
     assert (case.dog.lost, case.dog.mute) == (True, False)
+
+
+async def test_a_router_that_stood_still_itself_blames_nobody() -> None:
+    async def well(url: str) -> bool:
+        await asyncio.sleep(0.05)
+        return True
+
+    asked = asyncio.create_task(Health(well, timeout_s=0.2).ask("http://worker"))
+    await asyncio.sleep(0)
+    time.sleep(0.5)  # noqa: ASYNC251 - the loop itself is what stands still
+    assert await asked
+
+
+async def test_who_does_not_answer_in_time_is_given_up() -> None:
+    gone = asyncio.Event()
+
+    async def well(url: str) -> bool:
+        try:
+            return await asyncio.get_running_loop().create_future()
+        finally:
+            gone.set()
+
+    assert await asyncio.wait_for(Health(well, timeout_s=0.2).ask("http://worker"), 5) is False
+    await asyncio.wait_for(gone.wait(), 5)
