@@ -111,7 +111,16 @@ class Upstream:
             limit.reschedule(0)
 
         begin_s = begins_within(self._health.timeout(url), len(body))
-        watchdog = Watchdog(self._limits.stall_s, begin_s, deadline, lambda: self._health.ask(url), abort, leaves)
+        health = self._health
+        watchdog = Watchdog(
+            self._limits.stall_s,
+            begin_s,
+            deadline,
+            lambda: health.ask(url),
+            abort,
+            leaves,
+            lambda: health.is_well(url),
+        )
         try:
             # A timeout must not span a yield, so this one ends with the response's headers.
             async with limit:

@@ -21,6 +21,7 @@ _PATIENCE = 8.0
 _MOST = 2.5
 _WEIGHT = 0.2
 _MAX_KNOWN = 4096
+_FRESH_S = 0.1
 # A worker's time to answer is counted in turns of the event loop, each as long as this at most: a router that is short
 # of processor itself, or was stopped, reads late what has come in time.
 _TURN_S = 0.05
@@ -39,6 +40,11 @@ class Health:
         self._timeout = timeout_s
         self._usual: dict[str, float] = {}
         self._asked: dict[str, asyncio.Task[bool]] = {}
+        self._well_at: dict[str, float] = {}  # when the last question was asked that it answered well
+
+    def is_well(self, url: str) -> bool:
+        """Whether a moment ago it said that it is well: thousands of silent streams need not ask, each for itself."""
+        return self._well_at.get(url, -math.inf) >= asyncio.get_running_loop().time() - _FRESH_S
 
     def timeout(self, url: str) -> float:
         """Seconds that this worker gets."""
@@ -62,8 +68,10 @@ class Health:
         began = loop.time()
         well = await self._answer(url)
         if well:
-            if len(self._usual) >= _MAX_KNOWN:
-                self._usual.clear()  # of workers that went long ago, most of them
+            if len(self._usual) >= _MAX_KNOWN:  # most of them of workers that went long ago
+                self._usual.clear()
+                self._well_at.clear()
+            self._well_at[url] = began
             took = loop.time() - began
             before = self._usual.get(url, took)
             self._usual[url] = before + _WEIGHT * (took - before)
@@ -110,6 +118,7 @@ class Watchdog:
         "_asking",
         "_begins",
         "_deadline",
+        "_is_well",
         "_leaves",
         "_loop",
         "_pulse",
@@ -132,12 +141,15 @@ class Watchdog:
         alive: Callable[[], Awaitable[bool]],
         abort: Callable[[], None],
         leaves: Callable[[], bool] = lambda: False,
+        is_well: Callable[[], bool] = lambda: False,
     ) -> None:
+        """`is_well`: whether `alive` would say yes, as far as that is known without asking."""
         self._loop = asyncio.get_running_loop()
         self._stall = stall_s
         self._deadline: float | None = deadline
         self._alive = alive
         self._leaves = leaves
+        self._is_well = is_well
         self._asking: asyncio.Task[None] | None = None
         self.heard = self._loop.time()
         self._begins: float | None = self.heard + begin_s
@@ -196,7 +208,10 @@ class Watchdog:
             self.left = True
             self.abort()
         elif now - self.heard >= self._stall:
-            self._asking = self._loop.create_task(self._ask())
+            if self._is_well():
+                self._judge(alive=True)
+            else:
+                self._asking = self._loop.create_task(self._ask())
         else:
             self._timer = self._arm(self.heard + self._stall - now)
 
@@ -212,8 +227,11 @@ class Watchdog:
     async def _ask(self) -> None:
         asked = self.heard
         alive = await self._alive()
+        self._judge(alive=alive or self.heard != asked)
+
+    def _judge(self, *, alive: bool) -> None:
         left = self._until_mute()
-        if self.heard != asked or (alive and left > 0):
+        if alive and (left > 0 or self._loop.time() - self.heard < self._stall):
             self._timer = self._arm(min(self._stall, max(left, _LOOK_AGAIN_S)))
             return
         self.lost = True

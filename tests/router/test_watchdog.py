@@ -132,3 +132,32 @@ async def test_who_does_not_answer_in_time_is_given_up() -> None:
 
     assert await asyncio.wait_for(Health(well, timeout_s=0.2).ask("http://worker"), 5) is False
     await asyncio.wait_for(gone.wait(), 5)
+
+
+async def test_many_silent_streams_of_one_worker_share_a_question() -> None:
+    asked = 0
+
+    async def well(url: str) -> bool:
+        nonlocal asked
+        asked += 1
+        return True
+
+    health = Health(well, timeout_s=0.2)
+    looked = asyncio.Semaphore(0)
+
+    def is_well() -> bool:
+        looked.release()
+        return health.is_well("w")
+
+    loop = asyncio.get_running_loop()
+    began = loop.time()
+    dogs = [
+        Watchdog(STALL_S, 60, began + 60, lambda: health.ask("w"), lambda: None, is_well=is_well) for _ in range(100)
+    ]
+    for _ in range(1000):
+        await asyncio.wait_for(looked.acquire(), 5)
+    for dog in dogs:
+        dog.stop()
+    assert not any(dog.lost for dog in dogs)
+    # One in a tenth of a second, and one that was under way.
+    assert asked <= (loop.time() - began) / 0.1 + 2
