@@ -72,11 +72,11 @@ def request(number: int) -> dict[str, Any]:
 async def undisturbed(one: Stack, numbers: range) -> dict[int, dict[str, Any]]:
     """The answers where nothing fails."""
     gate = asyncio.Semaphore(12)
-    async with client.session() as http, one.front() as urls:
+    async with client.session() as http, one.front() as url:
 
         async def ask(number: int) -> tuple[int, dict[str, Any]]:
             async with gate:
-                return number, await client.whole(http, urls[number % len(urls)], CHAT, request(number))
+                return number, await client.whole(http, url, CHAT, request(number))
 
         return dict(await asyncio.gather(*(ask(number) for number in numbers)))
 
@@ -89,14 +89,13 @@ async def measure(
     recorder = Recorder()
     rng = random.Random(first)
     total = STREAMS * TOKENS
-    async with client.session() as http, one.front() as urls:
+    async with client.session() as http, one.front() as url:
 
         async def play(number: int) -> None:
             begins = 0.0 if number % 3 else _FAULT_AT + rng.random() * 0.2
             plain = Client(request=first + number, begins=begins, leaves_after=None, paced=False)
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(recorder.reached(begins * total), 3)
-            url = urls[number % len(urls)]
             await client.stream(http, url, recorder, number, plain, CHAT, request(first + number), PATIENCE_S)
 
         for number in range(STREAMS):

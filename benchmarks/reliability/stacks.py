@@ -32,14 +32,11 @@ _PEER_FLAGS = (
 
 @dataclass(frozen=True)
 class Kind:
-    """A router: the workers it needs, how they say that they are ready, and its command for worker URLs and a port.
-
-    `router` None: clients go to the workers themselves, in turns.
-    """
+    """A router: the workers it needs, how they say that they are ready, and its command for worker URLs and a port."""
 
     worker: tuple[str, ...]
     ready: str
-    router: Callable[[list[str], int], list[str]] | None
+    router: Callable[[list[str], int], list[str]]
 
 
 def _wherry(urls: list[str], port: int) -> list[str]:
@@ -59,7 +56,6 @@ KINDS = {
     "Wherry": Kind(RUNTIME, "/ready", _wherry),
     "vllm-router": Kind(SERVE, "/readyz", _peer("vllm-router", "vllm_router.launch_router")),
     "sglang-router": Kind(SERVE, "/readyz", _peer("sglang-router", "sglang_router.launch_router")),
-    "no router": Kind(SERVE, "/readyz", None),
 }
 
 
@@ -82,12 +78,9 @@ class Stack:
         await until(ready, "all workers to be ready", 90)
 
     @contextlib.asynccontextmanager
-    async def front(self) -> AsyncIterator[list[str]]:
-        """URLs for clients, in turns; the router is fresh, and knows all workers."""
+    async def front(self) -> AsyncIterator[str]:
+        """The URL for clients; the router is fresh, and knows all workers."""
         urls = [worker.proxy.url for worker in self.workers.workers]
-        if self._kind.router is None:
-            yield urls
-            return
         port = free_port()
         router = Child("router", self._logs, *self._kind.router(urls, port), env={ENV_WORKER_TOKEN: TOKEN})
         await router.start()
@@ -98,7 +91,7 @@ class Stack:
 
         try:
             await until(answers, f"the router to answer; see {router.log_path}", 90)
-            yield [url]
+            yield url
         finally:
             await router.stop()
 
