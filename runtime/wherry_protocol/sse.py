@@ -5,8 +5,6 @@ blank lines. Where an answer pauses for `HEARTBEAT_S`, a comment says that worke
 that does so promises it in the header `HEADER_HEARTBEAT`.
 """
 
-from collections.abc import AsyncIterator
-
 import msgspec
 
 from wherry_protocol.worker import Event, LoadUpdate
@@ -48,17 +46,21 @@ def decode_load(frame: bytes) -> LoadUpdate | None:
 
 
 def _data(frame: bytes) -> bytes | None:
-    for line in frame.split(b"\n"):
-        if line.startswith(b"data: "):
-            return line[6:]
-    return None
+    if frame.startswith(b"data: "):
+        return frame[6:]
+    _, found, data = frame.partition(b"\ndata: ")
+    return data if found else None
 
 
-async def frames(chunks: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
-    """Splits a byte stream, cut anywhere, into frames. A trailing partial frame is dropped: its sender died."""
-    buffer = b""
-    async for chunk in chunks:
-        buffer += chunk
-        *whole, buffer = buffer.split(b"\n\n")
-        for frame in whole:
-            yield frame
+class Frames:
+    """Splits a byte stream, cut anywhere, into frames. What is left of one at the stream's end: its sender died."""
+
+    __slots__ = ("_rest",)
+
+    def __init__(self) -> None:
+        self._rest = b""
+
+    def feed(self, data: bytes) -> list[bytes]:
+        """The frames that are whole with this piece of the stream."""
+        *whole, self._rest = (self._rest + data).split(b"\n\n")
+        return whole

@@ -3,6 +3,7 @@
 import argparse
 import asyncio
 import contextlib
+import gc
 import logging
 import os
 import socket
@@ -128,6 +129,14 @@ async def _discovery(
     await PodWatch(api, namespace, args.deployment, pool).run()
 
 
+def spare_the_collector() -> None:
+    """Keeps the garbage collector from going through all that the program consists of, again and again, for the few
+    objects of a request: otherwise it takes 7% of the processor, and now and then a request waits 10 ms for it."""
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(10_000, 20, 20)
+
+
 async def _run(
     args: argparse.Namespace, queue: QueueSettings, sockets: list[socket.socket], tls: TlsFiles | None
 ) -> int:
@@ -184,6 +193,7 @@ async def _run(
         url = url_of(sockets[0], "http" if tls is None else "https")
         log.info("listening", extra={"fields": {"url": url, "model": args.model}})
         context = None if tls is None else tls.context
+        spare_the_collector()
         await serve(app, sockets, stop, lambda: app.drain(args.drain_timeout_s, args.drain_grace_s), context)
         for task in tasks:
             task.cancel()

@@ -21,6 +21,7 @@ from wherry_protocol.http.asgi import (
     respond_unread,
 )
 from wherry_protocol.http.auth import TokenGuard
+from wherry_protocol.http.logs import Lines
 from wherry_protocol.http.server import drained
 from wherry_protocol.openai.errors import ApiError, method_not_allowed, not_found, too_large, unauthorized
 from wherry_protocol.router_report import PATH as REPORT_PATH
@@ -75,6 +76,7 @@ class RouterApp:
         self._gate = gate or Gate(OPEN_PATHS)
         # A guard without a token lets everybody through, so without one there is nothing behind it.
         self._report = report if worker_token else None
+        self._answered = Lines(log.name, "request")
         self._report_guard = TokenGuard(worker_token, frozenset())
         self._limiter = limiter or Limiter(registry, model)
         self._admission = admission or Admission(QueueSettings(), metrics.admission)
@@ -152,8 +154,8 @@ class RouterApp:
             status = error.status
             await respond(send, status, error.body(), headers=[*headers, *error.headers()])
         self._metrics.answered(route, status)
-        fields = {"route": route, "status": status, "correlation_id": correlation}
-        log.info("request", extra={"fields": fields | {"seconds": round(time.perf_counter() - began, 4)}})
+        seconds = round(time.perf_counter() - began, 4)
+        self._answered(route=route, status=status, correlation_id=correlation, seconds=seconds)
 
 
 def _with_headers(send: Send, headers: Headers) -> Send:

@@ -4,7 +4,6 @@ import asyncio
 import logging
 import os
 import time
-from collections.abc import AsyncGenerator
 from contextlib import aclosing, nullcontext
 
 from wherry_protocol.http.asgi import CancelOnDisconnect, Headers, Receive, Scope, Send, header, read_body, respond
@@ -19,7 +18,7 @@ from wherry_router.backend import Backend, Delivery
 from wherry_router.caller import Caller
 from wherry_router.identity.salt import Salts
 from wherry_router.limits.limiter import Charge, Limiter
-from wherry_router.merge import merge
+from wherry_router.merge import Merged, merge
 from wherry_router.metrics import RouterMetrics
 from wherry_router.response_cache import HEADER, NOTHING, ResponseCache, replay
 from wherry_router.settings import Limits
@@ -122,7 +121,7 @@ class Completions:
             place = self._place(scope, caller, request, len(body))
             session = _session(scope, request, caller)
             answer = Answer(request, caller, correlation, headers, began, place, session)
-            guard = CancelOnDisconnect(receive)
+            guard = CancelOnDisconnect(scope)
             with await self._limiter.reserve(caller, request, answer.id, headers) as answer.charge:
                 await self._prepare(answer, scope)
                 # What is told from memory takes no place from others.
@@ -156,7 +155,7 @@ class Completions:
                 self._metrics.response_cache.labels(result).inc()
                 answer.headers = [*answer.headers, (HEADER, result.encode())]
 
-    def _generate(self, answer: Answer, *, whole: bool) -> AsyncGenerator[tuple[int, Event], None]:
+    def _generate(self, answer: Answer, *, whole: bool) -> Merged:
         cache, lookup = self._cache, answer.lookup
         if lookup.kept is not None:
             return merge([replay(events) for events in lookup.kept])

@@ -1,8 +1,9 @@
 """Several generations of one answer, run at the same time."""
 
 import asyncio
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Sequence
 from contextlib import aclosing
+from typing import Protocol
 
 from wherry_protocol.worker import Event
 
@@ -10,19 +11,38 @@ from wherry_protocol.worker import Event
 _BUFFER = 32
 
 
-async def _numbered(index: int, events: AsyncGenerator[Event, None]) -> AsyncGenerator[tuple[int, Event], None]:
-    async with aclosing(events):
-        async for event in events:
-            yield index, event
+class _Single:
+    """The events of the only generation, as number 0. One generator less than a generator would be."""
+
+    __slots__ = ("_events", "aclose")
+
+    def __init__(self, events: AsyncGenerator[Event, None]) -> None:
+        self._events = events
+        self.aclose = events.aclose
+
+    def __aiter__(self) -> "_Single":
+        return self
+
+    async def __anext__(self) -> tuple[int, Event]:
+        return 0, await self._events.__anext__()
 
 
-def merge(generations: Sequence[AsyncGenerator[Event, None]]) -> AsyncGenerator[tuple[int, Event], None]:
+class Merged(Protocol):
+    """Events with their generation's number."""
+
+    def __aiter__(self) -> AsyncIterator[tuple[int, Event]]: ...
+
+    def aclose(self) -> Awaitable[None]:
+        """Ends all generations."""
+
+
+def merge(generations: Sequence[AsyncGenerator[Event, None]]) -> Merged:
     """Each event with its generation's number, in the order they come. The first error ends all.
 
     Closing the generator closes all.
     """
     if len(generations) == 1:
-        return _numbered(0, generations[0])
+        return _Single(generations[0])
     return _together(generations)
 
 

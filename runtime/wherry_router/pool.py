@@ -54,7 +54,6 @@ class Replica:
         "drain_deadline",
         "draining",
         "endpoint",
-        "execute_url",
         "foreign_requests",
         "foreign_tokens",
         "identity",
@@ -69,7 +68,6 @@ class Replica:
     def __init__(self, endpoint: Endpoint, limits: Limits | None = None) -> None:
         limits = limits or Limits()
         self.endpoint = endpoint
-        self.execute_url = endpoint.url + "/execute"
         self.draining = False
         self.drain_deadline: float | None = None
         self.outstanding_tokens = 0

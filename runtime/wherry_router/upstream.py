@@ -1,14 +1,14 @@
 """One try of one request on one worker."""
 
-import asyncio
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import AsyncGenerator, Callable, Iterator
 
 import aiohttp
 import msgspec
 
 from wherry_protocol.openai.errors import ApiError
-from wherry_protocol.sse import HEADER_HEARTBEAT, decode_frame, decode_load, frames
+from wherry_protocol.sse import HEADER_HEARTBEAT, Frames, decode_frame, decode_load
 from wherry_protocol.worker import End, ErrorEvent, Event, LoadReport, LoadUpdate, Token
+from wherry_router.connections import Broken, Connections, Exchange, Unreachable
 from wherry_router.fault import Expired, QueueFull, WorkerFault
 from wherry_router.load_feed import NoFeedError
 from wherry_router.pool import Replica
@@ -17,7 +17,7 @@ from wherry_router.watchdog import Health, Watchdog, begins_within
 
 _decode_error = msgspec.json.Decoder(ErrorEvent).decode
 _decode_load = msgspec.json.Decoder(LoadReport).decode
-_JSON = "application/json"
+_PULSE = HEADER_HEARTBEAT.encode()
 _MAX_REFUSAL = 64 * 1024
 _LONGEST_PROBE_S = 30.0
 _PROBE_S = 1.0  # for questions that no client waits for
@@ -25,12 +25,17 @@ _SILENCE_S = 1.5  # of a load stream, which says every 0.3 s that it is there
 
 
 class Upstream:
-    """Speaks the worker API over pooled connections."""
+    """Speaks the worker API: requests over connections of its own, questions that no client waits for with aiohttp."""
 
     def __init__(self, token: str | None, limits: Limits) -> None:
         self._limits = limits
         self._health = Health(self._well, limits.probe_timeout_s)
-        self._headers = {"content-type": _JSON} | ({"authorization": f"Bearer {token}"} if token else {})
+        self._connections = Connections(limits.connect_timeout_s)
+        self._headers = {"authorization": f"Bearer {token}"} if token else {}
+        self._head = (
+            "POST /execute HTTP/1.1\r\naccept: text/event-stream\r\ncontent-type: application/json\r\n"
+            "user-agent: wherry-router\r\n" + "".join(f"{name}: {value}\r\n" for name, value in self._headers.items())
+        )
         timeout = aiohttp.ClientTimeout(total=None, connect=None, sock_connect=limits.connect_timeout_s)
         self._session = aiohttp.ClientSession(
             connector=aiohttp.TCPConnector(limit=0, keepalive_timeout=15),
@@ -45,6 +50,7 @@ class Upstream:
     async def close(self) -> None:
         """Closes every connection."""
         self._health.close()
+        self._connections.close()
         await self._session.close()
 
     async def _well(self, url: str) -> bool:
@@ -79,10 +85,12 @@ class Upstream:
         async with self._session.get(url + "/load/watch", headers=self._headers, timeout=timeout) as response:
             if response.status != 200:
                 raise NoFeedError(f"/load/watch: {response.status}")
-            async for frame in frames(response.content.iter_any()):
-                update = decode_load(frame)
-                if update is not None:
-                    yield update
+            frames = Frames()
+            async for data in response.content.iter_any():
+                for frame in frames.feed(data):
+                    update = decode_load(frame)
+                    if update is not None:
+                        yield update
 
     async def execute(
         self,
@@ -104,62 +112,55 @@ class Upstream:
             ApiError: the worker refused the request itself.
         """
         url = replica.endpoint.url
-        headers = {**self._headers, "x-correlation-id": correlation_id}
-        limit = asyncio.timeout(None)
-
-        def abort() -> None:
-            limit.reschedule(0)
-
-        begin_s = begins_within(self._health.timeout(url), len(body))
+        exchange = self._connections.exchange(url)
         health = self._health
         watchdog = Watchdog(
             self._limits.stall_s,
-            begin_s,
+            begins_within(health.timeout(url), len(body)),
             deadline,
             lambda: health.ask(url),
-            abort,
+            exchange.abort,
             leaves,
             lambda: health.is_well(url),
         )
+        host = url.partition("//")[2]
+        own = f"host: {host}\r\nx-correlation-id: {correlation_id}\r\ncontent-length: {len(body)}\r\n\r\n"
         try:
-            # A timeout must not span a yield, so this one ends with the response's headers.
-            async with limit:
-                response = await self._session.post(replica.execute_url, data=body, headers=headers)
-            watchdog.begun(promises=HEADER_HEARTBEAT in response.headers)
-            watchdog.abort = response.close
-            async with response:
-                if response.status != 200:
-                    raise await _refusal(response)
-                async for event in _events(response, watchdog):
+            status = await exchange.send((self._head + own).encode() + body)
+            watchdog.begun(promises=exchange.header(_PULSE) is not None)
+            if status != 200:
+                raise await _refusal(exchange, status)
+            frames = Frames()
+            ended = False
+            # Reading goes on to the end of the body, which gives the connection back for the next request.
+            while data := await exchange.read():
+                for event in _events(frames.feed(data), watchdog):
+                    ended = type(event) is End or type(event) is ErrorEvent
+                    watchdog.hold()
                     yield event
-        except (aiohttp.ClientError, OSError, TimeoutError, msgspec.DecodeError) as error:
+                    watchdog.reads()
+            if not ended:
+                raise Broken("the stream ended before the answer did")  # noqa: TRY301 - as if the connection had broken
+        except (Unreachable, Broken, msgspec.DecodeError) as error:
             fault = _fault(error, watchdog, self._limits.first_token_timeout_s)
             if isinstance(fault, WorkerFault):
                 fault.since = watchdog.heard
             raise fault from None
         finally:
             watchdog.stop()
+            exchange.close()
 
 
-async def _events(response: aiohttp.ClientResponse, watchdog: Watchdog) -> AsyncGenerator[Event, None]:
-    ended = False
-    async for frame in frames(response.content.iter_any()):
+def _events(frames: list[bytes], watchdog: Watchdog) -> Iterator[Event]:
+    for frame in frames:
         event = decode_frame(frame)
         if event is None:
             watchdog.beat()
             continue
         watchdog.touch()
-        kind = type(event)
-        if kind is Token:
+        if type(event) is Token:
             watchdog.first_token()
-        elif kind is End or kind is ErrorEvent:
-            ended = True
-        # Reading goes on to the end of the body, which gives the connection back to the pool.
-        watchdog.hold()
         yield event
-        watchdog.reads()
-    if not ended:
-        raise aiohttp.ClientPayloadError("the stream ended before the answer did")
 
 
 def _fault(error: Exception, watchdog: Watchdog, seconds: float) -> Exception:
@@ -171,22 +172,24 @@ def _fault(error: Exception, watchdog: Watchdog, seconds: float) -> Exception:
         return WorkerFault("lost", "the connection is silent though the worker is well")
     if watchdog.lost:
         return WorkerFault("frozen", "no event, and no answer to /health")
-    if isinstance(error, aiohttp.ClientConnectorError | aiohttp.ConnectionTimeoutError):
+    if isinstance(error, Unreachable):
         return WorkerFault("unreachable", str(error))
     if isinstance(error, msgspec.DecodeError):
         return WorkerFault("protocol", str(error))
-    return WorkerFault("lost", str(error) or type(error).__name__)
+    return WorkerFault("lost", str(error))
 
 
-async def _refusal(response: aiohttp.ClientResponse) -> Exception:
+async def _refusal(exchange: Exchange, status: int) -> Exception:
     """What to raise for an answer other than 200."""
-    status = response.status
+    body = b""
+    while len(body) < _MAX_REFUSAL and (data := await exchange.read()):
+        body += data
     try:
-        event = _decode_error(await response.content.read(_MAX_REFUSAL))
+        event = _decode_error(body)
     except msgspec.DecodeError:
         event = ErrorEvent(code="worker_error", message=f"the worker answered {status}")
     if status == 429:
-        after = response.headers.get("retry-after", "1")
+        after = exchange.header(b"retry-after") or b"1"
         return QueueFull(ApiError(429, event.code, event.message, retry_after_s=int(after) if after.isdigit() else 1))
     if status == 401:
         # The router's own token is wrong: nothing that the client could mend.

@@ -92,7 +92,7 @@ class MockWorker:
         elif path == "/ready":
             await respond(send, 200 if self.state.ready else 503, b"{}")
         elif path == "/load/watch":
-            await self._watch(receive, send)
+            await self._watch(scope, send)
         elif path == "/load":
             await respond(send, 200, msgspec.json.encode(self._load()))
         elif path == "/mock":
@@ -104,11 +104,11 @@ class MockWorker:
         else:
             await respond(send, 404, b"{}")
 
-    async def _watch(self, receive: Receive, send: Send) -> None:
+    async def _watch(self, scope: Scope, send: Send) -> None:
         headers = [(b"content-type", b"text/event-stream")]
         await send({"type": "http.response.start", "status": 200, "headers": headers})
         told: list[int] | None = None
-        async with CancelOnDisconnect(receive):
+        async with CancelOnDisconnect(scope):
             while self.state.reports:
                 prefixes = None
                 if told != self.state.prefixes:
@@ -166,7 +166,7 @@ class MockWorker:
             await self._refuse(send, script.status, script.code)
             return
         self.state.running += 1
-        guard = CancelOnDisconnect(receive)
+        guard = CancelOnDisconnect(scope)
         try:
             async with guard:
                 await self._answer(send, request, prompt, script)

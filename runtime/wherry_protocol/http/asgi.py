@@ -130,34 +130,53 @@ async def respond_unread(
     await send({"type": "http.response.body", "body": b""})
 
 
+class ClientConnection:
+    """Whether the client is still there. Wherry's servers put it into the scope's extensions under `EXTENSION`."""
+
+    EXTENSION = "wherry.client"
+    __slots__ = ("lost", "on_lost")
+
+    def __init__(self) -> None:
+        self.lost = False
+        self.on_lost: Callable[[], None] | None = None
+
+    def ended(self) -> None:
+        """The connection is gone."""
+        self.lost = True
+        if self.on_lost is not None:
+            self.on_lost()
+
+
 class CancelOnDisconnect:
     """Cancels the task inside `async with` as soon as its client goes away; the cancellation ends at the block's end.
 
-    The body must have been read whole before.
+    The body must have been read whole before. (A second task that waits for `http.disconnect` would do the same, at
+    the price of a task for each request.)
     """
 
-    __slots__ = ("_receive", "_task", "_watcher", "gone")
+    __slots__ = ("_client", "_task", "gone")
 
-    def __init__(self, receive: Receive) -> None:
-        self._receive = receive
+    def __init__(self, scope: Scope) -> None:
+        self._client: ClientConnection = scope["extensions"][ClientConnection.EXTENSION]
+        self._task: asyncio.Task[Any] | None = None
         self.gone = False
 
-    async def _watch(self) -> None:
-        while (await self._receive())["type"] != "http.disconnect":
-            pass
+    def _lost(self) -> None:
         self.gone = True
         if self._task is not None:
             self._task.cancel()
 
     async def __aenter__(self) -> "CancelOnDisconnect":
         self._task = asyncio.current_task()
-        self._watcher = asyncio.get_running_loop().create_task(self._watch())
+        self._client.on_lost = self._lost
+        if self._client.lost:
+            self._lost()
         return self
 
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> bool:
-        self._watcher.cancel()
+        self._client.on_lost = None
         if not self.gone or self._task is None:
             return False
         if kind is None:

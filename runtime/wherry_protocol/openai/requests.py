@@ -111,6 +111,9 @@ class StreamOptions(_Strict):
     include_obfuscation: bool | None = None
 
 
+_NOT_IN_MESSAGES = frozenset({"refusal", "audio", "annotations", "tool_calls", "function_call"})
+
+
 class Message(_Strict):
     """One turn. Fields that answers carry are accepted where they are empty, so that an answer can be sent back."""
 
@@ -125,7 +128,7 @@ class Message(_Strict):
 
     @model_validator(mode="after")
     def _only_text(self) -> "Message":
-        for field in ("refusal", "audio", "annotations", "tool_calls", "function_call"):
+        for field in self.model_fields_set & _NOT_IN_MESSAGES:
             if getattr(self, field):
                 raise ValueError(f"`{field}` is not supported")
         if self.content is None:
@@ -153,12 +156,12 @@ class _Generation(_Strict):
 
     model: Annotated[str, Field(max_length=256)]
     frequency_penalty: Penalty | None = None
-    logit_bias: Biases = {}
+    logit_bias: Biases = Field(default_factory=dict)
     max_tokens: Annotated[int, Field(ge=1, le=_INT32)] | None = None
     n: Annotated[int, Field(ge=1, le=MAX_CHOICES)] | None = None
     presence_penalty: Penalty | None = None
     seed: Annotated[int, Field(ge=-_INT64 - 1, le=_INT64)] | None = None
-    stop: Stops = []
+    stop: Stops = Field(default_factory=list)
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     temperature: Annotated[float, Field(ge=0, le=2)] | None = None
@@ -190,8 +193,8 @@ class _Generation(_Strict):
         Raises:
             ApiError: with status 400, naming the field.
         """
-        for field, allowed in self.harmless.items():
-            value = getattr(self, field)
+        for field in self.harmless.keys() & self.model_fields_set:
+            value, allowed = getattr(self, field), self.harmless[field]
             if value is not None and not any(type(value) is type(one) and value == one for one in allowed):
                 raise invalid(f"`{field}` is not supported with this value.", field, "unsupported_parameter")
         if self.stream_options is not None and not self.stream:

@@ -130,7 +130,7 @@ class WorkerApp:
         if request.model != self._model:
             raise _Refused(404, "model_not_found", f"this worker serves {self._model!r}")
         with self._lifecycle.running():
-            guard = CancelOnDisconnect(call.receive)
+            guard = CancelOnDisconnect(call.scope)
             async with guard:
                 await self._stream(call, request)
         if guard.gone:
@@ -220,7 +220,7 @@ class WorkerApp:
     async def _watch_load(self, call: _Call) -> None:
         if self._lifecycle.state != "ready":
             raise _Refused(503, self._lifecycle.state, self._lifecycle.message or "not ready", retryable=True)
-        async with CancelOnDisconnect(call.receive):
+        async with CancelOnDisconnect(call.scope):
             await call.send({"type": "http.response.start", "status": 200, "headers": [*_SSE, *call.headers]})
             await watch_load(self._engine, lambda: self._lifecycle.state == "ready", call.send)
 
