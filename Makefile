@@ -6,7 +6,7 @@ BIN := .venv/bin
 STEP := hack/step
 
 .DEFAULT_GOAL := help
-.PHONY: help setup kernels up down check test unit e2e chaos reliability fuzz generate bench docs
+.PHONY: help setup kernels up down check test unit e2e chaos reliability optimized fuzz generate bench docs
 
 ##@ Using Wherry
 up: setup ## Start everything on this machine and have one chat answered
@@ -46,6 +46,10 @@ reliability: setup ## 2,200 seeded streams through workers that fail, on process
 	@$(STEP) "streams on ranks" $(BIN)/python -m tests.reliability --world ranks --histories 200
 	@$(STEP) "control-plane binaries" $(BIN)/wherry local assets --for local
 	@$(STEP) "streams in local mode" $(BIN)/python -m tests.reliability --world local
+
+optimized: setup ## The tests of router, protocol and contracts under `python -O`, where an assert guards nothing
+	@PYTHONOPTIMIZE=1 $(STEP) "tests under python -O" $(BIN)/pytest -W "ignore:assertions not in test modules" \
+		tests/router tests/contracts tests/runtime/server
 
 fuzz: setup ## An hour of requests that nobody would send to a router, beside streams that must not notice
 	@$(STEP) "fuzzing" $(BIN)/python -m tests.router.fuzz

@@ -3,6 +3,7 @@
 import argparse
 import asyncio
 import contextlib
+import functools
 import logging
 import os
 import socket
@@ -41,6 +42,8 @@ _SHARES = frozenset({"eject_share", "eject_fault_rate", "retry_share", "panic_sh
 _BOUNDS = {
     "max_body_bytes": "bytes of a request's body",
     "max_concurrent": "requests at a time; over it the answer is 429",
+    "head_timeout_s": "seconds that a request's line and headers have to arrive",
+    "body_timeout_s": "seconds that its body then has",
     "first_token_timeout_s": "seconds from a request to its first token",
     "no_replica_wait_s": "seconds that a request waits while no replica is ready",
     "max_tries": "replicas that one request may be tried on",
@@ -183,8 +186,8 @@ async def _run(
             task.add_done_callback(ended)
         url = url_of(sockets[0], "http" if tls is None else "https")
         log.info("listening", extra={"fields": {"url": url, "model": args.model}})
-        context = None if tls is None else tls.context
-        await serve(app, sockets, stop, lambda: app.drain(args.drain_timeout_s, args.drain_grace_s), context)
+        drain = functools.partial(app.drain, args.drain_timeout_s, args.drain_grace_s)
+        await serve(app, sockets, stop, drain, None if tls is None else tls.context, args.head_timeout_s)
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)

@@ -1,4 +1,4 @@
-"""A uvicorn server that bounds request heads and drains before it stops."""
+"""A uvicorn server that bounds what clients send and drains before it stops."""
 
 import asyncio
 import contextlib
@@ -10,59 +10,16 @@ import ssl
 from collections.abc import Awaitable, Callable, Generator
 from typing import Any
 
-import msgspec
 import uvicorn
-from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from wherry_protocol.http.asgi import App
+from wherry_protocol.http.bounded import HEAD_TIMEOUT_S, KEEP_ALIVE_S, BoundedProtocol
 
-MAX_HEAD_BYTES = 64 * 1024
-# Longer than clients keep idle connections (aiohttp: 15 s), so that it is never the server that closes under a request.
-KEEP_ALIVE_S = 75
 _BACKLOG = 2048
 
 
 class AddressError(Exception):
     """The server cannot listen where it was told to. The message says what to do."""
-
-
-class BoundedHeadProtocol(HttpToolsProtocol):
-    """uvicorn's HTTP/1.1 protocol, with a cap on request line and headers together, which httptools does not have."""
-
-    _in_head = True
-    _head_bytes = 0
-
-    def data_received(self, data: bytes) -> None:
-        """Ends the connection when a head is over the cap."""
-        self._head_bytes += len(data)
-        super().data_received(data)
-        if self._in_head and self._head_bytes > MAX_HEAD_BYTES and not self.transport.is_closing():
-            self._refuse(431, "request_head_too_large", f"request line and headers are over {MAX_HEAD_BYTES} bytes")
-
-    def on_message_begin(self) -> None:
-        super().on_message_begin()
-        self._in_head = True
-
-    def on_headers_complete(self) -> None:
-        self._in_head = False
-        super().on_headers_complete()
-
-    def on_message_complete(self) -> None:
-        super().on_message_complete()
-        self._in_head, self._head_bytes = True, 0
-
-    def send_400_response(self, msg: str) -> None:
-        """A request that is not HTTP gets a JSON answer like every other one."""
-        self._refuse(400, "malformed_http", "this is not a well-formed HTTP/1.1 request")
-
-    def _refuse(self, status: int, code: str, message: str) -> None:
-        error = {"message": message, "type": "invalid_request_error", "param": None, "code": code}
-        body = msgspec.json.encode({"error": error})
-        head = (
-            b"HTTP/1.1 %d Refused\r\ncontent-type: application/json\r\ncontent-length: %d\r\nconnection: close\r\n\r\n"
-        )
-        self.transport.write(head % (status, len(body)) + body)
-        self.transport.close()
 
 
 class _Server(uvicorn.Server):
@@ -111,16 +68,18 @@ async def serve(
     stop: asyncio.Event,
     drain: Callable[[], Awaitable[float | None]],
     tls: ssl.SSLContext | None = None,
+    head_timeout_s: float = HEAD_TIMEOUT_S,
 ) -> None:
     """Serves `app` on `sockets` until `stop` is set, goes on serving while `drain` runs, then closes.
 
     `drain` returns how many seconds a request that still slipped in gets to finish; what then runs is cancelled.
-    With `tls` connections are encrypted.
+    With `tls` connections are encrypted. A request's head has `head_timeout_s` to arrive.
     """
+    protocol = type("Protocol", (BoundedProtocol,), {"head_timeout_s": head_timeout_s})
     options: dict[str, Any] = {"lifespan": "off", "ws": "none", "log_config": None, "access_log": False}
     config = uvicorn.Config(
         app,
-        http=BoundedHeadProtocol,
+        http=protocol,
         server_header=False,
         proxy_headers=False,
         timeout_keep_alive=KEEP_ALIVE_S,
