@@ -1,9 +1,10 @@
 """Clients that mean harm, at the router's own socket. It runs under `python -O`: no guard of it is an `assert`."""
 
 import itertools
-import pickle
 import re
 import socket
+import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -276,14 +277,12 @@ def test_no_url_of_a_client_is_fetched(front: Front, client: httpx.Client, canar
     assert canary.connections() == 0
 
 
-class Opens:
-    """Whoever unpickles it makes a file."""
-
-    def __init__(self, path: Path) -> None:
-        self._path = path
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return open, (str(self._path), "w")
+def pickles(path: Path) -> list[bytes]:
+    """Whoever unpickles one of them makes a file: of protocol 0, 2 and 4."""
+    line = b"touch " + bytes(path)
+    counted = len(line).to_bytes(1, "little") + line
+    last = b"\x8c\x02os\x8c\x06system\x93\x8c" + counted + b"\x85R."
+    return [b"cos\nsystem\n(S'%b'\ntR." % line, b"\x80\x02cos\nsystem\nU" + counted + b"\x85R.", b"\x80\x04" + last]
 
 
 def ports(process: Process) -> list[tuple[str, int]]:
@@ -300,18 +299,18 @@ def test_a_pickle_sent_to_every_port_is_never_opened(
     front: Front, client: httpx.Client, tiny_worker: Process, tmp_path: Path
 ) -> None:
     made = tmp_path / "made"
-    pickles = [pickle.dumps(Opens(made), protocol) for protocol in range(6)]
-    pickles.append(b"cos\nsystem\n(S'touch %b'\ntR." % bytes(made))
-    pickle.loads(pickles[0]).close()
-    assert made.exists(), "it would be seen"
-    made.unlink()
+    for data in pickles(made):
+        (tmp_path / "data").write_bytes(data)
+        subprocess.run([sys.executable, "-m", "pickle", tmp_path / "data"], check=True, capture_output=True)
+        assert made.exists(), "it would be seen"
+        made.unlink()
     kinds = ("application/json", "application/octet-stream", "application/x-pickle", "application/python-pickle")
     paths = ("/v1/chat/completions", "/v1/completions", "/execute", "/cancel", "/internal/usage", "/metrics")
     for process in (front.router, tiny_worker):
         listening = ports(process)
         assert [port for _, port in listening] == [urlsplit(process.url).port], "no port but the one that is known"
         assert {host for host, _ in listening} == {"127.0.0.1"}
-        for data in pickles:
+        for data in pickles(made):
             for framed in (data, len(data).to_bytes(4, "big") + data, len(data).to_bytes(8, "little") + data):
                 with socket.create_connection(listening[0], timeout=20) as connection, suppress(OSError):
                     connection.sendall(framed)
