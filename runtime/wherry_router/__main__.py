@@ -10,7 +10,7 @@ import socket
 import sys
 
 import uvloop
-from prometheus_client import CollectorRegistry
+from prometheus_client import CollectorRegistry, ProcessCollector
 
 from wherry_protocol.http.logs import set_up
 from wherry_protocol.http.server import AddressError, bind, covers_loopback, serve, stop_on_signals, url_of
@@ -131,13 +131,20 @@ async def _discovery(
     await PodWatch(api, namespace, args.deployment, pool).run()
 
 
+def _registry() -> CollectorRegistry:
+    """With what Prometheus tells of every process: memory, processor time, open files."""
+    registry = CollectorRegistry()
+    ProcessCollector(registry=registry)
+    return registry
+
+
 async def _run(
     args: argparse.Namespace, queue: QueueSettings, sockets: list[socket.socket], tls: TlsFiles | None
 ) -> int:
     limits = Limits(
         **{name: getattr(args, name) for name in Limits.__struct_fields__ if hasattr(args, name)},
     )
-    registry = CollectorRegistry()
+    registry = _registry()
     metrics = RouterMetrics(registry)
     stop = asyncio.Event()
     stop_on_signals(stop)

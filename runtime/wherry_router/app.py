@@ -151,9 +151,10 @@ class RouterApp:
         if error is not None:
             status = error.status
             await respond(send, status, error.body(), headers=[*headers, *error.headers()])
-        self._metrics.answered(route, status)
+        seconds = time.perf_counter() - began
+        self._metrics.answered(route, status, seconds)
         fields = {"route": route, "status": status, "correlation_id": correlation}
-        log.info("request", extra={"fields": fields | {"seconds": round(time.perf_counter() - began, 4)}})
+        log.info("request", extra={"fields": fields | {"seconds": round(seconds, 4)}})
 
 
 def _with_headers(send: Send, headers: Headers) -> Send:

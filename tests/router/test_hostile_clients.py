@@ -346,6 +346,29 @@ def test_an_upgrade_is_no_way_around(front: Front) -> None:
         assert status(until_closed(connection, lambda: b"")[0]) in (400, 401)
 
 
+def test_metrics_have_no_label_that_a_client_chose(front: Front, client: httpx.Client) -> None:
+    """After all that was sent, and more: the series are as many as routes and statuses there are."""
+
+    def series() -> set[str]:
+        text = client.get(front.router.url + "/metrics").text
+        return {line.rsplit(" ", 1)[0] for line in text.splitlines() if not line.startswith("#")}
+
+    ask(client, front, chat("hello"))
+    before = series()
+    for number in range(50):
+        word = f"canary{number}"
+        client.get(front.router.url + "/" + word, headers=KEY)
+        client.request(word.upper(), front.router.url + "/v1/models", headers=KEY)
+        ask(client, front, chat(word) | {"model": word, "user": word})
+        ask(client, front, chat(word) | {"user": word}, {"x-session-id": word, "x-request-id": word})
+        ask(client, front, chat(word), {"Authorization": f"Bearer {word}"})
+    after = series()
+    assert len(after - before) <= 5, after - before
+    assert not [name for name in after if "canary" in name or "key" in name.partition("{")[2]]
+    routes = set(re.findall(r'route="([^"]*)"', "".join(after)))
+    assert routes <= {"chat/completions", "completions", "other", "/internal/usage", "/internal/replicas"}
+
+
 def test_after_all_that_it_serves_as_before(front: Front) -> None:
     assert post(front.router.url, chat("hello"), headers=KEY).status_code == 200
     assert not [line for line in front.router.lines() if line["level"] in ("error", "critical")]
