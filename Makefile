@@ -75,7 +75,7 @@ docs: setup ## Build the documentation into site/
 	@$(STEP) "docs" $(BIN)/mkdocs build --strict --quiet
 
 help: ## This text
-	@awk 'BEGIN {FS = ":.*## "} /^##@/ {printf "\n%s\n", substr($$0, 5)} /^[a-z0-9]+:.*## / {printf "  make %-13s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk 'BEGIN {FS = ":.*## "} /^##@/ {printf "\n%s\n", substr($$0, 5)} /^[a-z0-9-]+:.*## / {printf "  make %-13s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 # PyPI's torch is large (about 6 GB installed); uv keeps one copy in its cache and links it into every .venv.
 .venv/.ready: pyproject.toml constraints.txt

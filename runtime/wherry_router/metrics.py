@@ -102,6 +102,7 @@ class RouterMetrics:
             "wherry_router_response_cache_bytes", "Memory that kept answers take.", registry=registry
         )
         self._children: dict[tuple[str, int], Counter] = {}
+        self._timed: dict[str, Histogram] = {}
         self.tls_not_after = Gauge(
             "wherry_router_tls_not_after_seconds",
             "Unix time at which the listener's certificate ends; 0 without TLS.",
@@ -177,7 +178,9 @@ class RouterMetrics:
     def answered(self, route: str, status: int, seconds: float) -> None:
         """Counts an answer, and how long it took."""
         if status == 200:
-            self._durations.labels(route).observe(seconds)
+            if (duration := self._timed.get(route)) is None:
+                duration = self._timed[route] = self._durations.labels(route)
+            duration.observe(seconds)
         counter = self._children.get((route, status))
         if counter is None:
             counter = self._children[route, status] = self._requests.labels(route, str(status))
