@@ -6,7 +6,7 @@ BIN := .venv/bin
 STEP := hack/step
 
 .DEFAULT_GOAL := help
-.PHONY: help setup kernels up down check test unit e2e chaos reliability fuzz generate bench docs
+.PHONY: help setup kernels up down check test unit e2e chaos reliability optimized fuzz generate bench bench-router docs
 
 ##@ Using Wherry
 up: setup ## Start everything on this machine and have one chat answered
@@ -47,6 +47,10 @@ reliability: setup ## 2,200 seeded streams through workers that fail, on process
 	@$(STEP) "control-plane binaries" $(BIN)/wherry local assets --for local
 	@$(STEP) "streams in local mode" $(BIN)/python -m tests.reliability --world local
 
+optimized: setup ## The tests of router, protocol and contracts under `python -O`, where an assert guards nothing
+	@PYTHONOPTIMIZE=1 $(STEP) "tests under python -O" $(BIN)/pytest -W "ignore:assertions not in test modules" \
+		tests/router tests/contracts tests/runtime/server
+
 fuzz: setup ## An hour of requests that nobody would send to a router, beside streams that must not notice
 	@$(STEP) "fuzzing" $(BIN)/python -m tests.router.fuzz
 
@@ -64,11 +68,14 @@ generate: setup ## Write the generated files again: CRD, reference, golden files
 bench: setup ## Run the benchmarks, which print the tables in docs/
 	@for b in $(basename $(notdir $(wildcard benchmarks/[!_]*.py))); do $(STEP) "$$b" $(BIN)/python -m "benchmarks.$$b"; done
 
+bench-router: setup ## The router beside other routers, its policies, overload: an hour and a half; installs the others
+	@for b in latency throughput soak overload policies; do $(STEP) "router: $$b" $(BIN)/python -m "benchmarks.router.$$b"; done
+
 docs: setup ## Build the documentation into site/
 	@$(STEP) "docs" $(BIN)/mkdocs build --strict --quiet
 
 help: ## This text
-	@awk 'BEGIN {FS = ":.*## "} /^##@/ {printf "\n%s\n", substr($$0, 5)} /^[a-z0-9]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk 'BEGIN {FS = ":.*## "} /^##@/ {printf "\n%s\n", substr($$0, 5)} /^[a-z0-9-]+:.*## / {printf "  make %-13s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 # PyPI's torch is large (about 6 GB installed); uv keeps one copy in its cache and links it into every .venv.
 .venv/.ready: pyproject.toml constraints.txt

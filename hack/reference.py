@@ -67,7 +67,13 @@ def metrics() -> str:
     RouterMetrics(router)
     Limiter(router, "")
     WorkerMetrics(worker, "", lambda: LoadReport(**dict.fromkeys(LoadReport.__struct_fields__, 0)))
-    lines = ["# Metrics", "", NOTE, "", "Prometheus metrics, each part's at `/metrics`."]
+    lines = [
+        "# Metrics",
+        "",
+        NOTE,
+        "",
+        "Prometheus metrics, each part's at `/metrics`. The router has the standard `process_*` ones as well.",
+    ]
     parts = {"Router": router, "Runtime": worker, "Operator": OPERATOR_REGISTRY}
     for title, registry in parts.items():
         lines += ["", f"## {title}", "", "| metric | type | meaning |", "|---|---|---|"]

@@ -153,9 +153,9 @@ class RouterApp:
         if error is not None:
             status = error.status
             await respond(send, status, error.body(), headers=[*headers, *error.headers()])
-        self._metrics.answered(route, status)
-        seconds = round(time.perf_counter() - began, 4)
-        self._answered(route=route, status=status, correlation_id=correlation, seconds=seconds)
+        seconds = time.perf_counter() - began
+        self._metrics.answered(route, status, seconds)
+        self._answered(route=route, status=status, correlation_id=correlation, seconds=round(seconds, 4))
 
 
 def _with_headers(send: Send, headers: Headers) -> Send:

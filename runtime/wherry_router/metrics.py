@@ -13,6 +13,7 @@ from wherry_router.admission.metrics import AdmissionMetrics
 if TYPE_CHECKING:
     from wherry_router.pool import Pool
 
+DURATION_BUCKETS = (0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 20, 40, 60, 120, 300, 600)
 RESUME_GAP_BUCKETS = (0.05, 0.1, 0.2, 0.35, 0.5, 0.75, 1, 1.5, 2, 3, 5, 10, 30, 60, 120)
 
 # Creation times double the number of series and no dashboard reads them.
@@ -25,6 +26,13 @@ class RouterMetrics:
     def __init__(self, registry: CollectorRegistry) -> None:
         self._requests = Counter(
             "wherry_router_requests", "Requests by route and HTTP status.", ["route", "code"], registry=registry
+        )
+        self._durations = Histogram(
+            "wherry_router_request_duration_seconds",
+            "Requests that were answered (200), from their headers to the last byte, by route.",
+            ["route"],
+            registry=registry,
+            buckets=DURATION_BUCKETS,
         )
         self.ttft = Histogram(
             "wherry_router_time_to_first_token_seconds",
@@ -94,6 +102,7 @@ class RouterMetrics:
             "wherry_router_response_cache_bytes", "Memory that kept answers take.", registry=registry
         )
         self._children: dict[tuple[str, int], Counter] = {}
+        self._timed: dict[str, Histogram] = {}
         self.tls_not_after = Gauge(
             "wherry_router_tls_not_after_seconds",
             "Unix time at which the listener's certificate ends; 0 without TLS.",
@@ -166,8 +175,12 @@ class RouterMetrics:
         for what in stale():
             self._stale.labels(what).set_function(functools.partial(_is, stale, what))
 
-    def answered(self, route: str, status: int) -> None:
-        """Counts an answer."""
+    def answered(self, route: str, status: int, seconds: float) -> None:
+        """Counts an answer, and how long it took."""
+        if status == 200:
+            if (duration := self._timed.get(route)) is None:
+                duration = self._timed[route] = self._durations.labels(route)
+            duration.observe(seconds)
         counter = self._children.get((route, status))
         if counter is None:
             counter = self._children[route, status] = self._requests.labels(route, str(status))

@@ -81,3 +81,26 @@ def test_when_all_look_bad_all_are_used() -> None:
             assert post(front.url, chat("hello")).status_code == 200
         assert metric(front, "wherry_router_panic") == 0
         assert 'wherry_router_replicas{state="suspect"} 0.0' in httpx.get(front.url + "/metrics").text
+
+
+async def test_a_request_waits_for_a_replica_once_however_often_it_is_tried() -> None:
+    """None is there; then two come, and both fail: nothing more is waited for."""
+    limits = Limits(no_replica_wait_s=7.0, max_tries=4)
+    upstream = Upstream(None, limits)
+    backend = Replicas(upstream, limits, RouterMetrics(CollectorRegistry()))
+    waited: list[float] = []
+    gone = [Endpoint(name, "http://127.0.0.1:9") for name in "ab"]
+
+    async def wait(timeout_s: float) -> None:
+        waited.append(timeout_s)
+        backend.pool.set_endpoints(gone)
+
+    backend.pool.wait = wait  # type: ignore[method-assign]
+    request = ExecuteRequest(id="r", model="m", prompt=Prompt(text="hi"))
+    with pytest.raises(ApiError) as refused:
+        async for _ in backend.generate(request, "c", Delivery(whole=True)):
+            pass
+    assert (refused.value.status, refused.value.code) == (503, "no_replica")
+    assert waited == [7.0]
+    await backend.close()
+    await upstream.close()

@@ -3,6 +3,7 @@
 import contextlib
 import gc
 import hashlib
+import hmac
 from collections.abc import Iterator
 from pathlib import Path
 from types import FunctionType, ModuleType
@@ -14,9 +15,11 @@ from tests.router.volume import Volume
 from typer.testing import CliRunner
 
 from wherry_cli.keys import app
+from wherry_protocol.http.auth import TokenGuard
+from wherry_protocol.openai.errors import ApiError
 from wherry_router.caller import Caller, LimitSet
 from wherry_router.identity.gate import Gate, KeyFiles
-from wherry_router.identity.keys import KeysError, hash_of, new_key, read_keys
+from wherry_router.identity.keys import KeysError, KeySet, hash_of, new_key, read_keys
 from wherry_router.identity.salt import Salts
 from wherry_router.watched import Watched
 
@@ -251,3 +254,19 @@ def test_a_salt_is_the_same_for_a_tenant_everywhere_and_tells_nothing() -> None:
     assert one.of("team-a") != other.of("team-a")
     assert one.of("") == ""
     assert "team-a" not in one.of("team-a")
+
+
+async def test_a_key_is_looked_up_by_its_hash_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever is compared with anything is a hash of what was sent, so no comparison's time depends on a key."""
+    compared: list[bytes] = []
+    find, compare = KeySet.find, hmac.compare_digest
+    monkeypatch.setattr(KeySet, "find", lambda keys, digest: compared.append(digest) or find(keys, digest))
+    monkeypatch.setattr(hmac, "compare_digest", lambda a, b: compared.append(a) or compare(a, b))
+    gate, guard = Gate(frozenset(), KEY), TokenGuard(OTHER, frozenset())
+    sent = [KEY, KEY[:-1], KEY[:-1] + "x", "x" + KEY[1:], "x"]
+    for key in sent:
+        scope = {"raw_path": b"/", "headers": [(b"authorization", b"Bearer " + key.encode())]}
+        with contextlib.nullcontext() if key == KEY else pytest.raises(ApiError):
+            await gate.identify(scope)
+        assert not guard.allows(scope)
+    assert set(compared) == {hashlib.sha256(key.encode()).digest() for key in sent}

@@ -1,12 +1,15 @@
 """Limits over real sockets: two routers that count together in a real Redis, which dies and freezes."""
 
+import json
 import signal
+import socket
 import time
 from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from typing import NamedTuple
+from urllib.parse import urlsplit
 
 import httpx
 import pytest
@@ -105,6 +108,37 @@ def test_no_more_at_a_time_than_may_be_and_places_come_back_when_clients_leave(f
     with ExitStack() as streams:
         assert [begin(n, streams) for n in range(5)] == [200, 200, 200, 429, 429]
     eventually(lambda: post(fronts.routers[1].url, chat("x"), headers=bearer("conc")).status_code == 200)
+
+
+def test_who_waits_in_the_queue_has_a_place_and_over_the_limit_nobody_waits() -> None:
+    """A request is one of those at a time from when it is let in, so that none is told 429 after it has waited."""
+
+    def send(front: Process) -> socket.socket:
+        address = urlsplit(front.url)
+        body = json.dumps(chat(script(tokens=3, hold_after=1), stream=True)).encode()
+        connection = socket.create_connection((address.hostname, address.port))
+        head = f"POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nContent-Length: {len(body)}\r\n\r\n"
+        connection.sendall(head.encode() + body)
+        return connection
+
+    def waiting(front: Process) -> float:
+        text = httpx.get(front.url + "/metrics").text
+        return float(text.partition('wherry_router_queued_requests{class="default"} ')[2].split()[0])
+
+    with ExitStack() as stack:
+        mock = stack.enter_context(mock_worker("a", "--max-running", "1"))
+        front = stack.enter_context(router(mock.url, args=("--limit-total", "concurrent=8")))
+        sent = [stack.enter_context(send(front)) for _ in range(8)]
+        queued = eventually(lambda: mock.state()["running"] + waiting(front) == 8 and waiting(front))
+        assert queued >= 2
+        refused = post(front.url, chat("hello"))
+        assert (refused.status_code, refused.json()["error"]["code"]) == (429, "rate_limit_exceeded")
+        assert waiting(front) == queued
+        # One that waits leaves: its place is free at once, and whoever comes next waits in its stead.
+        sent[-1].close()
+        eventually(lambda: waiting(front) == queued - 1)
+        stack.enter_context(send(front))
+        eventually(lambda: waiting(front) == queued)
 
 
 def test_a_client_that_leaves_pays_for_what_it_got(fronts: Fronts) -> None:

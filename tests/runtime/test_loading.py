@@ -206,6 +206,19 @@ def test_settings_that_do_not_fit_the_model(model: Path, settings: dict[str, int
     assert failure.value.code == code
 
 
+@pytest.mark.parametrize("name", ["pytorch_model.bin", "model.pt", "model.gguf", "model.ckpt", "flax_model.msgpack"])
+def test_other_kinds_of_weights_are_not_opened(model: Path, tmp_path: Path, name: str) -> None:
+    """Neither what would be unpickled nor what would be parsed."""
+    for file in [*shard_files(model), model / "model.safetensors.index.json"]:
+        file.unlink()
+    made = tmp_path / "made"
+    (model / name).write_bytes(b"cos\nsystem\n(S'touch %b'\ntR." % bytes(made))
+    with pytest.raises(ModelError) as failure:
+        load(engine_config(model))
+    assert failure.value.code == "missing_weights"
+    assert not made.exists()
+
+
 def test_known_junk_is_ignored(model: Path) -> None:
     edit_tensors(lambda t: t.update({"model.layers.0.self_attn.rotary_emb.inv_freq": torch.zeros(4)}))(model)
     assert load(engine_config(model)).num_parameters > 0

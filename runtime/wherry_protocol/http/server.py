@@ -1,4 +1,4 @@
-"""A uvicorn server that bounds request heads and drains before it stops."""
+"""A uvicorn server that bounds what clients send and drains before it stops."""
 
 import asyncio
 import contextlib
@@ -10,106 +10,16 @@ import ssl
 from collections.abc import Awaitable, Callable, Generator
 from typing import Any
 
-import msgspec
 import uvicorn
-from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
-from wherry_protocol.http.asgi import App, ClientConnection
+from wherry_protocol.http.asgi import App
+from wherry_protocol.http.bounded import HEAD_TIMEOUT_S, KEEP_ALIVE_S, BoundedProtocol
 
-MAX_HEAD_BYTES = 64 * 1024
-# Longer than clients keep idle connections (aiohttp: 15 s), so that it is never the server that closes under a request.
-KEEP_ALIVE_S = 75
 _BACKLOG = 2048
 
 
 class AddressError(Exception):
     """The server cannot listen where it was told to. The message says what to do."""
-
-
-class _Joined:
-    """What of a transport a response needs; all that is written in one turn of the loop goes out in one write.
-
-    A write is the dearest thing that a router does for a token, and each is a packet that the client wakes up for. A
-    head goes with its body, and tokens that came together leave together.
-    """
-
-    __slots__ = ("_loop", "_parts", "_transport", "is_closing")
-
-    def __init__(self, transport: asyncio.Transport, loop: asyncio.AbstractEventLoop) -> None:
-        self._transport = transport
-        self._loop = loop
-        self._parts: list[bytes] = []
-        self.is_closing = transport.is_closing
-
-    def write(self, data: bytes) -> None:
-        if not self._parts:
-            self._loop.call_soon(self._flush)
-        self._parts.append(data)
-
-    def close(self) -> None:
-        self._flush()
-        self._transport.close()
-
-    def _flush(self) -> None:
-        if self._parts:
-            data = b"".join(self._parts)
-            self._parts.clear()
-            self._transport.write(data)
-
-
-class BoundedHeadProtocol(HttpToolsProtocol):
-    """uvicorn's HTTP/1.1 protocol, with a cap on request line and headers together, which httptools does not have, with
-    fewer writes, and with word of the client's end for `CancelOnDisconnect`."""
-
-    _in_head = True
-    _head_bytes = 0
-    _client: ClientConnection
-    _joined: _Joined
-
-    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
-        """A client is there."""
-        super().connection_made(transport)
-        self._client = ClientConnection()
-        self._joined = _Joined(transport, self.loop)
-
-    def connection_lost(self, exc: Exception | None) -> None:
-        """It is gone."""
-        super().connection_lost(exc)
-        self._client.ended()
-
-    def data_received(self, data: bytes) -> None:
-        """Ends the connection when a head is over the cap."""
-        self._head_bytes += len(data)
-        super().data_received(data)
-        if self._in_head and self._head_bytes > MAX_HEAD_BYTES and not self.transport.is_closing():
-            self._refuse(431, "request_head_too_large", f"request line and headers are over {MAX_HEAD_BYTES} bytes")
-
-    def on_message_begin(self) -> None:
-        super().on_message_begin()
-        self.scope["extensions"] = {ClientConnection.EXTENSION: self._client}  # type: ignore[dict-item]
-        self._in_head = True
-
-    def on_headers_complete(self) -> None:
-        self._in_head = False
-        super().on_headers_complete()
-        self.cycle.transport = self._joined  # type: ignore[assignment]
-
-    def on_message_complete(self) -> None:
-        super().on_message_complete()
-        self._in_head, self._head_bytes = True, 0
-
-    def send_400_response(self, msg: str) -> None:
-        """A request that is not HTTP gets a JSON answer like every other one."""
-        self._refuse(400, "malformed_http", "this is not a well-formed HTTP/1.1 request")
-
-    def _refuse(self, status: int, code: str, message: str) -> None:
-        error = {"message": message, "type": "invalid_request_error", "param": None, "code": code}
-        body = msgspec.json.encode({"error": error})
-        head = (
-            b"HTTP/1.1 %d Refused\r\ncontent-type: application/json\r\ncontent-length: %d\r\nconnection: close\r\n\r\n"
-        )
-        self.transport.write(head % (status, len(body)) + body)
-        self.transport.close()
 
 
 class _Server(uvicorn.Server):
@@ -158,16 +68,18 @@ async def serve(
     stop: asyncio.Event,
     drain: Callable[[], Awaitable[float | None]],
     tls: ssl.SSLContext | None = None,
+    head_timeout_s: float = HEAD_TIMEOUT_S,
 ) -> None:
     """Serves `app` on `sockets` until `stop` is set, goes on serving while `drain` runs, then closes.
 
     `drain` returns how many seconds a request that still slipped in gets to finish; what then runs is cancelled.
-    With `tls` connections are encrypted.
+    With `tls` connections are encrypted. A request's head has `head_timeout_s` to arrive.
     """
+    protocol = type("Protocol", (BoundedProtocol,), {"head_timeout_s": head_timeout_s})
     options: dict[str, Any] = {"lifespan": "off", "ws": "none", "log_config": None, "access_log": False}
     config = uvicorn.Config(
         app,
-        http=BoundedHeadProtocol,
+        http=protocol,
         server_header=False,
         proxy_headers=False,
         timeout_keep_alive=KEEP_ALIVE_S,

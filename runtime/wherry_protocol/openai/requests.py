@@ -5,6 +5,7 @@ does not support is refused unless it holds a value that changes nothing, so no 
 silence; an unknown field is refused too. Every door (REST now, others later) goes through `parse`.
 """
 
+import re
 from collections.abc import Mapping
 from typing import Annotated, Any, ClassVar, Literal, TypeVar
 
@@ -13,11 +14,17 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 from wherry_protocol.openai.errors import ApiError, invalid
 
 MAX_CHOICES = 16
+MAX_MESSAGES = 10_000
+MAX_METADATA = 16
+# Beyond so many mistakes they are counted and not told one by one: a body may hold a million of them.
+_MAX_TOLD = 100
 MAX_STOPS = 4
-MAX_STOP_CHARS = 1024
+MAX_STOP_CHARS = 1000
 MAX_LOGIT_BIAS = 300
 _INT32 = 2**31 - 1
 _INT64 = 2**63 - 1
+# A token id as a key of an object. No longer: leading zeros would hide numbers that no one has room for.
+_TOKEN = re.compile(r"[0-9]{1,10}")
 
 
 def _stops(value: Any) -> list[str]:
@@ -38,7 +45,7 @@ def _biases(value: Any) -> dict[int, float]:
         raise ValueError(f"must be an object of up to {MAX_LOGIT_BIAS} token ids and biases")
     biases = {}
     for token, bias in value.items():
-        if not str(token).isascii() or not str(token).isdigit() or int(str(token)[:12]) > _INT32:
+        if not _TOKEN.fullmatch(str(token)) or int(token) > _INT32:
             raise ValueError("its keys must be token ids")
         if isinstance(bias, bool) or not isinstance(bias, int | float) or not -100 <= bias <= 100:
             raise ValueError("its values must be numbers from -100 to 100")
@@ -225,12 +232,12 @@ class ChatCompletionRequest(_Generation):
         "web_search_options": (),
     }
 
-    messages: Annotated[list[Message], Field(min_length=1)]
+    messages: Annotated[list[Message], Field(min_length=1, max_length=MAX_MESSAGES, fail_fast=True)]
     max_completion_tokens: Annotated[int, Field(ge=1, le=_INT32)] | None = None
     logprobs: bool | None = None
     top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
     # Hints about caching and abuse, of no effect here.
-    metadata: dict[str, str] | None = None
+    metadata: Annotated[dict[str, str], Field(max_length=MAX_METADATA)] | None = None
     parallel_tool_calls: bool | None = None
     prompt_cache_key: str | None = None
     prompt_cache_options: dict[str, Any] | None = None
@@ -301,6 +308,8 @@ def parse(kind: type[R], body: bytes) -> R:
 
 
 def _explain(error: ValidationError) -> ApiError:
+    if error.error_count() > _MAX_TOLD:
+        return invalid(f"The request has {error.error_count()} mistakes.", None)
     first = error.errors(include_url=False, include_context=False, include_input=False)[0]
     param = ".".join(str(part)[:64] for part in first["loc"]) or None
     message = first["msg"].removeprefix("Value error, ")
