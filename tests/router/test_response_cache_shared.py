@@ -17,7 +17,7 @@ from tests.router.redis_server import Server
 from wherry_router.response_cache.circuit import Circuit
 from wherry_router.response_cache.memory import OVERHEAD
 from wherry_router.response_cache.seal import Seal
-from wherry_router.response_cache.shared import TIMEOUT_S, RedisStore
+from wherry_router.response_cache.shared import LARGEST, TIMEOUT_S, RedisStore
 
 SECRET = "worker-token-0123456789"
 SEALED = 32  # bytes that a seal adds
@@ -88,6 +88,15 @@ async def test_what_takes_more_than_all_is_not_kept(kept: Kept) -> None:
     await kept.put("a1")
     await kept.put("b1", size=5 * ENTRY)
     assert not await kept.has("b1")
+
+
+async def test_what_takes_too_long_to_send_is_not_kept(server: Server) -> None:
+    kept = Kept(server, room=10 * LARGEST)
+    await kept.put("a1", size=LARGEST + 1)
+    assert not await kept.has("a1")
+    await kept.put("a1", size=LARGEST)
+    assert await kept.has("a1")
+    await kept.close()
 
 
 async def test_answers_end_with_their_time_and_leave_nothing(server: Server) -> None:

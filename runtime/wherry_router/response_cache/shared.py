@@ -22,6 +22,8 @@ TIMEOUT_S = 0.25
 CONNECTIONS = 16
 # Answers on their way to Redis at a time; over it they are not kept.
 _MOST_PENDING = 64
+# A larger answer is not kept: it might take longer than `TIMEOUT_S`, and then Redis would count as lost.
+LARGEST = 1 << 20
 # Answers that may go for a new one: a script holds up all of Redis.
 _MOST_EVICTED = 500
 NEWS_S = 0.5
@@ -86,8 +88,9 @@ class RedisStore:
         return None if sealed is None else self._seal.open(key, sealed)
 
     def put(self, tenant: str, key: bytes, value: bytes) -> None:
-        """See `Store.put`. Redis is told after this returns."""
-        self._soon(lambda: self._keep(tenant, key, value))
+        """See `Store.put`. Redis is told after this returns; not of more than `LARGEST` bytes."""
+        if len(value) <= LARGEST:
+            self._soon(lambda: self._keep(tenant, key, value))
 
     async def _keep(self, tenant: str, key: bytes, value: bytes) -> None:
         of, name, sealed = self._seal.name(tenant.encode()), self._seal.name(key), self._seal.close(key, value)
