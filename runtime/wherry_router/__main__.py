@@ -17,7 +17,6 @@ from wherry_protocol.http.logs import set_up
 from wherry_protocol.http.server import AddressError, bind, covers_loopback, serve, stop_on_signals, url_of
 from wherry_protocol.http.tls import TlsError
 from wherry_protocol.naming import ENV_WORKER_TOKEN, ROUTER_PORT
-from wherry_router import response_cache
 from wherry_router.admission import flags as admission_flags
 from wherry_router.admission.entry import Admission
 from wherry_router.admission.settings import QueueSettings
@@ -33,6 +32,7 @@ from wherry_router.policies import POLICIES
 from wherry_router.policies import add_arguments as add_policy_arguments
 from wherry_router.pool import Pool
 from wherry_router.replicas import Replicas
+from wherry_router.response_cache import flags as caching
 from wherry_router.settings import Limits
 from wherry_router.upstream import Upstream
 
@@ -112,7 +112,7 @@ def argument_parser() -> argparse.ArgumentParser:
         parser.add_argument(flag, type=kind, default=default, help=f"{text} (default: {default})")
     identity.add_arguments(parser)
     admission_flags.add_arguments(parser)
-    response_cache.add_arguments(parser)
+    caching.add_arguments(parser)
     limiting.add_arguments(parser)
     add_tls_arguments(parser)
     return parser
@@ -150,9 +150,7 @@ def _spare_the_collector() -> None:
 async def _run(
     args: argparse.Namespace, queue: QueueSettings, sockets: list[socket.socket], tls: TlsFiles | None
 ) -> int:
-    limits = Limits(
-        **{name: getattr(args, name) for name in Limits.__struct_fields__ if hasattr(args, name)},
-    )
+    limits = Limits(**{name: getattr(args, name) for name in Limits.__struct_fields__ if hasattr(args, name)})
     registry = _registry()
     metrics = RouterMetrics(registry)
     stop = asyncio.Event()
@@ -174,7 +172,7 @@ async def _run(
         stack.push_async_callback(backend.close)
         gate = identity.make_gate(args, OPEN_PATHS)
         metrics.watch_stale(gate.stale)
-        cache = response_cache.make(args, metrics)
+        cache, keepers = caching.make(args, metrics.cache, stack)
         limiter = limiting.make_limiter(args, registry)
         stack.push_async_callback(limiter.close)
         app = RouterApp(
@@ -197,6 +195,7 @@ async def _run(
             metrics.tls_not_after.set_function(lambda: tls.not_after)
             work.append(("following the certificate", tls.watched.run()))
         work += [("counting limits", follower) for follower in limiter.followers()]
+        work += [("keeping answers", follower) for follower in keepers]
         tasks = [asyncio.create_task(job, name=name) for name, job in work]
         for task in tasks:
             task.add_done_callback(ended)
@@ -221,6 +220,7 @@ def main(argv: list[str] | None = None) -> None:
     except ValueError as error:
         parser.error(str(error))
     limiting.check(parser)
+    caching.check(parser, args)
     check_tls(parser, args)
     set_up()
     try:

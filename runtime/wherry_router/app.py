@@ -34,7 +34,7 @@ from wherry_router.identity.gate import Gate
 from wherry_router.identity.salt import Salts
 from wherry_router.limits.limiter import Limiter
 from wherry_router.metrics import RouterMetrics
-from wherry_router.response_cache import ResponseCache
+from wherry_router.response_cache.cache import ResponseCache
 from wherry_router.settings import Limits
 from wherry_router.surface import HOT_ROUTES, make_surface
 

@@ -20,7 +20,7 @@ from wherry_router.identity.salt import Salts
 from wherry_router.limits.limiter import Charge, Limiter
 from wherry_router.merge import Merged, merge
 from wherry_router.metrics import RouterMetrics
-from wherry_router.response_cache import HEADER, NOTHING, ResponseCache, replay
+from wherry_router.response_cache.cache import HEADER, NOTHING, ResponseCache, replay
 from wherry_router.settings import Limits
 
 log = logging.getLogger("wherry.router")
@@ -150,10 +150,11 @@ class Completions:
         for one in answer.requests:
             one.priority = answer.place.priority
         if self._cache is not None:
-            answer.lookup = await self._cache.look(answer.requests, header(scope, b"cache-control"))
+            control, wish = header(scope, b"cache-control"), header(scope, HEADER)
+            answer.lookup = await self._cache.look(answer.requests, control, wish)
             if result := answer.lookup.result:
-                self._metrics.response_cache.labels(result).inc()
-                answer.headers = [*answer.headers, (HEADER, result.encode())]
+                self._metrics.cache.requests.labels(result).inc()
+                answer.headers = [*answer.headers, *answer.lookup.headers()]
 
     def _generate(self, answer: Answer, *, whole: bool) -> Merged:
         cache, lookup = self._cache, answer.lookup
@@ -163,7 +164,7 @@ class Completions:
         generations = [self._backend.generate(r, answer.correlation, delivery) for r in answer.requests]
         if cache is not None and lookup.keeps:
             pairs = zip(answer.requests, generations, strict=True)
-            generations = [cache.recorded(request, events) for request, events in pairs]
+            generations = [cache.recorded(request, events, lookup) for request, events in pairs]
         return merge(generations)
 
     async def _whole(self, answer: Answer, send: Send) -> None:

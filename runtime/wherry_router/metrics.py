@@ -9,6 +9,7 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, disa
 
 from wherry_protocol.naming import INTER_TOKEN_BUCKETS, TTFT_BUCKETS
 from wherry_router.admission.metrics import AdmissionMetrics
+from wherry_router.response_cache.metrics import CacheMetrics
 
 if TYPE_CHECKING:
     from wherry_router.pool import Pool
@@ -92,15 +93,7 @@ class RouterMetrics:
             registry=registry,
         )
         self.admission = AdmissionMetrics(registry)
-        self.response_cache = Counter(
-            "wherry_router_response_cache_requests",
-            "Requests whose answer could be kept, by whether it was there (hit) or had to be computed (miss).",
-            ["result"],
-            registry=registry,
-        )
-        self.response_cache_bytes = Gauge(
-            "wherry_router_response_cache_bytes", "Memory that kept answers take.", registry=registry
-        )
+        self.cache = CacheMetrics(registry)
         self._children: dict[tuple[str, int], Counter] = {}
         self._timed: dict[str, Histogram] = {}
         self.tls_not_after = Gauge(

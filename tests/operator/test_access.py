@@ -1,6 +1,7 @@
 """Keys, limits and TLS of a router: from the spec to its pod, and what is said where a Secret is missing."""
 
 import asyncio
+import re
 import ssl
 from dataclasses import replace
 from pathlib import Path
@@ -17,6 +18,7 @@ from wherry_operator.cluster import snapshot
 from wherry_operator.cluster.asking import ask
 from wherry_operator.desired.access import NeededSecret
 from wherry_operator.desired.common import RenderSettings
+from wherry_operator.desired.response_cache import cache_secrets
 from wherry_operator.desired.router import router_args, router_template
 from wherry_operator.planning.pods import PodView
 from wherry_operator.planning.status import make_status
@@ -47,6 +49,40 @@ CASES: dict[str, tuple[dict[str, Any], list[str]]] = {
             "--limit-routers=1",
         ],
     ),
+    "answers in Redis": (
+        {"responseCache": {"size": "64Mi", "redis": {"url": "redis://r"}}},
+        [
+            "--response-cache-bytes=67108864",
+            "--response-cache-ttl-s=600",
+            "--response-cache-version=",
+            "--response-cache-namespace=default/chat",
+        ],
+    ),
+    "answers by meaning": (
+        {
+            "responseCache": {
+                "semantic": {
+                    "url": "https://e/v1/embeddings",
+                    "model": "m",
+                    "similarityThreshold": 0.875,
+                    "timeout": "50ms",
+                    "maxQuestions": 7,
+                    "maxChars": 300,
+                }
+            }
+        },
+        [
+            "--response-cache-bytes=268435456",
+            "--response-cache-ttl-s=600",
+            "--response-cache-version=",
+            "--embedding-url=https://e/v1/embeddings",
+            "--embedding-model=m",
+            "--embedding-timeout-s=0.05",
+            "--similarity-threshold=0.875",
+            "--similarity-questions=7",
+            "--similarity-max-chars=300",
+        ],
+    ),
     "TLS": ({"tls": {"secretName": "t"}}, ["--tls-cert=/etc/wherry/tls/tls.crt", "--tls-key=/etc/wherry/tls/tls.key"]),
 }
 
@@ -58,7 +94,8 @@ def test_what_the_spec_says_reaches_the_router(router: dict[str, Any], flags: li
     plain = owner()
     assert plain.spec is not None
     args = router_args(who, who.spec)
-    assert [arg for arg in args if arg not in router_args(plain, plain.spec)] == flags
+    added = [arg for arg in args if arg not in router_args(plain, plain.spec)]
+    assert [re.sub(r"(cache-version=)\w{16}$", r"\1", arg) for arg in added] == flags
     argument_parser().parse_args(args)
 
 
@@ -91,6 +128,22 @@ def test_redis_url_is_no_flag() -> None:
         [container] = pod_spec({"limits": {"redis": redis}})["containers"]
         assert container["env"][-1] == expected
         assert "redis://" not in str(container["args"])
+
+
+def test_secrets_of_the_response_cache_are_no_flags() -> None:
+    semantic = {"url": "http://e/v1/embeddings", "secretName": "e"}
+    found = pod_spec({"responseCache": {"redis": {"secretName": "r"}, "semantic": semantic}})
+    [container] = found["containers"]
+    assert container["env"][-2:] == [
+        {"name": "WHERRY_RESPONSE_CACHE_REDIS_URL", "valueFrom": {"secretKeyRef": {"name": "r", "key": "url"}}},
+        {"name": "WHERRY_EMBEDDING_KEY", "valueFrom": {"secretKeyRef": {"name": "e", "key": "key"}}},
+    ]
+    who = owner(spec={"router": {"responseCache": {"redis": {"secretName": "r"}, "semantic": semantic}}})
+    assert who.spec is not None
+    assert cache_secrets(who.spec) == [
+        NeededSecret("spec.router.responseCache.redis", "r", ("url",)),
+        NeededSecret("spec.router.responseCache.semantic", "e", ("key",)),
+    ]
 
 
 LACKING = {

@@ -71,6 +71,23 @@ REFUSED = [
     Refused("a class in capitals", {"router": {"priorityClasses": [{"name": "A", "default": True}]}}, "should match"),
     Refused("a cache that holds nothing", {"router": {"responseCache": {"size": "1000"}}}, "at least 1Mi"),
     Refused("answers kept for a year", {"router": {"responseCache": {"ttl": "8760h"}}}, "ttl must be from"),
+    Refused("a cache in no Redis", {"router": {"responseCache": {"redis": {}}}}, "needs either url or secretName"),
+    Refused(
+        "a key in the open",
+        {"router": {"responseCache": {"semantic": {"url": "https://key@e/v1/embeddings"}}}},
+        "responseCache.semantic.url",
+    ),
+    Refused("meaning from nowhere", {"router": {"responseCache": {"semantic": {}}}}, "semantic.url: Required"),
+    Refused(
+        "everything means the same",
+        {"router": {"responseCache": {"semantic": {"url": "http://e", "similarityThreshold": 0.1}}}},
+        "greater than or equal to 0.5",
+    ),
+    Refused(
+        "a slow embedding",
+        {"router": {"responseCache": {"semantic": {"url": "http://e", "timeout": "1m"}}}},
+        "timeout must be from 10ms to 5s",
+    ),
     Refused("a queue for hours", {"router": {"queue": {"startTimeout": "2h"}}}, "at most 1h"),
     Refused("ranks that do not fill pods", {"parallelism": {"tensor": 4, "ranksPerPod": 3}}, "must divide"),
     Refused("more ranks in a pod than there are", {"parallelism": {"ranksPerPod": 2}}, "must divide"),

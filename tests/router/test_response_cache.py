@@ -22,7 +22,9 @@ from wherry_protocol.worker import (
     Token,
     TokenLogprob,
 )
-from wherry_router.response_cache import Memory, ResponseCache, key_of, replay
+from wherry_router.response_cache.cache import ResponseCache, key_of, replay
+from wherry_router.response_cache.fair import Fair
+from wherry_router.response_cache.memory import OVERHEAD, Memory
 
 DAY = 86_400
 START = Started(id="r", prompt_tokens=3, cached_tokens=0, seed=7)
@@ -178,27 +180,68 @@ async def test_entries_end_with_their_time() -> None:
     assert await found(kept, request())
     clock.now += 0.1
     assert await found(kept, request()) is None
-    assert memory.bytes == 0
+    assert memory.used == 0
 
 
 async def test_the_least_recently_used_goes_first_and_the_bound_holds() -> None:
     clock = Clock()
-    memory = Memory(3 * 350, 60, clock)
+    room = 3 * (OVERHEAD + 100)
+    memory = Memory(room, 60, clock)
     for name in (b"a", b"b", b"c"):
-        await memory.put(name, b"x" * 100)
-    assert await memory.get(b"a")
-    await memory.put(b"d", b"x" * 100)
-    assert [bool(await memory.get(name)) for name in (b"a", b"b", b"c", b"d")] == [True, False, True, True]
-    await memory.put(b"d", b"x" * 90)
-    assert memory.bytes == 3 * 350 - 10
-    await memory.put(b"e", b"x" * 2000)
-    assert await memory.get(b"e") is None
+        memory.put("t", name, b"x" * 100)
+    assert await memory.get("t", b"a")
+    memory.put("t", b"d", b"x" * 100)
+    assert [bool(await memory.get("t", name)) for name in (b"a", b"b", b"c", b"d")] == [True, False, True, True]
+    memory.put("t", b"d", b"x" * 90)
+    assert memory.used == room - 10
+    memory.put("t", b"e", b"x" * 2000)
+    assert await memory.get("t", b"e") is None
     assert len(memory) == 3
+
+
+@pytest.mark.parametrize(
+    "puts, left",
+    [
+        ("a1 a2 a3 a4 a5", "a2 a3 a4 a5"),
+        ("a1 b1 b2 b3 b4", "a1 b2 b3 b4"),
+        ("a1 a2 b1 b2 b3 a3", "a2 a3 b2 b3"),
+        ("a1 a2 a3 a4 b1 b2 b3", "a3 a4 b2 b3"),
+        ("a1 a2 a3 a4 b1 c1 d1", "a4 b1 c1 d1"),
+        ("a1 a2 a3 a4 a1 a5", "a3 a4 a1 a5"),
+    ],
+)
+def test_who_takes_the_most_gives_way(puts: str, left: str) -> None:
+    fair: Fair[str] = Fair(4)
+    kept: set[str] = set()
+    for name in puts.split():
+        gone = fair.put(name[0], name[1:], 1)
+        assert gone is not None
+        kept = kept - {of + key for of, key in gone} | {name}
+        assert fair.used == len(kept)
+    assert kept == set(left.split())
+
+
+def test_many_tenants_come_and_go_and_the_room_is_never_exceeded() -> None:
+    fair: Fair[int] = Fair(50)
+    there: dict[tuple[str, int], int] = {}
+    for step in range(5000):
+        tenant, key, size = f"t{step * 7 % 90}", step * 13 % 11, 1 + step % 5
+        there.pop((tenant, key), None)
+        if step % 3 == 0:
+            fair.drop(tenant, key)
+            continue
+        gone = fair.put(tenant, key, size)
+        assert gone is not None
+        for entry in gone:
+            del there[entry]
+        there[tenant, key] = size
+        assert fair.used == sum(there.values()) <= 50
+    assert len(fair._most) < 300
 
 
 async def test_what_cannot_be_read_is_not_there() -> None:
     kept, memory = cache()
-    await memory.put(key_of(request()), b"\xc1 of another version")
+    memory.put("", key_of(request()), b"\xc1 of another version")
     assert await found(kept, request()) is None
 
 

@@ -7,7 +7,7 @@ from pydantic import Field
 from wherry_operator.api import rules
 from wherry_operator.api.kube import CamelModel
 
-_NAME = r"^[a-z0-9]([-a-z0-9.]*[a-z0-9])?$"
+NAME = r"^[a-z0-9]([-a-z0-9.]*[a-z0-9])?$"
 
 
 class Oidc(CamelModel):
@@ -29,7 +29,7 @@ class RouterAuth(CamelModel):
         None,
         description="A Secret of this namespace with API keys, one in each entry; `wherry keys new` makes them. "
         "Changes are followed without a restart.",
-        pattern=_NAME,
+        pattern=NAME,
         max_length=253,
     )
     oidc: Oidc | None = Field(None, description="An issuer whose tokens are taken.")
@@ -45,8 +45,8 @@ class LimitSet(CamelModel):
     concurrent: int | None = Field(None, description="Requests at a time.", ge=1, le=1_000_000)
 
 
-class Redis(CamelModel):
-    """A Redis or Valkey in which all routers count together."""
+class RedisAt(CamelModel):
+    """A Redis or Valkey."""
 
     url: str | None = Field(
         None,
@@ -57,9 +57,14 @@ class Redis(CamelModel):
     secret_name: str | None = Field(
         None,
         description="A Secret of this namespace whose entry `url` is the URL, where that holds a password.",
-        pattern=_NAME,
+        pattern=NAME,
         max_length=253,
     )
+
+
+class Redis(RedisAt):
+    """A Redis or Valkey in which all routers count together."""
+
     fallback: Literal["local", "open", "closed"] = Field(
         "local",
         description="What holds while it is lost: each router its part of the limits, no limits, or no requests (503).",
@@ -85,6 +90,6 @@ class RouterTls(CamelModel):
     secret_name: str = Field(
         description="A Secret of this namespace of type kubernetes.io/tls: certificate chain in `tls.crt`, key in "
         "`tls.key`. A new certificate is used without a restart.",
-        pattern=_NAME,
+        pattern=NAME,
         max_length=253,
     )

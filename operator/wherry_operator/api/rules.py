@@ -119,6 +119,15 @@ PRIORITY_CLASSES = rules(
 CACHE_SIZE = rules(
     rule("quantity(string(self)).compareTo(quantity('1Mi')) >= 0", "responseCache.size must be at least 1Mi")
 )
+CACHE_REDIS = rules(
+    rule("has(self.url) != has(self.secretName)", "responseCache.redis needs either url or secretName"),
+)
+EMBEDDING_TIMEOUT = rules(
+    rule(
+        "duration(self) >= duration('10ms') && duration(self) <= duration('5s')",
+        "responseCache.semantic.timeout must be from 10ms to 5s: a request waits for it",
+    ),
+)
 CACHE_TTL = rules(
     rule("duration(self) >= duration('1s') && duration(self) <= duration('168h')", "ttl must be from 1s to 168h")
 )

@@ -18,6 +18,7 @@ from wherry_operator.api.kube import (
     Toleration,
     TopologySpreadConstraint,
 )
+from wherry_operator.api.response_cache import ResponseCache
 
 GROUP = "inference.wherry.dev"
 VERSION = "v1alpha1"
@@ -205,17 +206,6 @@ class RouterQueue(CamelModel):
         description="How long requests wait while no replica is ready, like during a start.",
         json_schema_extra=rules.QUEUE_TIMEOUT,
     )
-
-
-class ResponseCache(CamelModel):
-    """Answers that are the same each time (temperature 0, or a seed) are kept, and told again from memory."""
-
-    size: Quantity = Field(
-        "256Mi",
-        description="Memory for them in each router, on top of what it needs itself; 1Mi at least.",
-        json_schema_extra=rules.CACHE_SIZE,
-    )
-    ttl: Duration = Field("10m", description="How long an answer is kept.", json_schema_extra=rules.CACHE_TTL)
 
 
 RouterPolicy = Literal[

@@ -10,6 +10,7 @@ from wherry_operator.cluster.client import Api
 from wherry_operator.desired.access import NeededSecret, needed_secrets
 from wherry_operator.desired.common import router_name, token_secret_name
 from wherry_operator.desired.disruption import router_budget_name, runtime_budget_name
+from wherry_operator.desired.response_cache import cache_secrets
 from wherry_operator.planning.objects import owned
 from wherry_operator.planning.pods import PodView
 from wherry_operator.planning.revisions import KIND as REVISION
@@ -43,7 +44,7 @@ async def read(api: Api, raw: dict[str, Any]) -> Observed:
     objects |= {(REVISION, raw["metadata"]["name"]): {"kind": REVISION} | raw for raw in revisions}
     runtime = [p for p in pods if _component(p) == naming.COMPONENT_RUNTIME and owned(p, owner)]
     router = [p for p in pods if _component(p) == naming.COMPONENT_ROUTER]
-    needed = needed_secrets(owner.spec) if owner.spec else []
+    needed = [*needed_secrets(owner.spec), *cache_secrets(owner.spec)] if owner.spec else []
     secrets = await asyncio.gather(*(api.get("Secret", owner.namespace, secret.name) for secret in needed))
     lacks = [_lack(secret, found) for secret, found in zip(needed, secrets, strict=True)]
     return Observed(

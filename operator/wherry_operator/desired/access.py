@@ -6,7 +6,7 @@ not serve, the kubelet starts it as soon as the Secret is there, and until then 
 
 from typing import Any, NamedTuple
 
-from wherry_operator.api.access import LimitSet
+from wherry_operator.api.access import LimitSet, RedisAt
 from wherry_operator.api.resource import LLMDeployment
 from wherry_operator.api.v1alpha1 import LLMDeploymentSpec
 from wherry_protocol import naming
@@ -76,13 +76,21 @@ def _text(limits: LimitSet | None) -> str:
 
 def access_environment(spec: LLMDeploymentSpec) -> list[dict[str, Any]]:
     """Redis' URL."""
-    redis = spec.router.limits.redis if spec.router.limits else None
+    return redis_environment(naming.ENV_REDIS_URL, spec.router.limits.redis if spec.router.limits else None)
+
+
+def redis_environment(variable: str, redis: RedisAt | None) -> list[dict[str, Any]]:
+    """The variable that holds the URL of `redis`, if there is one."""
     if redis is None:
         return []
     if redis.secret_name:
-        reference = {"name": redis.secret_name, "key": "url"}
-        return [{"name": naming.ENV_REDIS_URL, "valueFrom": {"secretKeyRef": reference}}]
-    return [{"name": naming.ENV_REDIS_URL, "value": redis.url}]
+        return [from_secret(variable, redis.secret_name, "url")]
+    return [{"name": variable, "value": redis.url}]
+
+
+def from_secret(variable: str, secret: str, entry: str) -> dict[str, Any]:
+    """A variable that holds an entry of a Secret."""
+    return {"name": variable, "valueFrom": {"secretKeyRef": {"name": secret, "key": entry}}}
 
 
 def access_volumes(spec: LLMDeploymentSpec) -> list[tuple[dict[str, Any], dict[str, Any]]]:

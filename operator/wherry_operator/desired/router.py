@@ -1,6 +1,5 @@
 """The router's objects: Deployment, Service, and the ServiceAccount that may watch pods and nothing else. Pure."""
 
-import hashlib
 from typing import Any
 
 from wherry_operator.api.kube import parse_duration
@@ -21,10 +20,9 @@ from wherry_operator.desired.common import (
     stamped,
     template_annotations,
 )
-from wherry_operator.desired.runtime import drain_seconds, engine_config, lost_node_tolerations
+from wherry_operator.desired.response_cache import cache_args, cache_environment
+from wherry_operator.desired.runtime import drain_seconds, lost_node_tolerations
 from wherry_protocol import naming
-from wherry_protocol.engine_config import to_args
-from wherry_protocol.quantity import parse_quantity
 
 CONTAINER = "router"
 MIN_READY_S = 5
@@ -46,7 +44,7 @@ def router_args(owner: LLMDeployment, spec: LLMDeploymentSpec) -> list[str]:
         *([] if spec.failover.resume else ["--no-resume"]),
         *policy_args(spec),
         *admission_args(spec.router),
-        *cache_args(spec),
+        *cache_args(owner, spec),
         *access_args(owner, spec),
     ]
 
@@ -60,19 +58,6 @@ def admission_args(router: Router) -> list[str]:
         f"--queue-max-tokens={queue.max_tokens}",
         f"--queue-timeout-s={parse_duration(queue.timeout):g}",
         f"--no-replica-wait-s={parse_duration(queue.start_timeout):g}",
-    ]
-
-
-def cache_args(spec: LLMDeploymentSpec) -> list[str]:
-    """The response cache. Its version changes with whatever may change an answer."""
-    cache = spec.router.response_cache
-    if cache is None:
-        return []
-    settings = " ".join(to_args(engine_config(spec)))
-    return [
-        f"--response-cache-bytes={int(parse_quantity(cache.size))}",
-        f"--response-cache-ttl-s={parse_duration(cache.ttl):g}",
-        f"--response-cache-version={hashlib.sha256(settings.encode()).hexdigest()[:16]}",
     ]
 
 
@@ -163,7 +148,7 @@ def _pod_spec(owner: LLMDeployment, spec: LLMDeploymentSpec, settings: RenderSet
         "image": spec.router.image or settings.router_image,
         "command": ["wherry-router"],
         "args": router_args(owner, spec),
-        "env": [*environment(owner), *access_environment(spec)],
+        "env": [*environment(owner), *access_environment(spec), *cache_environment(spec)],
         "ports": [{"name": "http", "containerPort": naming.ROUTER_PORT, "protocol": "TCP"}],
         "startupProbe": probe("/healthz", period=1, failures=60, tls=tls),
         "livenessProbe": probe("/healthz", period=5, failures=6, tls=tls),

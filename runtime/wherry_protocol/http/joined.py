@@ -2,7 +2,6 @@
 
 import asyncio
 
-
 _MOST = 2**14
 
 
