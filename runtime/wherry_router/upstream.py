@@ -14,6 +14,7 @@ from wherry_router.load_feed import NoFeedError
 from wherry_router.pool import Replica
 from wherry_router.settings import Limits
 from wherry_router.watchdog import Health, Watchdog, begins_within
+from wherry_router.worker_tls import PLAIN, Secure, WorkerTls
 
 _decode_error = msgspec.json.Decoder(ErrorEvent).decode
 _decode_load = msgspec.json.Decoder(LoadReport).decode
@@ -27,8 +28,9 @@ _SILENCE_S = 1.5  # of a load stream, which says every 0.3 s that it is there
 class Upstream:
     """Speaks the worker API over pooled connections."""
 
-    def __init__(self, token: str | None, limits: Limits) -> None:
+    def __init__(self, token: str | None, limits: Limits, tls: WorkerTls | None = None) -> None:
         self._limits = limits
+        self._tls = tls
         self._health = Health(self._well, limits.probe_timeout_s)
         self._headers = {"content-type": _JSON} | ({"authorization": f"Bearer {token}"} if token else {})
         timeout = aiohttp.ClientTimeout(total=None, connect=None, sock_connect=limits.connect_timeout_s)
@@ -47,6 +49,14 @@ class Upstream:
         self._health.close()
         await self._session.close()
 
+    def _secure(self) -> Secure:
+        """How each connection is made; asked every time, as certificates change."""
+        return PLAIN if self._tls is None else self._tls.secure()
+
+    def _refused(self, url: str, error: Exception) -> None:
+        if self._tls is not None:
+            self._tls.note(url, error)
+
     async def _well(self, url: str) -> bool:
         return await self.ask(url, "/health", _LONGEST_PROBE_S)
 
@@ -54,16 +64,19 @@ class Upstream:
         """Whether a GET of `path` answers 200 in time."""
         timeout = aiohttp.ClientTimeout(total=timeout_s)
         try:
-            async with self._session.get(url + path, timeout=timeout) as response:
+            async with self._session.get(url + path, timeout=timeout, **self._secure()) as response:
                 return response.status == 200
-        except (aiohttp.ClientError, OSError, TimeoutError):
+        except (aiohttp.ClientError, OSError, TimeoutError) as error:
+            self._refused(url, error)
             return False
 
     async def load(self, url: str) -> LoadReport | None:
         """The worker's load; None: it does not tell."""
         timeout = aiohttp.ClientTimeout(total=_PROBE_S)
         try:
-            async with self._session.get(url + "/load", headers=self._headers, timeout=timeout) as response:
+            async with self._session.get(
+                url + "/load", headers=self._headers, timeout=timeout, **self._secure()
+            ) as response:
                 return _decode_load(await response.read()) if response.status == 200 else None
         except (aiohttp.ClientError, OSError, TimeoutError, msgspec.DecodeError):
             return None
@@ -76,7 +89,9 @@ class Upstream:
             aiohttp.ClientError, OSError, TimeoutError, msgspec.DecodeError: it told, and the stream broke.
         """
         timeout = aiohttp.ClientTimeout(total=None, sock_connect=self._limits.connect_timeout_s, sock_read=_SILENCE_S)
-        async with self._session.get(url + "/load/watch", headers=self._headers, timeout=timeout) as response:
+        async with self._session.get(
+            url + "/load/watch", headers=self._headers, timeout=timeout, **self._secure()
+        ) as response:
             if response.status != 200:
                 raise NoFeedError(f"/load/watch: {response.status}")
             async for frame in frames(response.content.iter_any()):
@@ -124,7 +139,7 @@ class Upstream:
         try:
             # A timeout must not span a yield, so this one ends with the response's headers.
             async with limit:
-                response = await self._session.post(replica.execute_url, data=body, headers=headers)
+                response = await self._session.post(replica.execute_url, data=body, headers=headers, **self._secure())
             watchdog.begun(promises=HEADER_HEARTBEAT in response.headers)
             watchdog.abort = response.close
             async with response:
@@ -133,6 +148,7 @@ class Upstream:
                 async for event in _events(response, watchdog):
                     yield event
         except (aiohttp.ClientError, OSError, TimeoutError, msgspec.DecodeError) as error:
+            self._refused(url, error)
             fault = _fault(error, watchdog, self._limits.first_token_timeout_s)
             if isinstance(fault, WorkerFault):
                 fault.since = watchdog.heard
