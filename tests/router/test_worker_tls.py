@@ -1,5 +1,6 @@
 """Mutual TLS between a router and its workers: processes, sockets and certificates are real."""
 
+import signal
 import socket
 import ssl
 import subprocess
@@ -29,6 +30,7 @@ from tests.router.harness import (
     text_of,
     worker,
 )
+from tests.router.test_resume import Reader, expected, numbers
 from tests.router.volume import Volume
 
 from wherry_protocol.http.mutual_tls import ends_of
@@ -250,6 +252,42 @@ def settled(both: Both) -> None:
     eventually(lambda: serial(both.mock.url) == there.serial_number)
     name = "wherry_router_worker_tls_not_after_seconds"
     eventually(lambda: metric(both, name) == here.not_valid_after_utc.timestamp())
+
+
+@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGSTOP])
+def test_a_stream_goes_on_elsewhere(tmp_path: Path, how: int) -> None:
+    """A frozen worker answers no goodbye of TLS either, and must not be waited for."""
+    path = Volume(tmp_path / "tls", **OURS.secret()).path
+    with ExitStack() as stack:
+        own = ("--tls", str(path), "--tls-name", WORKERS)
+        mocks = [stack.enter_context(mock_worker(name, *own)) for name in "ab"]
+        args = ("--worker-tls", str(path), "--worker-tls-name", WORKERS)
+        front = stack.enter_context(router(*(mock.url for mock in mocks), args=args))
+        content = script(tokens=60, pause_s=0.03, named=False)
+        reader = Reader(front, chat(content, stream=True))
+        eventually(lambda: len(numbers(reader.text)) > 5)
+        context = client_of(OURS)
+        [victim] = [mock for mock in mocks if tell(mock.url, context)["running"]]
+        victim.process.signal(how)
+        reader.join(20)
+        assert reader.text == expected(content, 60)
+        assert reader.chunks[-1] == {}
+        assert reader.gap() < 2.0
+        reason = "lost" if how == signal.SIGKILL else "frozen"
+        metrics = httpx.get(front.url + "/metrics").text
+        assert f'wherry_router_streams_resumed_total{{reason="{reason}"}} 1.0' in metrics
+
+
+def test_a_client_that_leaves_frees_the_worker(both: Both) -> None:
+    context = client_of(OURS)
+    before = tell(both.mock.url, context)["cancelled"]
+    body = chat(script(tokens=5000, pause_s=0.02, text="x"), stream=True)
+    with httpx.stream("POST", both.router.url + "/v1/chat/completions", json=body, timeout=30) as response:
+        chunks = sse(response)
+        next(chunks)
+        assert tell(both.mock.url, context)["running"] == 1
+    eventually(lambda: tell(both.mock.url, context)["running"] == 0, 5)
+    assert tell(both.mock.url, context)["cancelled"] == before + 1
 
 
 @pytest.fixture(scope="module")
