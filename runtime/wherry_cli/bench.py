@@ -9,11 +9,12 @@ import typer
 from wherry_cli.bench_flags import Failure, ServeFlags
 from wherry_cli.engine_flags import with_engine_flags
 from wherry_cli.struct_flags import with_struct
+from wherry_protocol.engine_config import WORKER_ONLY
 
 app = typer.Typer(help="Measure engines and servers.", no_args_is_help=True, add_completion=False)
 
 # Settings of a server, which a measurement has none of, or which `bench` decides itself.
-NOT_FLAGS = ("model_name", "model_uri", "host", "port", "drain_timeout_s", "max_queued", "max_running")
+NOT_FLAGS = ("model_name", "model_uri", "host", "port", "drain_timeout_s", "max_queued", "max_running", *WORKER_ONLY)
 
 
 @app.callback()

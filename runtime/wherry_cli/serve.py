@@ -15,7 +15,7 @@ from rich.console import Console
 
 from wherry_cli.engine_backend import EngineBackend
 from wherry_cli.engine_flags import with_engine_flags
-from wherry_protocol.engine_config import Dtype, EngineConfig
+from wherry_protocol.engine_config import WORKER_ONLY, Dtype, EngineConfig
 from wherry_protocol.http.auth import is_loopback
 from wherry_protocol.http.logs import set_up
 from wherry_protocol.http.server import AddressError, bind, serve, stop_on_signals, url_of
@@ -109,7 +109,7 @@ def _run(config: EngineConfig) -> None:
         runner.run(_serve(config, sock))
 
 
-@with_engine_flags("model_uri")
+@with_engine_flags("model_uri", *WORKER_ONLY)
 def app(
     model: Annotated[str, typer.Argument(help="A model's directory, or sample://tiny.")],
     host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",

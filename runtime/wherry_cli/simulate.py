@@ -6,6 +6,7 @@ import json
 import os
 import sys
 from collections.abc import Awaitable, Callable
+from pathlib import Path
 from socket import socket
 from typing import Annotated, Literal
 
@@ -22,7 +23,9 @@ from wherry_cli.simulated_model import Costs, Shape
 from wherry_cli.struct_flags import with_struct
 from wherry_protocol.http.asgi import App
 from wherry_protocol.http.logs import set_up
+from wherry_protocol.http.mutual_tls import MutualTls
 from wherry_protocol.http.server import AddressError, bind, serve, stop_on_signals, url_of
+from wherry_protocol.http.tls import TlsError
 from wherry_router.app import OPEN_PATHS, RouterApp
 from wherry_router.identity.gate import Gate
 from wherry_router.metrics import RouterMetrics
@@ -85,6 +88,10 @@ class Simulated(msgspec.Struct, kw_only=True):
         _SHAPE.answer_tokens
     )
     drain_timeout_s: Annotated[float, Meta(description="seconds that answers get to finish after SIGTERM", ge=0)] = 5
+    worker_tls: Annotated[
+        str, Meta(description="directory with ca.crt, tls.crt and tls.key: mutual TLS, as real workers speak it")
+    ] = ""
+    worker_tls_name: Annotated[str, Meta(description="the DNS name in tls.crt; needed with --worker-tls")] = ""
 
     def shape(self) -> Shape:
         """The engine's limits.
@@ -129,7 +136,9 @@ def _openai(settings: Simulated, token: str | None, engine: SimulatedEngine) -> 
     return app, drain
 
 
-async def _replica(settings: Simulated, token: str | None, sock: socket, stop: asyncio.Event) -> None:
+async def _replica(
+    settings: Simulated, token: str | None, sock: socket, stop: asyncio.Event, tls: MutualTls | None
+) -> None:
     engine = SimulatedEngine(settings.model, settings.shape(), settings.costs(), settings.tokens_per_event)
     lifecycle = Lifecycle()
     await lifecycle.load(engine)
@@ -144,19 +153,40 @@ async def _replica(settings: Simulated, token: str | None, sock: socket, stop: a
 
     stopping = asyncio.create_task(stop_with_the_others())
     try:
-        await serve(app, [sock], lifecycle.stop, drain)
+        await serve(app, [sock], lifecycle.stop, drain, None if tls is None else tls.listener)
     finally:
         stopping.cancel()
         await engine.close()
 
 
-async def _run(settings: Simulated, token: str | None, sockets: list[socket]) -> None:
+async def _run(settings: Simulated, token: str | None, sockets: list[socket], tls: MutualTls | None) -> None:
     stop = asyncio.Event()
     stop_on_signals(stop)
+    following = None if tls is None else asyncio.create_task(tls.watched.run())
     for number, sock in enumerate(sockets):
-        sys.stdout.write(json.dumps({"replica": number, "url": url_of(sock)}) + "\n")
+        sys.stdout.write(json.dumps({"replica": number, "url": url_of(sock, _scheme(settings))}) + "\n")
     sys.stdout.flush()
-    await asyncio.gather(*(_replica(settings, token, sock, stop) for sock in sockets))
+    await asyncio.gather(*(_replica(settings, token, sock, stop, tls) for sock in sockets))
+    if following is not None:
+        following.cancel()
+
+
+def _scheme(settings: Simulated) -> str:
+    return "https" if settings.worker_tls else "http"
+
+
+def _tls(settings: Simulated) -> MutualTls | None:
+    """What the flags ask for.
+
+    Raises:
+        SettingsError: they do not go together.
+        TlsError: the files cannot be used.
+    """
+    if bool(settings.worker_tls) != bool(settings.worker_tls_name):
+        raise SettingsError("--worker-tls and --worker-tls-name go together")
+    if settings.worker_tls and settings.api != "worker":
+        raise SettingsError("--worker-tls is for --api worker")
+    return MutualTls(Path(settings.worker_tls), settings.worker_tls_name) if settings.worker_tls else None
 
 
 def _bind(host: str, port: int, replicas: int) -> list[socket]:
@@ -171,12 +201,14 @@ def _token(api: Api, host: str) -> str | None:
 
 
 def _greet(settings: Simulated, sockets: list[socket]) -> None:
-    urls = ",".join(url_of(sock) for sock in sockets)
+    urls = ",".join(url_of(sock, _scheme(settings)) for sock in sockets)
     what = "the worker API" if settings.api == "worker" else "the OpenAI API"
     _console.print(f"{len(sockets)} simulated replicas of [bold]{settings.model}[/] speak {what}. Ctrl-C stops them.")
     if settings.api == "worker":
         _console.print("A router in front of them:")
-        _console.print(f"  wherry-router --model {settings.model} --endpoints {urls}", soft_wrap=True, markup=False)
+        secure = f" --worker-tls {settings.worker_tls} --worker-tls-name {settings.worker_tls_name}"
+        command = f"  wherry-router --model {settings.model} --endpoints {urls}{secure if settings.worker_tls else ''}"
+        _console.print(command, soft_wrap=True, markup=False)
 
 
 @with_struct(Simulated)
@@ -189,13 +221,14 @@ def app(settings: Simulated) -> None:
     try:
         settings.shape()
         token = _token(settings.api, settings.host)
+        tls = _tls(settings)
         sockets = _bind(settings.host, settings.port, settings.replicas)
-    except (AddressError, SettingsError) as error:
+    except (AddressError, SettingsError, TlsError) as error:
         sys.stderr.write(f"wherry simulate: {error}\n")
         raise typer.Exit(1) from None
     _greet(settings, sockets)
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
-        runner.run(_run(settings, token, sockets))
+        runner.run(_run(settings, token, sockets, tls))
 
 
 if __name__ == "__main__":

@@ -24,6 +24,19 @@ class EngineConfig(msgspec.Struct, kw_only=True, frozen=True):
     model_uri: Annotated[str, msgspec.Meta(description="file:///dir, sample://tiny, or a plain path")]
     host: Annotated[str, msgspec.Meta(description="address to listen on")] = "127.0.0.1"
     port: Annotated[int, msgspec.Meta(description="port to listen on; 0 picks a free one")] = 8000
+    worker_tls: Annotated[
+        str,
+        msgspec.Meta(
+            description="directory with ca.crt, tls.crt and tls.key: listen with mutual TLS, for clients with a "
+            "certificate of ca.crt; followed as it changes"
+        ),
+    ] = ""
+    worker_tls_name: Annotated[
+        str, msgspec.Meta(description="the DNS name in tls.crt, which clients look for; needed with --worker-tls")
+    ] = ""
+    probe_port: Annotated[
+        int, msgspec.Meta(description="port with nothing but /health and /ready, without TLS; 0: none")
+    ] = 0
     dtype: Annotated[Dtype, msgspec.Meta(description="type of weights and activations")] = "auto"
     quantization: Annotated[
         Quantization, msgspec.Meta(description="round the matrices to int8 or int4 as they are loaded")
@@ -81,6 +94,10 @@ class EngineConfig(msgspec.Struct, kw_only=True, frozen=True):
 
 def _flag(name: str) -> str:
     return "--" + name.replace("_", "-")
+
+
+# What a process that is no worker has no use for.
+WORKER_ONLY = ("worker_tls", "worker_tls_name", "probe_port")
 
 
 def to_args(config: EngineConfig) -> list[str]:

@@ -24,8 +24,13 @@ COMPONENT_ROUTER = "router"
 # Above 1024 so that no part needs a privilege to listen, in a cluster or in local mode.
 WORKER_PORT = 8000
 GROUP_PORT = 8001  # on a group's leader: where its ranks meet
+PROBE_PORT = 8002  # of a worker with TLS: /health and /ready without it, for kubelets and the operator
 ROUTER_PORT = 8080
 SERVICE_PORT = 8000
+
+# What the port of the worker API is called on a pod; which of the two says how to speak to it.
+PORT_PLAIN = "http"
+PORT_TLS = "https"
 
 ENV_WORKER_TOKEN = "WHERRY_WORKER_TOKEN"  # noqa: S105 - the variable's name
 ENV_REDIS_URL = "WHERRY_REDIS_URL"  # may hold a password, so it is no flag

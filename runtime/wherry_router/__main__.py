@@ -9,6 +9,8 @@ import logging
 import os
 import socket
 import sys
+from collections.abc import Coroutine
+from typing import Any, NamedTuple
 
 import uvloop
 from prometheus_client import CollectorRegistry, ProcessCollector
@@ -17,6 +19,7 @@ from wherry_protocol.http.logs import set_up
 from wherry_protocol.http.server import AddressError, bind, covers_loopback, serve, stop_on_signals, url_of
 from wherry_protocol.http.tls import TlsError
 from wherry_protocol.naming import ENV_WORKER_TOKEN, ROUTER_PORT
+from wherry_router import worker_tls
 from wherry_router.admission import flags as admission_flags
 from wherry_router.admission.entry import Admission
 from wherry_router.admission.settings import QueueSettings
@@ -35,6 +38,7 @@ from wherry_router.replicas import Replicas
 from wherry_router.response_cache import flags as caching
 from wherry_router.settings import Limits
 from wherry_router.upstream import Upstream
+from wherry_router.worker_tls import WorkerTls
 
 log = logging.getLogger("wherry.router")
 
@@ -77,7 +81,11 @@ def argument_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="wherry-router", allow_abbrev=False, description=__doc__)
     where = parser.add_mutually_exclusive_group(required=True)
     where.add_argument("--deployment", help="watch the pods of this LLMDeployment")
-    where.add_argument("--endpoints", type=parse_endpoints, help="workers, as http://host:port,http://host:port")
+    where.add_argument(
+        "--endpoints",
+        type=parse_endpoints,
+        help="workers, as http://host:port,http://host:port; https with --worker-tls",
+    )
     parser.add_argument("--namespace", help="the LLMDeployment's namespace (default: $POD_NAMESPACE, else `default`)")
     parser.add_argument("--kubeconfig", help="default: $KUBECONFIG, else in-cluster, else ~/.kube/config")
     parser.add_argument("--model", required=True, help="the model name that clients ask for")
@@ -115,6 +123,7 @@ def argument_parser() -> argparse.ArgumentParser:
     caching.add_arguments(parser)
     limiting.add_arguments(parser)
     add_tls_arguments(parser)
+    worker_tls.add_arguments(parser)
     return parser
 
 
@@ -129,7 +138,29 @@ async def _discovery(
 
     api = await stack.enter_async_context(await api_client(args.kubeconfig))
     namespace = args.namespace or os.environ.get("POD_NAMESPACE") or "default"
-    await PodWatch(api, namespace, args.deployment, pool).run()
+    await PodWatch(api, namespace, args.deployment, pool, secure=bool(args.worker_tls)).run()
+
+
+class Certificates(NamedTuple):
+    """What the router shows its clients, and its workers."""
+
+    clients: TlsFiles | None
+    workers: WorkerTls | None
+
+
+def _following(certificates: Certificates, metrics: RouterMetrics) -> list[tuple[str, Coroutine[Any, Any, None]]]:
+    """The work of following certificates; their metrics are there from now on."""
+    tls, to_workers = certificates
+    work: list[tuple[str, Coroutine[Any, Any, None]]] = []
+    if tls is not None:
+        metrics.watch_stale(tls.stale)
+        metrics.tls_not_after.set_function(lambda: tls.not_after)
+        work.append(("following the certificate", tls.watched.run()))
+    if to_workers is not None:
+        metrics.watch_stale(to_workers.stale)
+        metrics.worker_tls_not_after.set_function(lambda: to_workers.files.not_after)
+        work.append(("following the certificate for workers", to_workers.files.watched.run()))
+    return work
 
 
 def _registry() -> CollectorRegistry:
@@ -148,8 +179,9 @@ def _spare_the_collector() -> None:
 
 
 async def _run(
-    args: argparse.Namespace, queue: QueueSettings, sockets: list[socket.socket], tls: TlsFiles | None
+    args: argparse.Namespace, queue: QueueSettings, sockets: list[socket.socket], certificates: Certificates
 ) -> int:
+    tls, to_workers = certificates
     limits = Limits(**{name: getattr(args, name) for name in Limits.__struct_fields__ if hasattr(args, name)})
     registry = _registry()
     metrics = RouterMetrics(registry)
@@ -166,7 +198,7 @@ async def _run(
             stop.set()
 
     async with contextlib.AsyncExitStack() as stack:
-        upstream = Upstream(os.environ.get(ENV_WORKER_TOKEN), limits)
+        upstream = Upstream(os.environ.get(ENV_WORKER_TOKEN), limits, to_workers)
         stack.push_async_callback(upstream.close)
         backend = Replicas(upstream, limits, metrics, POLICIES[args.policy]())
         stack.push_async_callback(backend.close)
@@ -190,12 +222,9 @@ async def _run(
         )
         work = [("discovery", _discovery(args, upstream, backend.pool, stack))]
         work += [("following the keys", follower) for follower in gate.followers()]
-        if tls is not None:
-            metrics.watch_stale(tls.stale)
-            metrics.tls_not_after.set_function(lambda: tls.not_after)
-            work.append(("following the certificate", tls.watched.run()))
         work += [("counting limits", follower) for follower in limiter.followers()]
         work += [("keeping answers", follower) for follower in keepers]
+        work += _following(certificates, metrics)
         tasks = [asyncio.create_task(job, name=name) for name, job in work]
         for task in tasks:
             task.add_done_callback(ended)
@@ -222,17 +251,18 @@ def main(argv: list[str] | None = None) -> None:
     limiting.check(parser)
     caching.check(parser, args)
     check_tls(parser, args)
+    worker_tls.check(parser, args)
     set_up()
     try:
         sockets = [bind(args.host, args.port)]
         if args.loopback and not covers_loopback(sockets[0]):
             sockets.append(bind("127.0.0.1", sockets[0].getsockname()[1]))
-        tls = make_tls(args)
+        certificates = Certificates(make_tls(args), worker_tls.make_worker_tls(args))
     except (AddressError, TlsError) as error:
         sys.stderr.write(f"wherry-router: {error}\n")
         sys.exit(2)
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
-        status = runner.run(_run(args, queue, sockets, tls))
+        status = runner.run(_run(args, queue, sockets, certificates))
     sys.exit(status)
 
 

@@ -5,12 +5,16 @@ need of HTTP is little, and parsing it is left to llhttp (httptools), as uvicorn
 """
 
 import asyncio
+import ssl
 import time
 from collections import deque
+from collections.abc import Callable
 from typing import Any
 from urllib.parse import urlsplit
 
 import httptools
+
+from wherry_router.worker_tls import Secure
 
 KEPT_S = 15.0  # shorter than servers keep idle connections (uvicorn here: 75 s)
 _HIGH_WATER = 2**17  # bytes that wait for a slow client before reading pauses
@@ -22,7 +26,7 @@ class Unreachable(OSError):
     """No connection was made."""
 
 
-class Broken(OSError):
+class Broken(ConnectionError):
     """The connection ended, or what came over it is not HTTP, before the answer was whole."""
 
 
@@ -35,6 +39,7 @@ class Connection(asyncio.Protocol):
         self.complete = True  # nothing of an answer is still to come
         self.reusable = True
         self.idle_since = 0.0
+        self.context: ssl.SSLContext | None = None  # what it was made with
         self._transport: Any = None
         self._parser = httptools.HttpResponseParser(self)
         self._head = False  # the answer's head is there
@@ -139,6 +144,11 @@ class Connection(asyncio.Protocol):
         self._fail(Broken(reason))
 
     @property
+    def answered(self) -> bool:
+        """Whether the answer's head has come."""
+        return self._head
+
+    @property
     def usable(self) -> bool:
         """Whether another request may be sent over it."""
         return self.complete and self.reusable and self._error is None
@@ -203,6 +213,11 @@ class Exchange:
         finally:
             self._connecting = None
 
+    @property
+    def answered(self) -> bool:
+        """Whether the answer's head came, or its maker no longer waits for it."""
+        return self._aborted or (self._connection is not None and self._connection.answered)
+
     def header(self, name: bytes) -> bytes | None:
         """A header of the answer, by its name in lower case."""
         return None if self._connection is None else self._connection.headers.get(name)
@@ -227,10 +242,12 @@ class Exchange:
 
 
 class Connections:
-    """Connections to workers by their origin, `http://host:port`."""
+    """Connections to workers by their origin, `http://host:port` or `https://host:port`."""
 
-    def __init__(self, connect_timeout_s: float) -> None:
+    def __init__(self, connect_timeout_s: float, secure: Callable[[], Secure]) -> None:
+        """`secure`: what a connection is made with, asked each time. Those made with another context are not used."""
         self._connect_timeout = connect_timeout_s
+        self._secure = secure
         self._kept: dict[str, deque[Connection]] = {}
         self._sweep: asyncio.TimerHandle | None = None
         self._closed = False
@@ -242,9 +259,11 @@ class Connections:
     def kept(self, origin: str) -> Connection | None:
         """One that has been used before, and is idle."""
         idle = self._kept.get(origin)
+        context = self._secure().get("ssl")
         while idle:
             connection = idle.pop()
-            if connection.usable and connection.idle_since > time.monotonic() - KEPT_S:
+            fresh = connection.idle_since > time.monotonic() - KEPT_S
+            if fresh and connection.usable and connection.context is context:
                 return connection
             connection.abort()
         return None
@@ -257,13 +276,17 @@ class Connections:
         """
         parts = urlsplit(origin)
         loop = asyncio.get_running_loop()
+        secure = self._secure()
+        context, name = secure.get("ssl"), secure.get("server_hostname")
+        host, port = parts.hostname or "", parts.port or 80
         try:
             async with asyncio.timeout(self._connect_timeout):
-                _, connection = await loop.create_connection(Connection, parts.hostname or "", parts.port or 80)
+                _, connection = await loop.create_connection(Connection, host, port, ssl=context, server_hostname=name)
         except TimeoutError:
             raise Unreachable(f"no connection within {self._connect_timeout:g} s") from None
         except (OSError, ValueError) as error:
-            raise Unreachable(str(error)) from None
+            raise Unreachable(str(error)) from error
+        connection.context = context
         return connection
 
     def give_back(self, origin: str, connection: Connection) -> None:

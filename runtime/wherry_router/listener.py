@@ -5,7 +5,7 @@ import ssl
 from pathlib import Path
 
 from wherry_protocol.http.tls import Exchangeable, TlsError, load_context
-from wherry_router.watched import Watched, read
+from wherry_protocol.watched import Watched, read
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -101,6 +101,11 @@ class RouterMetrics:
             "Unix time at which the listener's certificate ends; 0 without TLS.",
             registry=registry,
         )
+        self.worker_tls_not_after = Gauge(
+            "wherry_router_worker_tls_not_after_seconds",
+            "Unix time at which the certificate that workers see ends; 0 without mutual TLS.",
+            registry=registry,
+        )
 
     def _add_resilience(self, registry: CollectorRegistry) -> None:
         self._breakers = Gauge(

@@ -14,6 +14,7 @@ from wherry_router.load_feed import NoFeedError
 from wherry_router.pool import Replica
 from wherry_router.settings import Limits
 from wherry_router.watchdog import Health, Watchdog, begins_within
+from wherry_router.worker_tls import PLAIN, Secure, WorkerTls
 
 _decode_error = msgspec.json.Decoder(ErrorEvent).decode
 _decode_load = msgspec.json.Decoder(LoadReport).decode
@@ -27,10 +28,11 @@ _SILENCE_S = 1.5  # of a load stream, which says every 0.3 s that it is there
 class Upstream:
     """Speaks the worker API: requests over connections of its own, questions that no client waits for with aiohttp."""
 
-    def __init__(self, token: str | None, limits: Limits) -> None:
+    def __init__(self, token: str | None, limits: Limits, tls: WorkerTls | None = None) -> None:
         self._limits = limits
+        self._tls = tls
         self._health = Health(self._well, limits.probe_timeout_s)
-        self._connections = Connections(limits.connect_timeout_s)
+        self._connections = Connections(limits.connect_timeout_s, self._secure)
         self._headers = {"authorization": f"Bearer {token}"} if token else {}
         self._head = (
             "POST /execute HTTP/1.1\r\naccept: text/event-stream\r\ncontent-type: application/json\r\n"
@@ -53,6 +55,14 @@ class Upstream:
         self._connections.close()
         await self._session.close()
 
+    def _secure(self) -> Secure:
+        """How each connection is made; asked every time, as certificates change."""
+        return PLAIN if self._tls is None else self._tls.secure()
+
+    def _refused(self, url: str, error: Exception) -> None:
+        if self._tls is not None:
+            self._tls.note(url, error)
+
     async def _well(self, url: str) -> bool:
         return await self.ask(url, "/health", _LONGEST_PROBE_S)
 
@@ -60,16 +70,19 @@ class Upstream:
         """Whether a GET of `path` answers 200 in time."""
         timeout = aiohttp.ClientTimeout(total=timeout_s)
         try:
-            async with self._session.get(url + path, timeout=timeout) as response:
+            async with self._session.get(url + path, timeout=timeout, **self._secure()) as response:
                 return response.status == 200
-        except (aiohttp.ClientError, OSError, TimeoutError):
+        except (aiohttp.ClientError, OSError, TimeoutError) as error:
+            self._refused(url, error)
             return False
 
     async def load(self, url: str) -> LoadReport | None:
         """The worker's load; None: it does not tell."""
         timeout = aiohttp.ClientTimeout(total=_PROBE_S)
         try:
-            async with self._session.get(url + "/load", headers=self._headers, timeout=timeout) as response:
+            async with self._session.get(
+                url + "/load", headers=self._headers, timeout=timeout, **self._secure()
+            ) as response:
                 return _decode_load(await response.read()) if response.status == 200 else None
         except (aiohttp.ClientError, OSError, TimeoutError, msgspec.DecodeError):
             return None
@@ -82,7 +95,9 @@ class Upstream:
             aiohttp.ClientError, OSError, TimeoutError, msgspec.DecodeError: it told, and the stream broke.
         """
         timeout = aiohttp.ClientTimeout(total=None, sock_connect=self._limits.connect_timeout_s, sock_read=_SILENCE_S)
-        async with self._session.get(url + "/load/watch", headers=self._headers, timeout=timeout) as response:
+        async with self._session.get(
+            url + "/load/watch", headers=self._headers, timeout=timeout, **self._secure()
+        ) as response:
             if response.status != 200:
                 raise NoFeedError(f"/load/watch: {response.status}")
             frames = Frames()
@@ -142,6 +157,8 @@ class Upstream:
             if not ended:
                 raise Broken("the stream ended before the answer did")  # noqa: TRY301 - as if the connection had broken
         except (Unreachable, Broken, msgspec.DecodeError) as error:
+            if not exchange.answered:
+                self._refused(url, error)
             fault = _fault(error, watchdog, self._limits.first_token_timeout_s)
             if isinstance(fault, WorkerFault):
                 fault.since = watchdog.heard

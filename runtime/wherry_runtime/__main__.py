@@ -7,10 +7,11 @@ import uvloop
 
 from wherry_protocol.engine_config import EngineConfig, from_args
 from wherry_protocol.http.logs import set_up
-from wherry_protocol.http.server import AddressError, bind
+from wherry_protocol.http.server import AddressError
+from wherry_protocol.http.tls import TlsError
 from wherry_runtime.loading.errors import ModelError
 from wherry_runtime.server.lifecycle import tell_why
-from wherry_runtime.server.run import SettingsError, run, worker_token
+from wherry_runtime.server.run import SettingsError, listen, run, worker_token
 from wherry_runtime.server.surface import Engine
 
 
@@ -38,8 +39,8 @@ def main(argv: list[str] | None = None) -> None:
     set_up()
     try:
         token = worker_token(config.host)
-        sock = bind(config.host, config.port)
-    except (SettingsError, AddressError) as error:
+        where = listen(config)
+    except (SettingsError, AddressError, TlsError) as error:
         tell_why(f"{error}")
         sys.exit(2)
     try:
@@ -48,7 +49,7 @@ def main(argv: list[str] | None = None) -> None:
         tell_why(f"{error.code}: {error.message}")
         sys.exit(2)
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
-        status = runner.run(run(engine, config, sock, token))
+        status = runner.run(run(engine, config, where, token))
     sys.exit(status)
 
 

@@ -3,11 +3,14 @@
 import contextlib
 import json
 from collections.abc import Iterator
+from pathlib import Path
 
 import httpx
 import pytest
 from tests.router import harness
+from tests.router.certificates import WORKERS, Authority
 from tests.router.harness import MODEL, Process
+from tests.router.volume import Volume
 
 from wherry_cli.simulated_model import text_of, token_at
 
@@ -35,6 +38,30 @@ def simulated(*args: str, replicas: int = 1) -> Iterator[Process]:
 
     with harness.running(Process("wherry_cli.main", [*own, *args]), ready) as process:
         yield process
+
+
+def test_mutual_tls_with_a_router(tmp_path: Path) -> None:
+    path = Volume(tmp_path / "tls", **Authority().secret()).path
+    tls = ("--worker-tls", str(path), "--worker-tls-name", WORKERS)
+    own = ["simulate", "--port", "0", *FAST, *tls]
+    with (
+        harness.running(Process("wherry_cli.main", own), lambda process: "".join(_urls(process))) as worker,
+        harness.router(worker.url, args=tls) as front,
+    ):
+        assert worker.url.startswith("https://")
+        chunks = harness.stream(front.url, "Hello", seed=5, max_tokens=9, ignore_eos=True)
+        assert harness.text_of(chunks) == expected(5, 9)
+        assert f"--worker-tls {path} --worker-tls-name {WORKERS}" in worker.log()
+
+
+@pytest.mark.parametrize(
+    "args", [("--worker-tls", "/x"), ("--worker-tls", "/x", "--worker-tls-name", "x", "--api", "openai")]
+)
+def test_tls_flags_that_do_not_fit_together(args: tuple[str, ...]) -> None:
+    process = Process("wherry_cli.main", ["simulate", "--port", "0", *args])
+    assert process.wait(60) == 1
+    assert "--worker-tls" in process.log()
+    process.stop()
 
 
 def expected(seed: int, tokens: int) -> str:

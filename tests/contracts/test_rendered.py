@@ -16,7 +16,7 @@ from wherry_operator.api.v1alpha1 import Router, RouterPolicy
 from wherry_operator.desired.common import RenderSettings
 from wherry_operator.desired.objects import Desired, render
 from wherry_operator.desired.router import router_args
-from wherry_operator.desired.runtime import Origin, engine_config, pod
+from wherry_operator.desired.runtime import Origin, pod, worker_config
 from wherry_protocol.engine_config import from_args
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -62,7 +62,7 @@ def test_the_runtime_understands_its_arguments(path: Path) -> None:
     owner, desired = rendered(path)
     assert owner.spec is not None
     [container] = desired.template["spec"]["containers"]
-    assert from_args(container["args"]) == engine_config(owner.spec)
+    assert from_args(container["args"]) == worker_config(owner, owner.spec)
 
 
 @pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.stem)

@@ -103,6 +103,7 @@ REFUSED = [
     Refused("Redis twice", {"router": {"limits": {"redis": {"url": "redis://a", "secretName": "b"}}}}, "needs either"),
     Refused("password in the open", {"router": {"limits": {"redis": {"url": "redis://:x@a"}}}}, "limits.redis.url"),
     Refused("a limit of nothing", {"router": {"limits": {"total": {"concurrent": 0}}}}, "greater than or equal to 1"),
+    Refused("worker TLS without a Secret", {"workerTLS": {}}, "secretName: Required"),
     Refused("TLS without a Secret", {"router": {"tls": {}}}, "secretName: Required"),
     Refused("odd quantity", {"resources": {"limits": {"memory": "1 Gi"}}}, "spec.resources.limits.memory"),
     Refused(

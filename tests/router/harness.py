@@ -118,7 +118,7 @@ class Mock:
 @contextlib.contextmanager
 def mock_worker(name: str, *args: str) -> Iterator[Mock]:
     def read(process: Process) -> str:
-        return next((line for line in process.log().splitlines() if line.startswith("http://")), "")
+        return next((line for line in process.log().splitlines() if line.startswith(("http://", "https://"))), "")
 
     with running(Process("tests.router.mock_worker", ["--name", name, *args]), read) as process:
         yield Mock(process, name)
@@ -152,7 +152,7 @@ def worker(*args: str, env: dict[str, str] | None = None, uri: str = "") -> Iter
         "float32",
     ]
     with running(Process("wherry_runtime", [*base, *args], env)) as process:
-        eventually(lambda: httpx.get(process.url + "/ready", timeout=10).status_code == 200, 60)
+        eventually(lambda: any(line.get("state") == "ready" for line in process.messages("state")), 60)
         yield process
 
 

@@ -9,11 +9,14 @@ import asyncio
 import os
 import sys
 from contextlib import suppress
+from pathlib import Path
 
 import msgspec
 import uvloop
 
 from wherry_protocol.http.asgi import CancelOnDisconnect, Receive, Scope, Send, header, read_body, respond
+from wherry_protocol.http.logs import set_up
+from wherry_protocol.http.mutual_tls import MutualTls
 from wherry_protocol.http.server import bind, serve, stop_on_signals, url_of
 from wherry_protocol.prefix import pack_keys
 from wherry_protocol.sse import encode_event, encode_load
@@ -223,13 +226,20 @@ async def _run(args: argparse.Namespace) -> None:
     stop = asyncio.Event()
     stop_on_signals(stop)
     sock = bind(args.host, args.port)
-    sys.stdout.write(url_of(sock) + "\n")
+    if args.tls:
+        set_up(level=30)
+    tls = MutualTls(Path(args.tls), args.tls_name) if args.tls else None
+    following = asyncio.create_task(tls.watched.run()) if tls else None
+    sys.stdout.write(url_of(sock, "https" if tls else "http") + "\n")
     sys.stdout.flush()
 
     async def drain() -> None:
         pass
 
-    await serve(MockWorker(args.name, args.model, args.token, args.max_running), [sock], stop, drain)
+    app = MockWorker(args.name, args.model, args.token, args.max_running)
+    await serve(app, [sock], stop, drain, tls.listener if tls else None)
+    if following:
+        following.cancel()
 
 
 def main() -> None:
@@ -238,6 +248,8 @@ def main() -> None:
     parser.add_argument("--name", default="mock")
     parser.add_argument("--model", default="chat")
     parser.add_argument("--token")
+    parser.add_argument("--tls", help="directory with ca.crt, tls.crt and tls.key: listen with mutual TLS")
+    parser.add_argument("--tls-name", default="")
     parser.add_argument("--max-running", type=int, default=64)
     parser.add_argument("--host", default="127.0.0.1")
     parser.add_argument("--port", type=int, default=0)

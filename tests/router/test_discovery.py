@@ -29,6 +29,7 @@ def pod(
     size: int = 1,
     drain: str | None = None,
     phase: str = "Running",
+    port: str = "http",
     **metadata: Any,
 ) -> dict[str, Any]:
     """A pod as the API server has it. `Ready` is false throughout: it waits for the operator's gate."""
@@ -37,7 +38,7 @@ def pod(
     )
     labels = {"inference.wherry.dev/group": group or name, "inference.wherry.dev/rank": rank}
     annotations = {} if drain is None else {"inference.wherry.dev/drain": drain}
-    container: dict[str, Any] = {"name": "runtime", "ports": [{"name": "http", "containerPort": 8000}]}
+    container: dict[str, Any] = {"name": "runtime", "ports": [{"name": port, "containerPort": 8000}]}
     if size > 1:
         container["env"] = [{"name": "LWS_GROUP_SIZE", "value": str(size)}]
     return {
@@ -62,6 +63,7 @@ def pair(**second: Any) -> list[dict[str, Any]]:
     ]
 
 
+SECURE = {"port": "https"}
 GONE = {"deletionTimestamp": "2026-01-01T00:00:00Z"}
 
 CASES: list[tuple[str, list[dict[str, Any]], list[str]]] = [
@@ -105,6 +107,38 @@ def test_where_requests_may_run(_: str, pods: list[dict[str, Any]], expected: li
     assert [told(target) for target in targets(map(read, pods))] == expected
 
 
+SPEAK: list[tuple[str, list[dict[str, Any]], list[str], list[str]]] = [
+    # What is there → what a router with plain HTTP talks to, and what one with mutual TLS does.
+    ("only plain ones", [pod("a")], ["http://10.0.0.1:8000"], []),
+    ("only secure ones", [pod("a", **SECURE)], [], ["https://10.0.0.1:8000"]),
+    (
+        "a rollout from one to the other",
+        [pod("a"), pod("b", ip="10.0.0.2", **SECURE)],
+        ["http://10.0.0.1:8000"],
+        ["https://10.0.0.2:8000"],
+    ),
+    (
+        "a secure group of two",
+        [*pair(**SECURE)[1:], pod("g-0", group="g", size=2, **SECURE)],
+        [],
+        ["https://10.0.0.1:8000"],
+    ),
+    ("a secure one that drains", [pod("a", **SECURE, **GONE)], [], ["https://10.0.0.1:8000"]),
+]
+
+
+@pytest.mark.parametrize("_, pods, plain, secure", SPEAK, ids=[case[0] for case in SPEAK])
+def test_a_router_talks_in_one_way_only(
+    _: str, pods: list[dict[str, Any]], plain: list[str], secure: list[str]
+) -> None:
+    for mutual, expected in ((False, plain), (True, secure)):
+        found = PodSet(secure=mutual)
+        found.reset({"metadata": {"resourceVersion": "5"}, "items": pods})
+        assert [target.endpoint.url for target in found.targets] == expected
+        named = {target.endpoint.name.partition("/")[0] for target in found.targets}
+        assert not named & set(found.foreign)
+
+
 def test_a_pod_that_comes_back_under_its_name_is_another_endpoint() -> None:
     assert read(pod("a", uid="1")).endpoint != read(pod("a", uid="2")).endpoint
 
@@ -122,13 +156,14 @@ def test_events_add_up() -> None:
     assert [t.endpoint.url for t in pods.targets] == ["http://10.0.0.2:8000"]
 
 
-@pytest.mark.parametrize("text", ["", ",", "10.0.0.1:8000", "https://a:1", "http://a", "http://a:1/path", "ftp://a:1"])
+@pytest.mark.parametrize("text", ["", ",", "10.0.0.1:8000", "https://a", "http://a", "http://a:1/path", "ftp://a:1"])
 def test_bad_endpoints_are_told(text: str) -> None:
     with pytest.raises(ValueError):
         parse_endpoints(text)
 
 
 def test_endpoints() -> None:
+    assert [e.url for e in parse_endpoints("https://a:1")] == ["https://a:1"]
     assert [e.url for e in parse_endpoints("http://a:1, http://b:2/,http://a:1")] == ["http://a:1", "http://b:2"]
 
 
@@ -211,6 +246,41 @@ async def test_watch_follows_and_resumes(watched: tuple[FakeApi, Pool, web.TCPSi
     assert api.lists == 1
     await api.events.put({"type": "DELETED", "object": pod("a", version="103")})
     await until(lambda: urls(pool) == [])
+
+
+async def test_a_router_that_is_ahead_of_a_rollout_waits_until_it_can_serve(
+    watched: tuple[FakeApi, Pool, web.TCPSite], caplog: pytest.LogCaptureFixture
+) -> None:
+    """Until then it is not ready, so that those from before go on with the pods from before."""
+    api, pool, _ = watched
+    api.items = [pod("a", **SECURE)]
+    await until(lambda: len(api.watches) == 1)
+    pool.known = False
+    await api.events.put({"type": "ERROR", "object": {"kind": "Status", "code": 410, "reason": "Expired"}})
+    await api.events.put(None)  # the watch from before ends
+    await until(lambda: any(record.message == "pods left out" for record in caplog.records))
+    await until(lambda: len(api.watches) == 2)
+    assert not pool.known
+    await api.events.put({"type": "ADDED", "object": pod("b", version="301")})
+    await until(lambda: urls(pool) == ["http://10.0.0.1:8000"])
+    assert pool.known
+
+
+async def test_a_router_is_ready_when_what_it_cannot_talk_to_is_gone(
+    watched: tuple[FakeApi, Pool, web.TCPSite],
+) -> None:
+    """Scaled to nothing, for one: it knows that there are none."""
+    api, pool, _ = watched
+    api.items = [pod("a", **SECURE)]
+    await until(lambda: len(api.watches) == 1)
+    pool.known = False
+    await api.events.put({"type": "ERROR", "object": {"kind": "Status", "code": 410, "reason": "Expired"}})
+    await api.events.put(None)  # the watch from before ends
+    await until(lambda: len(api.watches) == 2)
+    assert not pool.known
+    await api.events.put({"type": "DELETED", "object": pod("a", version="301", **SECURE)})
+    await until(lambda: pool.known)
+    assert urls(pool) == []
 
 
 async def test_410_lists_anew(watched: tuple[FakeApi, Pool, web.TCPSite]) -> None:

@@ -17,11 +17,11 @@ from typer.testing import CliRunner
 from wherry_cli.keys import app
 from wherry_protocol.http.auth import TokenGuard
 from wherry_protocol.openai.errors import ApiError
+from wherry_protocol.watched import Watched
 from wherry_router.caller import Caller, LimitSet
 from wherry_router.identity.gate import Gate, KeyFiles
 from wherry_router.identity.keys import KeysError, KeySet, hash_of, new_key, read_keys
 from wherry_router.identity.salt import Salts
-from wherry_router.watched import Watched
 
 KEY, OTHER = "wk-0123456789abcdef", "wk-fedcba9876543210"
 HASH = hashlib.sha256(KEY.encode()).hexdigest()

@@ -1,4 +1,4 @@
-"""The part of an LLMDeployment that says who may use its router, how much, and over what."""
+"""The part of an LLMDeployment that says who may use its router, how much, and what is encrypted how."""
 
 from typing import Literal
 
@@ -81,6 +81,25 @@ class RouterLimits(CamelModel):
         None,
         description="Where the routers count together. Without it each has its part of every limit to itself.",
         json_schema_extra=rules.REDIS,
+    )
+
+
+class WorkerTls(CamelModel):
+    """Mutual TLS between routers and workers."""
+
+    secret_name: str = Field(
+        description="A Secret of this namespace with `ca.crt`, `tls.crt` and `tls.key`, as cert-manager makes it. The "
+        "certificate is shown by both ends, so its usages are server auth and client auth. A new one is used without a "
+        "restart.",
+        pattern=NAME,
+        max_length=253,
+    )
+    server_name: str | None = Field(
+        None,
+        description="The DNS name in the certificate that says that a worker is one. Defaults to "
+        "NAME-workers.NAMESPACE.svc, of this LLMDeployment.",
+        pattern=NAME,
+        max_length=253,
     )
 
 

@@ -5,7 +5,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field
 
 from wherry_operator.api import rules
-from wherry_operator.api.access import RouterAuth, RouterLimits, RouterTls
+from wherry_operator.api.access import RouterAuth, RouterLimits, RouterTls, WorkerTls
 from wherry_operator.api.kube import (
     PRESERVE,
     CamelModel,
@@ -365,6 +365,11 @@ class LLMDeploymentSpec(CamelModel):
         default_factory=Failover,
         description="What happens when a part of a replica dies.",
         json_schema_extra=EMPTY,
+    )
+    worker_tls: WorkerTls | None = Field(
+        None,
+        alias="workerTLS",
+        description="Mutual TLS between routers and workers. Without it: plain HTTP, guarded by a token.",
     )
     resources: ResourceRequirements | None = Field(
         None,

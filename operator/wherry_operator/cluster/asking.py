@@ -9,6 +9,7 @@ import aiohttp
 import msgspec
 
 from wherry_operator.planning.pods import PodView
+from wherry_operator.planning.types import WorkerClient
 
 TIMEOUT_S = 2.0
 MAX_AT_ONCE = 64
@@ -28,11 +29,18 @@ def url_of(address: str, port: int, path: str, *, tls: bool = False) -> str:
 
 
 async def ask(
-    pods: Sequence[PodView], port: int, path: str, token: str | None, decoder: msgspec.json.Decoder[T], max_bytes: int
+    pods: Sequence[PodView],
+    port: int,
+    path: str,
+    token: str | None,
+    decoder: msgspec.json.Decoder[T],
+    max_bytes: int,
+    workers: WorkerClient | None = None,
 ) -> list[T | None]:
     """Each pod's answer, in order; None where it does not answer as it should.
 
-    Certificates are not checked: they name a Service, and pods are asked by the addresses that the API server told.
+    Routers' certificates are not checked: they name a Service, and pods are asked by the addresses that the API server
+    told. Workers with mutual TLS are, and are asked as `workers` says; without it they are not asked.
     """
     headers = {"Authorization": f"Bearer {token}"} if token else {}
     limit = asyncio.Semaphore(MAX_AT_ONCE)
@@ -41,8 +49,15 @@ async def ask(
 
         async def one(pod: PodView) -> T | None:
             try:
-                url = url_of(pod.ip, port, path, tls=pod.tls)
-                async with limit, session.get(url, allow_redirects=False, ssl=False) as response:
+                if pod.mutual_tls and workers is None:
+                    return None
+                url = url_of(pod.ip, port, path, tls=pod.tls or pod.mutual_tls)
+                context = workers.context if workers and pod.mutual_tls else False
+                name = workers.server_name if workers and pod.mutual_tls else None
+                async with (
+                    limit,
+                    session.get(url, allow_redirects=False, ssl=context, server_hostname=name) as response,
+                ):
                     return decoder.decode(await _body(response, max_bytes)) if response.status == 200 else None
             except (aiohttp.ClientError, TimeoutError, OSError, ValueError, msgspec.MsgspecError):
                 return None

@@ -111,7 +111,8 @@ class Prober(Generic[K]):
 
     def watch(self, key: K, pods: Sequence[PodView], routers: Sequence[PodView], patience_s: float) -> None:
         """These are the pods of `key` now. Pods that are being deleted count too: they tell about their nodes."""
-        ports = [(pod, naming.WORKER_PORT) for pod in pods] + [(pod, naming.ROUTER_PORT) for pod in routers]
+        workers = [(pod, naming.PROBE_PORT if pod.mutual_tls else naming.WORKER_PORT) for pod in pods]
+        ports = workers + [(pod, naming.ROUTER_PORT) for pod in routers]
         bound = [(pod, port) for pod, port in ports if pod.node and not pod.ended]
         self._targets[key] = tuple(_Target(key, pod, port, patience_s) for pod, port in bound)
 

@@ -119,7 +119,7 @@ class Reconciler:
             return Scale(owner.spec.fixed_replicas or 0)
         current = before if before is not None else scaling.min_replicas
         signals, reports = await asyncio.gather(
-            load.poll(ready_leaders(observed.pods), observed.token),
+            load.poll(ready_leaders(observed.pods), observed.token, observed.to_workers),
             routers.poll(live_routers(observed), observed.token),
         )
         queued = sum(report.queued for report in reports.values())

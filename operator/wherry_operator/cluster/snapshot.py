@@ -7,15 +7,17 @@ from typing import Any
 
 from wherry_operator.api.resource import LLMDeployment
 from wherry_operator.cluster.client import Api
-from wherry_operator.desired.access import NeededSecret, needed_secrets
+from wherry_operator.desired.access import WORKER_TLS_FIELD, NeededSecret, needed_secrets, worker_name
 from wherry_operator.desired.common import router_name, token_secret_name
 from wherry_operator.desired.disruption import router_budget_name, runtime_budget_name
 from wherry_operator.desired.response_cache import cache_secrets
 from wherry_operator.planning.objects import owned
 from wherry_operator.planning.pods import PodView
 from wherry_operator.planning.revisions import KIND as REVISION
-from wherry_operator.planning.types import Observed
+from wherry_operator.planning.types import Observed, WorkerClient
 from wherry_protocol import naming
+from wherry_protocol.http import mutual_tls
+from wherry_protocol.http.tls import TlsError
 
 
 def children(owner: LLMDeployment) -> list[tuple[str, str]]:
@@ -47,6 +49,8 @@ async def read(api: Api, raw: dict[str, Any]) -> Observed:
     needed = [*needed_secrets(owner.spec), *cache_secrets(owner.spec)] if owner.spec else []
     secrets = await asyncio.gather(*(api.get("Secret", owner.namespace, secret.name) for secret in needed))
     lacks = [_lack(secret, found) for secret, found in zip(needed, secrets, strict=True)]
+    whole = {need.field: raw for need, raw, lack in zip(needed, secrets, lacks, strict=True) if raw and not lack}
+    to_workers, unusable = worker_client(owner, whole.get(WORKER_TLS_FIELD))
     return Observed(
         owner=owner,
         pods=tuple(PodView.from_raw(pod) for pod in runtime),
@@ -54,7 +58,24 @@ async def read(api: Api, raw: dict[str, Any]) -> Observed:
         objects=objects,
         token=_token(objects.get(keys[0])),
         missing=tuple(text for text in lacks if text),
+        unusable=(unusable,) if unusable else (),
+        to_workers=to_workers,
     )
+
+
+def worker_client(owner: LLMDeployment, secret: dict[str, Any] | None) -> tuple[WorkerClient | None, str]:
+    """How to connect to `owner`'s workers by the Secret of spec.workerTLS, or a sentence that says why not.
+
+    Routers and workers come to the same verdict, each by itself; here it is told once, where people look.
+    """
+    if secret is None or owner.spec is None or owner.spec.worker_tls is None:
+        return None, ""
+    name = worker_name(owner, owner.spec)
+    try:
+        entries = {entry: base64.b64decode(secret["data"][entry]) for entry in mutual_tls.ENTRIES}
+        return WorkerClient(mutual_tls.ends_of(entries, name).router, name), ""
+    except (TlsError, binascii.Error) as error:
+        return None, f"the Secret {owner.spec.worker_tls.secret_name!r} of {WORKER_TLS_FIELD} cannot be used: {error}"
 
 
 def _lack(secret: NeededSecret, raw: dict[str, Any] | None) -> str:

@@ -1,4 +1,4 @@
-"""Keys, limits and TLS of the router: its flags, its environment, and the Secrets that it mounts. Pure.
+"""Keys, limits and TLS of the router, TLS to its workers: flags, environment, and the Secrets that are mounted. Pure.
 
 Secrets are mounted as they are, not as something that may be missing: a router without its keys or its certificate must
 not serve, the kubelet starts it as soon as the Secret is there, and until then those of before go on.
@@ -10,9 +10,12 @@ from wherry_operator.api.access import LimitSet, RedisAt
 from wherry_operator.api.resource import LLMDeployment
 from wherry_operator.api.v1alpha1 import LLMDeploymentSpec
 from wherry_protocol import naming
+from wherry_protocol.http import mutual_tls
 
+WORKER_TLS_FIELD = "spec.workerTLS"
 KEYS_DIR = "/etc/wherry/keys"
 TLS_DIR = "/etc/wherry/tls"
+WORKER_TLS_DIR = "/etc/wherry/worker-tls"
 
 
 class NeededSecret(NamedTuple):
@@ -32,7 +35,15 @@ def needed_secrets(spec: LLMDeploymentSpec) -> list[NeededSecret]:
         found.append(NeededSecret("spec.router.limits.redis", router.limits.redis.secret_name, ("url",)))
     if router.tls:
         found.append(NeededSecret("spec.router.tls", router.tls.secret_name, ("tls.crt", "tls.key")))
+    if spec.worker_tls:
+        found.append(NeededSecret(WORKER_TLS_FIELD, spec.worker_tls.secret_name, mutual_tls.ENTRIES))
     return found
+
+
+def worker_name(owner: LLMDeployment, spec: LLMDeploymentSpec) -> str:
+    """The name in the certificate of `owner`'s workers. It is not one that DNS knows."""
+    given = spec.worker_tls.server_name if spec.worker_tls else None
+    return given or f"{owner.name}-workers.{owner.namespace}.svc"
 
 
 def access_args(owner: LLMDeployment, spec: LLMDeploymentSpec) -> list[str]:
@@ -46,6 +57,8 @@ def access_args(owner: LLMDeployment, spec: LLMDeploymentSpec) -> list[str]:
     args += _limit_args(owner, spec)
     if router.tls:
         args += [f"--tls-cert={TLS_DIR}/tls.crt", f"--tls-key={TLS_DIR}/tls.key"]
+    if spec.worker_tls:
+        args += [f"--worker-tls={WORKER_TLS_DIR}", f"--worker-tls-name={worker_name(owner, spec)}"]
     return args
 
 
@@ -100,7 +113,12 @@ def access_volumes(spec: LLMDeploymentSpec) -> list[tuple[dict[str, Any], dict[s
         found.append(_mounted("api-keys", router.auth.secret_name, KEYS_DIR))
     if router.tls:
         found.append(_mounted("tls", router.tls.secret_name, TLS_DIR))
-    return found
+    return found + worker_tls_volumes(spec)
+
+
+def worker_tls_volumes(spec: LLMDeploymentSpec) -> list[tuple[dict[str, Any], dict[str, Any]]]:
+    """The Secret between routers and workers, which both mount."""
+    return [_mounted("worker-tls", spec.worker_tls.secret_name, WORKER_TLS_DIR)] if spec.worker_tls else []
 
 
 def _mounted(name: str, secret: str, path: str) -> tuple[dict[str, Any], dict[str, Any]]:

@@ -110,10 +110,12 @@ def environment(owner: LLMDeployment) -> list[dict[str, Any]]:
     ]
 
 
-def probe(path: str, period: int, failures: int, timeout: int = 5, *, tls: bool = False) -> dict[str, Any]:
-    """An HTTP probe of port `http`; times in seconds."""
+def probe(
+    path: str, period: int, failures: int, timeout: int = 5, *, tls: bool = False, port: str = naming.PORT_PLAIN
+) -> dict[str, Any]:
+    """An HTTP probe of the port called `port`; times in seconds."""
     return {
-        "httpGet": {"path": path, "port": "http", **({"scheme": "HTTPS"} if tls else {})},
+        "httpGet": {"path": path, "port": port, **({"scheme": "HTTPS"} if tls else {})},
         "periodSeconds": period,
         "timeoutSeconds": timeout,
         "failureThreshold": failures,

@@ -4,9 +4,12 @@ import copy
 from dataclasses import dataclass
 from typing import Any
 
+import msgspec
+
 from wherry_operator.api.kube import parse_duration
 from wherry_operator.api.resource import InvalidSpecError, LLMDeployment
 from wherry_operator.api.v1alpha1 import LLMDeploymentSpec
+from wherry_operator.desired.access import WORKER_TLS_DIR, worker_name, worker_tls_volumes
 from wherry_operator.desired.common import (
     ANNOTATION_AVOID,
     ANNOTATION_CAUSE,
@@ -28,6 +31,7 @@ from wherry_protocol.engine_config import EngineConfig, to_args
 from wherry_protocol.quantity import parse_quantity
 
 CONTAINER = "runtime"
+PROBE = "probe"
 MODELS_DIR = "/models"
 # Kubernetes' own default is 300 s: far too long to wait for a replacement of a replica that nobody can reach.
 NODE_LOST_SECONDS = 10
@@ -38,7 +42,7 @@ SPREAD = {"maxSkew": 1, "topologyKey": "kubernetes.io/hostname", "whenUnsatisfia
 
 
 def engine_config(spec: LLMDeploymentSpec) -> EngineConfig:
-    """The engine's settings; what the spec leaves out stays at the engine's default."""
+    """The engine's settings but for TLS; what the spec leaves out stays at the engine's default."""
     given = spec.batching.model_dump(exclude_none=True)
     if (memory := given.pop("kv_cache_memory", None)) is not None:
         given["kv_cache_bytes"] = int(parse_quantity(memory))
@@ -54,6 +58,17 @@ def engine_config(spec: LLMDeploymentSpec) -> EngineConfig:
         kv_cache_dtype=spec.quantization.kv_cache,
         drain_timeout_s=drain_seconds(spec),
         **given,
+    )
+
+
+def worker_config(owner: LLMDeployment, spec: LLMDeploymentSpec) -> EngineConfig:
+    """The settings of a worker in a pod."""
+    config = engine_config(spec)
+    if spec.worker_tls is None:
+        return config
+    name = worker_name(owner, spec)
+    return msgspec.structs.replace(
+        config, worker_tls=WORKER_TLS_DIR, worker_tls_name=name, probe_port=naming.PROBE_PORT
     )
 
 
@@ -123,17 +138,22 @@ def _pod_spec(owner: LLMDeployment, spec: LLMDeploymentSpec, settings: RenderSet
     if claim := claim_of(spec.model.uri):
         volumes.append({"name": "model", "persistentVolumeClaim": {"claimName": claim[0], "readOnly": True}})
         mounts.append({"name": "model", "mountPath": f"{MODELS_DIR}/{claim[0]}", "readOnly": True})
+    for volume, mount in worker_tls_volumes(spec):
+        volumes.append(volume)
+        mounts.append(mount)
+    # Kubelets have no certificate to show, so with TLS they ask elsewhere.
+    asked = PROBE if spec.worker_tls else naming.PORT_PLAIN
     container: dict[str, Any] = {
         "name": CONTAINER,
         "image": spec.image or settings.runtime_image,
         "command": ["wherry-runtime"],
-        "args": to_args(engine_config(spec)),
+        "args": to_args(worker_config(owner, spec)),
         "env": [*environment(owner), *_group_environment(spec)],
         "ports": _ports(spec),
         # /health answers from the moment that the process listens, also while it loads the model.
-        "startupProbe": probe("/health", period=2, failures=90),
-        "livenessProbe": probe("/health", period=5, failures=6),
-        "readinessProbe": probe("/ready", period=2, failures=3),
+        "startupProbe": probe("/health", period=2, failures=90, port=asked),
+        "livenessProbe": probe("/health", period=5, failures=6, port=asked),
+        "readinessProbe": probe("/ready", period=2, failures=3, port=asked),
         "securityContext": container_security(),
         "terminationMessagePolicy": "FallbackToLogsOnError",
         "volumeMounts": mounts,
@@ -182,7 +202,10 @@ def _group_environment(spec: LLMDeploymentSpec) -> list[dict[str, Any]]:
 
 
 def _ports(spec: LLMDeploymentSpec) -> list[dict[str, Any]]:
-    ports = [{"name": "http", "containerPort": naming.WORKER_PORT, "protocol": "TCP"}]
+    api = naming.PORT_TLS if spec.worker_tls else naming.PORT_PLAIN
+    ports = [{"name": api, "containerPort": naming.WORKER_PORT, "protocol": "TCP"}]
+    if spec.worker_tls:
+        ports.append({"name": PROBE, "containerPort": naming.PROBE_PORT, "protocol": "TCP"})
     if spec.parallelism.pods > 1:
         ports.append({"name": "group", "containerPort": naming.GROUP_PORT, "protocol": "TCP"})
     return ports

@@ -44,7 +44,8 @@ class PodView:
     `index` is its place in its group, of `group_size` pods; `leader` the address of pod 0 that it was made with.
     `restarts` are those of the engine's container. `failed_before`: what the group before this one died of.
     `avoids`: nodes that it must not be bound to, as they were lost when it was made.
-    `tls`: whether it answers by TLS; told by its readiness probe, so it holds for each pod of a rollout.
+    `tls`: whether it answers by TLS; told by its readiness probe, so it holds for each pod of a rollout. `mutual_tls`:
+    whether it is a worker that answers nobody without a certificate, and probes elsewhere; told by its port's name.
     `lost_because`: why the operator holds its node for lost; not the pod's own word, see failover.py.
     """
 
@@ -77,6 +78,7 @@ class PodView:
     avoids: tuple[str, ...] = ()
     lost_because: str = ""
     tls: bool = False
+    mutual_tls: bool = False
 
     @property
     def ended(self) -> bool:
@@ -135,6 +137,7 @@ class PodView:
             restarts=_restarts(status),
             failed_before=annotations.get(ANNOTATION_CAUSE, ""),
             tls=_tls(raw),
+            mutual_tls=_mutual_tls(raw),
             avoids=tuple(filter(None, annotations.get(ANNOTATION_AVOID, "").split(","))),
         )
 
@@ -142,6 +145,10 @@ class PodView:
 def _tls(raw: dict[str, Any]) -> bool:
     probes = (c.get("readinessProbe", {}) for c in raw.get("spec", {}).get("containers", []))
     return any(probe.get("httpGet", {}).get("scheme") == "HTTPS" for probe in probes)
+
+
+def _mutual_tls(raw: dict[str, Any]) -> bool:
+    return any(port.get("name") == naming.PORT_TLS for port in _engine(raw).get("ports") or [])
 
 
 def _containers_ready(status: dict[str, Any], conditions: dict[str, Any], created: datetime) -> datetime | None:
@@ -173,9 +180,12 @@ def _number(text: str) -> int:
 
 def _environment(raw: dict[str, Any]) -> dict[str, str]:
     """The engine's variables that have plain values."""
-    containers = raw.get("spec", {}).get("containers", [])
-    engine: dict[str, Any] = next((c for c in containers if c.get("name") == CONTAINER), {})
-    return {entry["name"]: entry.get("value", "") for entry in engine.get("env") or []}
+    return {entry["name"]: entry.get("value", "") for entry in _engine(raw).get("env") or []}
+
+
+def _engine(raw: dict[str, Any]) -> dict[str, Any]:
+    containers: list[dict[str, Any]] = raw.get("spec", {}).get("containers", [])
+    return next((c for c in containers if c.get("name") == CONTAINER), {})
 
 
 def _restarts(status: dict[str, Any]) -> int:

@@ -166,6 +166,8 @@ def _router(observed: Observed) -> Finding:
         return Finding(c.ROUTER_READY, True, "Serving", f"{ready} of {wanted} router pods are ready")
     if observed.missing:
         return Finding(c.ROUTER_READY, False, "SecretNotFound", "; ".join(observed.missing))
+    if observed.unusable:
+        return Finding(c.ROUTER_READY, False, "SecretInvalid", "; ".join(observed.unusable))
     if cause:
         # "Loading" is about a model, which a router has not.
         message = cause.message.replace("is loading the model", "is not ready yet")
@@ -196,6 +198,8 @@ def _degraded(observed: Observed, cause: Cause | None, router: Finding, router_c
         return Finding(c.DEGRADED, True, "RouterFailing", f"{router_cause.reason}: {router_cause.message}")
     if observed.missing:
         return Finding(c.DEGRADED, True, "SecretNotFound", "; ".join(observed.missing))
+    if observed.unusable:
+        return Finding(c.DEGRADED, True, "SecretInvalid", "; ".join(observed.unusable))
     if router.reason == "FailedCreate":
         return Finding(c.DEGRADED, True, "RouterFailing", router.message)
     return Finding(c.DEGRADED, False, "AsExpected", "nothing is wrong")

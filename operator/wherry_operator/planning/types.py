@@ -1,7 +1,8 @@
 """The planner's vocabulary."""
 
+import ssl
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 from wherry_operator.api.resource import LLMDeployment
 from wherry_operator.api.v1alpha1 import PendingAction
@@ -51,6 +52,13 @@ class Scale:
     active: bool | None = None
 
 
+class WorkerClient(NamedTuple):
+    """How to connect to workers with mutual TLS: a client's context, and the name in their certificates."""
+
+    context: ssl.SSLContext
+    server_name: str
+
+
 @dataclass(frozen=True)
 class Observed:
     """An exact snapshot of what exists for one LLMDeployment.
@@ -60,7 +68,8 @@ class Observed:
     does. `objects` are the raw children other than pods, by (kind, name); they may be someone else's. `token` is None
     where there is no Secret. `reports` are what routers answered, by their pods' uid; those that were not asked are
     missing too. `leaving_nodes` are being emptied, each with the words that say so; None where the operator may not see
-    nodes. `missing`: for each Secret that the spec names and that is not as it should be, a sentence that says so.
+    nodes. `missing`: for each Secret that the spec names and that is not there or lacks an entry, a sentence that says
+    so; `unusable`: the same where its content cannot be used. `to_workers`: what workers with mutual TLS are shown.
     """
 
     owner: LLMDeployment
@@ -74,6 +83,8 @@ class Observed:
     reports: dict[str, RouterReport] = field(default_factory=dict)
     leaving_nodes: dict[str, str] | None = None
     missing: tuple[str, ...] = ()
+    unusable: tuple[str, ...] = ()
+    to_workers: WorkerClient | None = field(default=None, repr=False)
 
     @property
     def shunned_nodes(self) -> tuple[str, ...]:

@@ -13,7 +13,7 @@ _EVERY_S = 1.0
 
 
 def parse_endpoints(text: str) -> list[Endpoint]:
-    """`http://host:port,…` as endpoints.
+    """`http://host:port,…` or `https://host:port,…` as endpoints.
 
     Raises:
         ValueError: one is not such a URL.
@@ -21,8 +21,14 @@ def parse_endpoints(text: str) -> list[Endpoint]:
     urls = [part.strip().rstrip("/") for part in text.split(",") if part.strip()]
     for url in urls:
         parts = urlsplit(url)
-        if parts.scheme != "http" or not parts.hostname or parts.port is None or parts.path or parts.query:
-            raise ValueError(f"{url!r} is not of the form http://host:port")
+        if (
+            parts.scheme not in ("http", "https")
+            or not parts.hostname
+            or parts.port is None
+            or parts.path
+            or parts.query
+        ):
+            raise ValueError(f"{url!r} is not of the form http://host:port or https://host:port")
     if not urls:
         raise ValueError("no endpoint is given")
     return [Endpoint(name=url, url=url) for url in dict.fromkeys(urls)]

@@ -9,8 +9,18 @@ from collections.abc import Iterable
 from datetime import UTC, datetime
 from typing import Any, NamedTuple
 
-from wherry_protocol.naming import ANNOTATION_DRAIN, ENV_GROUP_SIZE, LABEL_GROUP, LABEL_RANK, WORKER_PORT
+from wherry_protocol.naming import (
+    ANNOTATION_DRAIN,
+    ENV_GROUP_SIZE,
+    LABEL_GROUP,
+    LABEL_RANK,
+    PORT_PLAIN,
+    PORT_TLS,
+    WORKER_PORT,
+)
 from wherry_router.pool import Endpoint
+
+CONTAINER = "runtime"  # what the operator calls the engine's
 
 
 class Pod(NamedTuple):
@@ -23,6 +33,7 @@ class Pod(NamedTuple):
     ready: bool
     draining: bool
     deadline: float | None
+    secure: bool = False  # it speaks mutual TLS
 
 
 class Target(NamedTuple):
@@ -48,14 +59,19 @@ def read(pod: dict[str, Any]) -> Pod:
         ready=not over and conditions.get("ContainersReady") == "True",
         draining=mark is not None or bool(metadata.get("deletionTimestamp")),
         deadline=None if mark is None else _unix_time(mark),
+        secure=_port(pod)[0] == PORT_TLS,
     )
 
 
-def targets(pods: Iterable[Pod]) -> list[Target]:
-    """Where requests run: each group's leader, if the group is whole and ready, or draining and its leader there."""
+def targets(pods: Iterable[Pod], *, secure: bool = False) -> list[Target]:
+    """Where requests run: each group's leader, if the group is whole and ready, or draining and its leader there.
+
+    With `secure` only pods that speak mutual TLS, else only those that do not: a router speaks in one way.
+    """
     groups: dict[str, list[Pod]] = {}
     for pod in pods:
-        groups.setdefault(pod.group, []).append(pod)
+        if pod.secure == secure:
+            groups.setdefault(pod.group, []).append(pod)
     found = []
     for members in groups.values():
         draining = any(pod.draining for pod in members)
@@ -75,20 +91,23 @@ def _endpoint(pod: dict[str, Any]) -> Endpoint | None:
     if not address:
         return None
     host = f"[{address}]" if ":" in address else address
-    return Endpoint(name=f"{metadata.get('name')}/{metadata.get('uid')}", url=f"http://{host}:{_port(pod)}")
+    scheme, port = _port(pod)
+    return Endpoint(name=f"{metadata.get('name')}/{metadata.get('uid')}", url=f"{scheme}://{host}:{port}")
 
 
 def _containers(pod: dict[str, Any]) -> list[dict[str, Any]]:
     return (pod.get("spec") or {}).get("containers") or []
 
 
-def _port(pod: dict[str, Any]) -> int:
-    """The port that the runtime container calls `http`."""
+def _port(pod: dict[str, Any]) -> tuple[str, int]:
+    """Name and number of the port that the runtime container calls `https` or `http`; the name is the scheme too."""
     for container in _containers(pod):
+        if container.get("name") != CONTAINER:
+            continue
         for port in container.get("ports") or []:
-            if port.get("name") == "http":
-                return int(port["containerPort"])
-    return WORKER_PORT
+            if port.get("name") in (PORT_PLAIN, PORT_TLS):
+                return port["name"], int(port["containerPort"])
+    return PORT_PLAIN, WORKER_PORT
 
 
 def _size(pod: dict[str, Any]) -> int:
@@ -113,8 +132,9 @@ def _unix_time(text: str) -> float | None:
 class PodSet:
     """The pods that a list and the watch events after it add up to."""
 
-    def __init__(self) -> None:
+    def __init__(self, *, secure: bool = False) -> None:
         self._pods: dict[str, Pod] = {}
+        self.secure = secure
         self.resource_version = ""
         self.targets: list[Target] = []  # where requests run
 
@@ -122,17 +142,26 @@ class PodSet:
         """A fresh list replaces everything."""
         self._pods = {pod["metadata"]["name"]: read(pod) for pod in listing.get("items") or []}
         self.resource_version = listing["metadata"]["resourceVersion"]
-        self.targets = targets(self._pods.values())
+        self.targets = self._targets()
+
+    @property
+    def foreign(self) -> list[str]:
+        """Names of the pods that this router does not talk to, as they speak TLS and it does not, or the reverse."""
+        return [name for name, pod in self._pods.items() if pod.secure != self.secure]
+
+    def _targets(self) -> list[Target]:
+        return targets(self._pods.values(), secure=self.secure)
 
     def apply(self, kind: str, pod: dict[str, Any]) -> bool:
-        """One watch event: ADDED, MODIFIED, DELETED or BOOKMARK. Whether the targets changed."""
+        """One watch event: ADDED, MODIFIED, DELETED or BOOKMARK. Whether the targets changed, or who is foreign."""
         self.resource_version = pod["metadata"]["resourceVersion"]
         if kind == "BOOKMARK":
             return False
         name = pod["metadata"]["name"]
+        before = self.targets, self.foreign
         if kind == "DELETED":
             self._pods.pop(name, None)
         else:
             self._pods[name] = read(pod)
-        before, self.targets = self.targets, targets(self._pods.values())
-        return self.targets != before
+        self.targets = self._targets()
+        return (self.targets, self.foreign) != before

@@ -58,14 +58,17 @@ async def api_client(kubeconfig: str | None) -> client.ApiClient:
 
 
 class PodWatch:
-    """Keeps `pool` equal to what the deployment's pods add up to, for ever."""
+    """Keeps `pool` equal to what the deployment's pods add up to, for ever; `secure`: to those with mutual TLS."""
 
-    def __init__(self, api: client.ApiClient, namespace: str, deployment: str, pool: Pool) -> None:
+    def __init__(
+        self, api: client.ApiClient, namespace: str, deployment: str, pool: Pool, *, secure: bool = False
+    ) -> None:
         self._core = client.CoreV1Api(api)
         self._namespace = namespace
         self._selector = f"{LABEL_DEPLOYMENT}={deployment},{LABEL_COMPONENT}={COMPONENT_RUNTIME}"
         self._pool = pool
-        self._pods = PodSet()
+        self._pods = PodSet(secure=secure)
+        self._foreign: list[str] = []
 
     async def run(self) -> None:
         """List, watch, and again; with growing pauses while the API server does not answer."""
@@ -91,6 +94,11 @@ class PodWatch:
 
     def _publish(self) -> None:
         targets = self._pods.targets
+        self._tell_foreign()
+        if self._pods.foreign and not targets and not self._pool.known:
+            # In a rollout that turns mutual TLS on or off this router is ahead of the replicas. Until it has one it is
+            # not ready, and the routers from before go on.
+            return
         # Deadlines are wall-clock times of the operator; from here on only this process's steady clock counts.
         offset = asyncio.get_running_loop().time() - time.time()
         draining = {t.endpoint: None if t.deadline is None else t.deadline + offset for t in targets if t.draining}
@@ -100,6 +108,16 @@ class PodWatch:
         }
         log.info("replicas", extra={"fields": names})
         self._pool.set_endpoints([target.endpoint for target in targets], draining)
+
+    def _tell_foreign(self) -> None:
+        if self._pods.foreign == self._foreign:
+            return
+        self._foreign = self._pods.foreign
+        if self._foreign:
+            why = "they speak plain HTTP, this router only mutual TLS"
+            if not self._pods.secure:
+                why = "they speak mutual TLS, this router plain HTTP"
+            log.warning("pods left out", extra={"fields": {"pods": self._foreign[:20], "why": why}})
 
     async def _list(self) -> None:
         async with asyncio.timeout(_LIST_TIMEOUT_S):

@@ -6,9 +6,9 @@ from typing import TYPE_CHECKING
 
 from wherry_protocol.http.asgi import Scope, header
 from wherry_protocol.openai.errors import unauthorized
+from wherry_protocol.watched import Watched, listed, read
 from wherry_router.caller import ANYBODY, Caller
 from wherry_router.identity.keys import KeysError, KeySet, hash_of, read_keys
-from wherry_router.watched import Watched, listed, read
 
 if TYPE_CHECKING:
     from wherry_router.identity.oidc import Issuer

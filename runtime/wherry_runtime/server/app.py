@@ -24,6 +24,7 @@ from wherry_protocol.http.asgi import (
     respond_unread,
 )
 from wherry_protocol.http.auth import TokenGuard
+from wherry_protocol.http.mutual_tls import MutualTls
 from wherry_protocol.sse import HEADER_HEARTBEAT, HEARTBEAT_S, encode_event
 from wherry_protocol.worker import CancelRequest, End, ErrorEvent, Event, ExecuteRequest, Metrics, Token
 from wherry_runtime.server.lifecycle import Lifecycle
@@ -73,7 +74,9 @@ class _Call:
 class WorkerApp:
     """Routes by the raw path's bytes, after the token was checked against those same bytes."""
 
-    def __init__(self, engine: Engine, model: str, token: str | None, lifecycle: Lifecycle) -> None:
+    def __init__(
+        self, engine: Engine, model: str, token: str | None, lifecycle: Lifecycle, tls: MutualTls | None = None
+    ) -> None:
         self._engine = engine
         self._model = model
         self._guard = TokenGuard(token, _OPEN)
@@ -82,6 +85,8 @@ class WorkerApp:
         self._metrics = WorkerMetrics(
             self._registry, model, lambda: engine.load() if lifecycle.state in ("ready", "draining") else None
         )
+        if tls is not None:
+            self._metrics.watch_tls(tls)
         self._routes: dict[bytes, tuple[str, Callable[[_Call], Awaitable[None]]]] = {
             b"/execute": ("POST", self._execute),
             b"/cancel": ("POST", self._cancel),

@@ -5,10 +5,11 @@ Gauges and token counters are read from the engine when Prometheus scrapes; only
 
 from collections.abc import Callable, Iterator
 
-from prometheus_client import CollectorRegistry, Counter, Histogram, disable_created_metrics
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, disable_created_metrics
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
+from wherry_protocol.http.mutual_tls import MutualTls
 from wherry_protocol.naming import INTER_TOKEN_BUCKETS, TTFT_BUCKETS
 from wherry_protocol.worker import LoadReport
 
@@ -108,7 +109,22 @@ class WorkerMetrics:
             "wherry_request_success", "Answers that ended.", [*label, "finished_reason"], registry=registry
         )
         self._refused = Counter("wherry_request_refused", "Requests refused.", [*label, "code"], registry=registry)
+        self._tls_not_after = Gauge(
+            "wherry_worker_tls_not_after_seconds",
+            "Unix time at which the certificate that routers see ends; 0 without TLS.",
+            registry=registry,
+        )
+        self._tls_stale = Gauge(
+            "wherry_worker_tls_stale",
+            "1 while the certificate cannot be used as it is now, and the last good one stays in use.",
+            registry=registry,
+        )
         self._model = model
+
+    def watch_tls(self, tls: MutualTls) -> None:
+        """Reads at each scrape how `tls` is."""
+        self._tls_not_after.set_function(lambda: tls.not_after)
+        self._tls_stale.set_function(lambda: tls.stale)
 
     def ended(self, reason: str) -> None:
         """Counts an answer by why it ended."""

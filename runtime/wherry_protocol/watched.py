@@ -1,4 +1,4 @@
-"""Files that may change while the router runs: volumes with Secrets, which kubelets exchange as a whole.
+"""Files that may change while a program runs: volumes with Secrets, which kubelets exchange as a whole.
 
 What is read must have stayed the same from one look to the next, and while it was read: a file that somebody is just
 writing is not taken. What cannot be used changes nothing: the last good content stays.
@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Generic, TypeVar
 
-log = logging.getLogger("wherry.router")
+log = logging.getLogger("wherry.files")
 T = TypeVar("T")
 
 POLL_S = 1.0
