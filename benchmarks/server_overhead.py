@@ -31,9 +31,8 @@ from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
-from wherry_cli.bench_engine import Meter, Stream
+from wherry_cli.bench_times import Stream
 from wherry_protocol.engine_config import EngineConfig, from_args
-from wherry_runtime.engine.async_engine import AsyncEngine
 
 NAME = "bench"
 START_S = 180.0
@@ -69,7 +68,12 @@ def engine_config(args: argparse.Namespace) -> EngineConfig:
 
 async def engine_alone(args: argparse.Namespace) -> list[dict[str, float]]:
     """The engine's own throughput, `--runs` times after one to warm up."""
-    engine = AsyncEngine(engine_config(args))
+    config = engine_config(args)
+
+    from wherry_cli.bench_engine import Meter  # it and the engine take seconds to import; clients need neither
+    from wherry_runtime.engine.async_engine import AsyncEngine
+
+    engine = AsyncEngine(config)
     await engine.start()
     meter = Meter(engine, models.vocab_size(args.model))
     results = []

@@ -13,7 +13,8 @@ from typing import Any
 import numpy as np
 from benchmarks.engine.workload import Job, main
 
-from wherry_cli.bench_engine import Meter, Plan, held, step_times
+from wherry_cli.bench_engine import Meter, Plan, held
+from wherry_cli.bench_times import step_times
 from wherry_protocol.engine_config import to_args
 from wherry_runtime.engine.async_engine import AsyncEngine
 from wherry_runtime.loading.locate import locate

@@ -10,6 +10,9 @@ STATE=$ROOT/.wherry/e2e
 KUBECONFIG=$STATE/kubeconfig
 IMAGES_FILE=$STATE/images.json
 DEBIAN=bookworm
+# What workers' containerd holds, kept between clusters; each worker's own lies beside it, for hard links.
+STORE=${WHERRY_CACHE:-${XDG_CACHE_HOME:-$HOME/.cache}/wherry}/e2e-store
+STORES=("$STORE-1" "$STORE-2")
 export KUBECONFIG
 mkdir -p "$STATE"
 

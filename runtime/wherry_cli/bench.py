@@ -8,6 +8,8 @@ import typer
 
 from wherry_cli.bench_flags import Failure, ServeFlags
 from wherry_cli.engine_flags import with_engine_flags
+from wherry_cli.serve import Failure as ModelFailure
+from wherry_cli.serve import model_uri
 from wherry_cli.struct_flags import with_struct
 from wherry_protocol.engine_config import WORKER_ONLY
 
@@ -44,6 +46,14 @@ def check_plot(plot: Path | None) -> None:
             raise Failure(f"--plot writes SVG: name it {file.with_suffix('.svg')}")
 
 
+def check_model(model: str) -> None:
+    """Raises Failure before seconds of importing the engine rather than after."""
+    try:
+        model_uri(model)
+    except ModelFailure as error:
+        raise Failure(str(error)) from None
+
+
 @app.command("engine")
 @with_engine_flags(*NOT_FLAGS)
 def engine_command(
@@ -65,15 +75,18 @@ def engine_command(
 ) -> None:
     """Latency and throughput of one model: time to the first token, decoding by batch size, share of memory bandwidth,
     memory. Through the engine as a server uses it, greedy, random prompts; the end of sequence is ignored."""
-    from wherry_cli.bench_engine import Plan, run  # the engine takes seconds to import
-    from wherry_cli.bench_report import save, show
-
     try:
         check_plot(plot)
+        batches, lengths = numbers(batch), numbers(prompt_tokens)
+        check_model(model)
+
+        from wherry_cli.bench_engine import Plan, run  # the engine takes seconds to import
+        from wherry_cli.bench_report import save, show
+
         plan = Plan(
             model=model,
-            batches=numbers(batch),
-            prompt_tokens=numbers(prompt_tokens),
+            batches=batches,
+            prompt_tokens=lengths,
             context=context,
             new_tokens=new_tokens,
             runs=runs,

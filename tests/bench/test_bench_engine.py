@@ -14,7 +14,8 @@ import torch
 from wherry_cli import bench_machine
 from wherry_cli.bench import NOT_FLAGS, Failure, numbers
 from wherry_cli.bench_chart import Chart, Line, page, ticks
-from wherry_cli.bench_engine import Spread, Stream, percentiles, steady, step_times
+from wherry_cli.bench_engine import Spread
+from wherry_cli.bench_times import Stream, percentiles, steady, step_times
 from wherry_cli.main import load_command
 from wherry_protocol.engine_config import EngineConfig
 

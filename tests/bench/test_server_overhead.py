@@ -9,7 +9,7 @@ import pytest
 from benchmarks.engine import models
 from benchmarks.server_overhead import rate
 
-from wherry_cli.bench_engine import Stream
+from wherry_cli.bench_times import Stream
 
 
 def test_rate_counts_from_the_first_request_to_the_last_token() -> None:

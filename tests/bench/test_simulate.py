@@ -14,6 +14,7 @@ from tests.router.volume import Volume
 
 from wherry_cli.simulated_model import text_of, token_at
 
+TOKENS = 1500  # seconds of work: enough for a client that shares its processor to see it begin
 FAST = ("--step-ms", "2", "--prefill-ms", "0.01", "--decode-ms", "0", "--context-us", "0")
 
 
@@ -75,15 +76,15 @@ def test_a_killed_process_of_replicas_loses_no_token() -> None:
         harness.router(*_urls(first), *_urls(second)) as front,
     ):
         text, killed = "", False
-        body = harness.chat("Hello", stream=True, seed=5, max_tokens=400, ignore_eos=True)
+        body = harness.chat("Hello", stream=True, seed=5, max_tokens=TOKENS, ignore_eos=True)
         with httpx.stream("POST", front.url + "/v1/chat/completions", json=body, timeout=60) as response:
             for chunk in harness.sse(response):
                 text += harness.text_of([chunk])
-                if len(text) > 100 and not killed:
+                if text and not killed:
                     loads = [httpx.get(url + "/load").json()["running"] for url in _urls(first)]
                     (first if any(loads) else second).kill()
                     killed = True
-        assert text == expected(5, 400)
+        assert text == expected(5, TOKENS)
         metrics = httpx.get(front.url + "/metrics").text
         assert 'wherry_router_streams_resumed_total{reason="lost"} 1.0' in metrics
 

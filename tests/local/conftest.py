@@ -1,9 +1,9 @@
-"""One local cluster for all tests of local mode."""
+"""Local clusters that tests share."""
 
 from collections.abc import Iterator
 
 import pytest
-from tests.local.harness import TestCluster, local_cluster
+from tests.local.harness import TestCluster, eventually, local_cluster
 
 
 @pytest.fixture(scope="session")
@@ -20,3 +20,16 @@ def cluster(shared_cluster: TestCluster) -> Iterator[TestCluster]:
     yield shared_cluster
     kinds = "pods,services,deployments,jobs,secrets,configmaps,persistentvolumeclaims"
     shared_cluster.kubectl("delete", kinds, "--all", "--force", "--grace-period=0", "--wait=false")
+
+
+@pytest.fixture(scope="package")
+def _three_nodes() -> Iterator[TestCluster]:
+    with local_cluster(nodes=3, operator=True, backoff_scale=0.05) as running:
+        yield running
+
+
+@pytest.fixture(scope="module")
+def three_nodes(_three_nodes: TestCluster) -> TestCluster:
+    """Three nodes and an operator. Each file finds it empty, and asks for everything that it leaves to be deleted."""
+    eventually(lambda: not _three_nodes.kubectl("get", "llmd,pods", "-o", "name"), "nothing to be left", 90)
+    return _three_nodes

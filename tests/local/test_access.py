@@ -6,7 +6,7 @@ from typing import Any
 
 import httpx
 import pytest
-from tests.local.harness import TestCluster, eventually, local_cluster
+from tests.local.harness import TestCluster, eventually
 from tests.router.certificates import WORKERS, Authority, pair
 
 AUTHORITY = Authority()
@@ -28,11 +28,13 @@ CHAT = {"model": "tiny", "messages": [{"role": "user", "content": "Hello"}], "ma
 
 
 @pytest.fixture(scope="module")
-def wherry() -> Iterator[TestCluster]:
+def wherry(three_nodes: TestCluster) -> Iterator[TestCluster]:
     body = {"apiVersion": "inference.wherry.dev/v1alpha1", "kind": "LLMDeployment"}
-    with local_cluster(nodes=1, operator=True, backoff_scale=0.05) as running:
-        running.apply(body | {"metadata": {"name": "chat"}, "spec": SPEC})
-        yield running
+    three_nodes.apply(body | {"metadata": {"name": "chat"}, "spec": SPEC})
+    yield three_nodes
+    three_nodes.kubectl(
+        "delete", "llmdeployment/chat", "secret/chat-keys", "secret/chat-tls", "--ignore-not-found", "--wait=false"
+    )
 
 
 def secret(name: str, **entries: str) -> dict[str, Any]:

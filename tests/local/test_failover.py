@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import yaml
-from tests.local.harness import TestCluster, eventually, local_cluster, python
+from tests.local.harness import TestCluster, eventually, python
 
 from wherry_local.paths import project_root
 from wherry_local.processes import Identity, marked
@@ -69,9 +69,8 @@ CREATED_WITHIN_S = 10.0
 
 
 @pytest.fixture(scope="module")
-def wherry() -> Iterator[TestCluster]:
-    with local_cluster(nodes=3, operator=True, backoff_scale=0.05) as running:
-        yield running
+def wherry(three_nodes: TestCluster) -> TestCluster:
+    return three_nodes
 
 
 @pytest.fixture(autouse=True)

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import openai
 import pytest
-from tests.local.harness import TestCluster, eventually, local_cluster
+from tests.local.harness import TestCluster, eventually
 
 from wherry_local.paths import project_root
 from wherry_local.processes import marked
@@ -23,11 +23,11 @@ TOKENS = 24
 
 
 @pytest.fixture(scope="module")
-def wherry() -> Iterator[TestCluster]:
-    with local_cluster(nodes=3, operator=True) as running:
-        running.kubectl("apply", "-f", str(EXAMPLE))
-        running.kubectl("wait", "--for=condition=Ready", "llmdeployment/chat", "--timeout=120s")
-        yield running
+def wherry(three_nodes: TestCluster) -> Iterator[TestCluster]:
+    three_nodes.kubectl("apply", "-f", str(EXAMPLE))
+    three_nodes.kubectl("wait", "--for=condition=Ready", "llmdeployment/chat", "--timeout=120s")
+    yield three_nodes
+    three_nodes.kubectl("delete", "llmdeployment/chat", "--ignore-not-found", "--wait=false")
 
 
 @pytest.fixture

@@ -10,7 +10,7 @@ from typing import Any
 
 import openai
 import pytest
-from tests.local.harness import TestCluster, eventually, local_cluster
+from tests.local.harness import TestCluster, eventually
 
 pytestmark = pytest.mark.alone
 
@@ -30,12 +30,12 @@ SPEC: dict[str, Any] = {
 
 
 @pytest.fixture(scope="module")
-def wherry() -> Iterator[TestCluster]:
+def wherry(three_nodes: TestCluster) -> Iterator[TestCluster]:
     body = {"apiVersion": "inference.wherry.dev/v1alpha1", "kind": "LLMDeployment"}
-    with local_cluster(nodes=3, operator=True) as running:
-        running.apply(body | {"metadata": {"name": "chat"}, "spec": SPEC})
-        settled(running)
-        yield running
+    three_nodes.apply(body | {"metadata": {"name": "chat"}, "spec": SPEC})
+    settled(three_nodes)
+    yield three_nodes
+    three_nodes.kubectl("delete", "llmdeployment", "chat", "--wait=false")
 
 
 def settled(cluster: TestCluster) -> None:
@@ -124,7 +124,7 @@ def rolling_update(cluster: TestCluster) -> None:
 
 
 def scale(cluster: TestCluster) -> None:
-    for replicas in (3, 1, 3, 2):
+    for replicas in (1, 3, 2):  # to the last one, by two at once, and back
         edit(cluster, replicas=replicas)
         assert len(pods(cluster, "runtime")) == replicas
 

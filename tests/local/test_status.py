@@ -2,12 +2,12 @@
 
 import json
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
-from tests.local.harness import TestCluster, eventually, local_cluster
+from tests.local.harness import TestCluster, eventually
 
 from wherry_local.paths import project_root
 
@@ -15,9 +15,8 @@ TINY = project_root() / "examples" / "models" / "tiny"
 
 
 @pytest.fixture(scope="module")
-def wherry() -> Iterator[TestCluster]:
-    with local_cluster(nodes=2, operator=True, backoff_scale=0.05) as running:
-        yield running
+def wherry(three_nodes: TestCluster) -> TestCluster:
+    return three_nodes
 
 
 def llmd(name: str, uri: str = "sample://tiny", **spec: Any) -> dict[str, Any]:

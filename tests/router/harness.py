@@ -9,6 +9,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -154,6 +155,14 @@ def worker(*args: str, env: dict[str, str] | None = None, uri: str = "") -> Iter
     with running(Process("wherry_runtime", [*base, *args], env)) as process:
         eventually(lambda: any(line.get("state") == "ready" for line in process.messages("state")), 60)
         yield process
+
+
+@contextlib.contextmanager
+def workers(count: int, *args: str) -> Iterator[list[Process]]:
+    """Several of them, which load side by side."""
+    with contextlib.ExitStack() as stack, ThreadPoolExecutor(count) as pool:
+        starting = [worker(*args) for _ in range(count)]
+        yield list(pool.map(stack.enter_context, starting))
 
 
 @contextlib.contextmanager

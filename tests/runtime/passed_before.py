@@ -2,7 +2,7 @@
 
 Build tools keep results in this way. A run is known by its command, its machine's processor, the kernels' sources and
 the versions of what it stands on; with it are kept the Python files that it read and their digest. As a plugin of the
-run itself this module says which those were:
+run itself this module says which those were; a run that is not pytest's calls `tell`.
 
     pytest -p tests.runtime.passed_before
 """
@@ -21,6 +21,11 @@ ENV_READ = "WHERRY_TEST_FILES_READ"  # where a run writes the names of what it r
 
 def pytest_unconfigure() -> None:
     """Called by pytest at the run's end."""
+    tell()
+
+
+def tell() -> None:
+    """Writes the names of what was read so far, where that was asked for."""
     if target := os.environ.get(ENV_READ):
         files = {Path(f).resolve() for m in list(sys.modules.values()) if (f := getattr(m, "__file__", None))}
         ours = sorted(str(f.relative_to(ROOT)) for f in files if f.suffix == ".py" and f.is_relative_to(ROOT))

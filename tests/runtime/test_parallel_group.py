@@ -69,10 +69,13 @@ def group(pods: int, ranks: int, *flags: str, hosts: Sequence[str] = ()) -> Iter
             started.append(Pod(host, *size, *flags, **(lws if pods > 1 else {})))
         yield started
     finally:
-        for pod in reversed(started):
+        for pod in started:  # all at once: one that does not lead stays for its leader's sake
             with contextlib.suppress(psutil.NoSuchProcess):
                 for rank in pod.ranks():
                     rank.resume()
+            pod.signal(signal.SIGCONT)
+            pod.popen.terminate()
+        for pod in started:
             pod.stop()
 
 

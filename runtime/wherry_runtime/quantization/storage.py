@@ -2,13 +2,15 @@
 
 import logging
 from dataclasses import dataclass, field
-from typing import Literal, get_args
+from typing import TYPE_CHECKING, Literal, get_args
 
 import torch
 
-from wherry_protocol.engine_config import Quantization
 from wherry_runtime.quantization.formats import GROUPS, Format
 from wherry_runtime.quantization.huge_pages import Arena
+
+if TYPE_CHECKING:  # a name of strings; the settings around it are nothing that weights are made of
+    from wherry_protocol.engine_config import Quantization
 
 log = logging.getLogger(__name__)
 
@@ -17,7 +19,7 @@ Role = Literal["qkv", "output", "gate_up", "down", "head"]
 # attention. Measured in docs/performance/weights.md.
 FINER = Format("int8", 128)
 FINER_IN_FIRST_LAYER: tuple[Role, ...] = ("qkv", "output")
-DEFAULT_GROUPS: dict[Quantization, int] = {"none": 0, "int8": 128, "int4": 32}
+DEFAULT_GROUPS: "dict[Quantization, int]" = {"none": 0, "int8": 128, "int4": 32}
 
 
 @dataclass(frozen=True)
@@ -32,7 +34,7 @@ class Storage:
 
     dtype: torch.dtype
     device: torch.device
-    quantization: Quantization = "none"
+    quantization: "Quantization" = "none"
     group: int = 0
     native: bool = False
     _arena: Arena = field(default_factory=Arena, repr=False, compare=False)
