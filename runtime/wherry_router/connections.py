@@ -1,7 +1,7 @@
 """HTTP/1.1 to workers on the hot path: connections that are kept, with one request on each at a time.
 
 A client library costs a router more than all that it decides: with aiohttp a third of a request's time. What workers
-need of HTTP is little, and parsing it is left to llhttp (httptools), as uvicorn does. See docs/adr/0012.
+need of HTTP is little, and parsing it is left to llhttp (httptools), as uvicorn does: docs/adr/0010-client-of-workers.md.
 """
 
 import asyncio
@@ -81,6 +81,11 @@ class Connection(asyncio.Protocol):
 
     # What the parser tells.
 
+    def on_message_begin(self) -> None:
+        """An answer, which somebody must be waiting for."""
+        if self.complete:
+            raise Broken("the worker sent what nobody asked for")
+
     def on_header(self, name: bytes, value: bytes) -> None:
         """One header."""
         self.headers[name.lower()] = value
@@ -89,6 +94,8 @@ class Connection(asyncio.Protocol):
         """The answer's head, or an interim one."""
         self.status = self._parser.get_status_code()
         self._head = self.status >= 200
+        if not self._head:
+            self.headers.clear()
 
     def on_body(self, data: bytes) -> None:
         """A piece of the body."""
@@ -201,13 +208,14 @@ class Exchange:
         return await connection.head()
 
     async def _connect(self) -> Connection:
-        self._connecting = asyncio.create_task(self._connections.connect(self._origin))
+        task = self._connecting = asyncio.create_task(self._connections.connect(self._origin))
         try:
-            return await self._connecting
+            return await task
         except asyncio.CancelledError:
-            if not self._connecting.cancel() and not self._connecting.exception():
-                self._connecting.result().abort()  # it was made in the same moment
-            if self._aborted:
+            if task.done() and not task.cancelled() and task.exception() is None:
+                task.result().abort()  # it was made in the same moment
+            own = asyncio.current_task()
+            if self._aborted and own is not None and not own.cancelling():
                 raise Broken("given up") from None
             raise
         finally:

@@ -140,23 +140,25 @@ class Upstream:
         )
         host = url.partition("//")[2]
         own = f"host: {host}\r\nx-correlation-id: {correlation_id}\r\ncontent-length: {len(body)}\r\n\r\n"
+        ended = False
         try:
             status = await exchange.send((self._head + own).encode() + body)
             watchdog.begun(promises=exchange.header(_PULSE) is not None)
             if status != 200:
                 raise await _refusal(exchange, status)
             frames = Frames()
-            ended = False
             # Reading goes on to the end of the body, which gives the connection back for the next request.
             while data := await exchange.read():
                 for event in _events(frames.feed(data), watchdog):
-                    ended = type(event) is End or type(event) is ErrorEvent
+                    ended = ended or type(event) is End or type(event) is ErrorEvent
                     watchdog.hold()
                     yield event
                     watchdog.reads()
             if not ended:
                 raise Broken("the stream ended before the answer did")  # noqa: TRY301 - as if the connection had broken
         except (Unreachable, Broken, msgspec.DecodeError) as error:
+            if ended:
+                return  # what became of the connection afterwards is none of the answer
             if not exchange.answered:
                 self._refused(url, error)
             fault = _fault(error, watchdog, self._limits.first_token_timeout_s)

@@ -32,9 +32,8 @@ def wherry(three_nodes: TestCluster) -> Iterator[TestCluster]:
     body = {"apiVersion": "inference.wherry.dev/v1alpha1", "kind": "LLMDeployment"}
     three_nodes.apply(body | {"metadata": {"name": "chat"}, "spec": SPEC})
     yield three_nodes
-    three_nodes.kubectl(
-        "delete", "llmdeployment/chat", "secret/chat-keys", "secret/chat-tls", "--ignore-not-found", "--wait=false"
-    )
+    secrets = [f"secret/chat-{name}" for name in ("keys", "tls", "workers")]
+    three_nodes.kubectl("delete", "llmdeployment/chat", *secrets, "--ignore-not-found", "--wait=false")
 
 
 def secret(name: str, **entries: str) -> dict[str, Any]:
