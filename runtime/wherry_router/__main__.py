@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 import uvloop
 from prometheus_client import CollectorRegistry, ProcessCollector
 
+from wherry_protocol.http.bounded import Bounds
 from wherry_protocol.http.logs import set_up
 from wherry_protocol.http.server import AddressError, bind, covers_loopback, serve, stop_on_signals, url_of
 from wherry_protocol.http.tls import TlsError
@@ -47,7 +48,9 @@ _SHARES = frozenset({"eject_share", "eject_fault_rate", "retry_share", "panic_sh
 _BOUNDS = {
     "max_body_bytes": "bytes of a request's body",
     "max_concurrent": "requests at a time; over it the answer is 429",
+    "max_connections": "connections of clients at once; 0: no bound",
     "head_timeout_s": "seconds that a request's line and headers have to arrive",
+    "unread_timeout_s": "seconds that a client has to take what waits for it",
     "body_timeout_s": "seconds that its body then has",
     "first_token_timeout_s": "seconds from a request to its first token",
     "no_replica_wait_s": "seconds that a request waits while no replica is ready",
@@ -232,7 +235,8 @@ async def _run(
         log.info("listening", extra={"fields": {"url": url, "model": args.model}})
         drain = functools.partial(app.drain, args.drain_timeout_s, args.drain_grace_s)
         _spare_the_collector()
-        await serve(app, sockets, stop, drain, None if tls is None else tls.context, args.head_timeout_s)
+        bounds = Bounds(limits.head_timeout_s, limits.unread_timeout_s, limits.max_connections)
+        await serve(app, sockets, stop, drain, None if tls is None else tls.context, bounds)
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)

@@ -1,7 +1,8 @@
 """HTTP/1.1 to workers on the hot path: connections that are kept, with one request on each at a time.
 
 A client library costs a router more than all that it decides: with aiohttp a third of a request's time. What workers
-need of HTTP is little, and parsing it is left to llhttp (httptools), as uvicorn does: docs/adr/0010-client-of-workers.md.
+need of HTTP is little, and parsing it is left to llhttp (httptools), as uvicorn does. See
+docs/adr/0010-client-of-workers.md.
 """
 
 import asyncio

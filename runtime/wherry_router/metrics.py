@@ -138,6 +138,7 @@ class RouterMetrics:
             ["reason"],
             registry=registry,
         )
+        self._decided: dict[str, Counter] = {}
         self._prompt_tokens = Counter(
             "wherry_router_prompt_tokens", "Tokens of prompts that workers began with.", registry=registry
         )
@@ -186,7 +187,10 @@ class RouterMetrics:
 
     def decided(self, reason: str) -> None:
         """Counts a choice of a replica."""
-        self._decisions.labels(reason).inc()
+        counter = self._decided.get(reason)
+        if counter is None:
+            counter = self._decided[reason] = self._decisions.labels(reason)
+        counter.inc()
 
     def read_prompt(self, tokens: int, cached: int) -> None:
         """Counts the prompt of a request that a worker began with."""

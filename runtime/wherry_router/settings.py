@@ -9,8 +9,10 @@ class Limits(msgspec.Struct, kw_only=True, frozen=True):
     max_body_bytes: int = 8 * 1024 * 1024
     # More than admission lets wait and workers run, so that it is admission that chooses whom to refuse.
     max_concurrent: int = 4096
+    max_connections: int = 16384
     head_timeout_s: float = 30.0
     body_timeout_s: float = 30.0
+    unread_timeout_s: float = 120.0
     # From the request to its first token, all tries together.
     first_token_timeout_s: float = 300.0
     # How long a request waits for a replica when there is none.

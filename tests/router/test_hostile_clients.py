@@ -8,15 +8,16 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 from urllib.parse import urlsplit
 
 import httpx
+import msgspec
 import psutil
 import pytest
-from tests.router.harness import Mock, Process, chat, eventually, mock_worker, post, router
+from tests.router.harness import Mock, Process, chat, eventually, mock_worker, post, router, script
 from tests.router.test_bounds import HOSTS, is_openai_error, raw, request
 
 KEY = {"Authorization": "Bearer key"}
@@ -30,7 +31,7 @@ class Front(NamedTuple):
 
 @pytest.fixture(scope="module")
 def front() -> Iterator[Front]:
-    limits = ("--max-body-bytes", "100000", "--head-timeout-s", "1", "--body-timeout-s", "1")
+    limits = ("--max-body-bytes", "100000", "--head-timeout-s", "1", "--body-timeout-s", "1", "--unread-timeout-s", "1")
     env = {"WHERRY_API_KEY": "key", "WHERRY_WORKER_TOKEN": TOKEN, "PYTHONOPTIMIZE": "1"}
     with mock_worker("a", "--token", TOKEN) as mock, router(mock.url, args=limits, env=env) as process:
         yield Front(process, mock)
@@ -102,6 +103,31 @@ def test_who_sends_slowly_is_cut(front: Front) -> None:
         assert sent < 1000, name
         if expected in (401, 408):
             assert is_openai_error(said.partition(b"\r\n\r\n")[2].partition(b"HTTP/1.1")[0]), name
+
+
+def test_who_does_not_read_its_answer_holds_no_place_for_ever(front: Front) -> None:
+    body = msgspec.json.encode(chat(script(tokens=1_000_000, text="x" * 1000), stream=True))
+    with connect(front) as connection:
+        head = HEAD.replace(b"completions", b"chat/completions") + b"Authorization: Bearer key\r\n"
+        connection.sendall(b"%sContent-Length: %d\r\n\r\n%s" % (head, len(body), body))
+        eventually(lambda: front.mock.state()["running"] == 1)
+        eventually(lambda: front.mock.state()["running"] == 0)
+        with suppress(ConnectionResetError):
+            while connection.recv(1 << 20):
+                pass  # what was on its way; its end is that of the connection
+
+
+def test_connections_over_their_bound_are_refused_and_the_others_go_on() -> None:
+    with mock_worker("a") as mock, router(mock.url, args=("--max-connections", "8")) as process:
+        front = Front(process, mock)
+        with ExitStack() as held:
+            for _ in range(8):
+                held.enter_context(connect(front))
+            connection = held.enter_context(connect(front))
+            said = connection.recv(65536)
+            assert status(said) == 503
+            assert is_openai_error(said.partition(b"\r\n\r\n")[2])
+        eventually(lambda: post(process.url, chat("hello")).status_code == 200)
 
 
 def test_a_refused_request_whose_rest_comes_soon_keeps_its_connection(front: Front) -> None:

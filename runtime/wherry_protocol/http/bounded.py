@@ -1,6 +1,7 @@
 """uvicorn's HTTP/1.1 protocol with bounds on what a client sends beside its bodies, and on how long it takes for it."""
 
 import asyncio
+from typing import NamedTuple
 
 import msgspec
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
@@ -8,9 +9,17 @@ from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 from wherry_protocol.http.asgi import ClientConnection
 from wherry_protocol.http.joined import Joined
 
+
+class Bounds(NamedTuple):
+    """What a client may take. `max_connections`: at once; 0: no bound."""
+
+    head_timeout_s: float = 30.0  # for a request's line and headers to arrive
+    unread_timeout_s: float = 300.0  # for a client to take what waits for it
+    max_connections: int = 0
+
+
 # Of one request: its line, headers, trailers, and what its chunks say beside their bytes.
 MAX_HEAD_BYTES = 64 * 1024
-HEAD_TIMEOUT_S = 30.0
 # Longer than clients keep idle connections (aiohttp: 15 s), so that it is never the server that closes under a request.
 KEEP_ALIVE_S = 75
 # For so long the rest of a request is read that has its answer already, so that its client gets to see that.
@@ -20,16 +29,18 @@ _FRAME_BYTES = 32
 
 
 class BoundedProtocol(HttpToolsProtocol):
-    """Refuses with 431 what is over `MAX_HEAD_BYTES` and with 408 a head that is not whole in `head_timeout_s`.
+    """Refuses with 431 what is over `MAX_HEAD_BYTES`, with 408 a head that is not whole in time, with 503 a connection
+    too many, and cuts who does not read its answer.
 
     llhttp and httptools have no such bounds: trailers would be kept as they come, for as long as they come. What it
     writes is joined, and the app is told when the client goes.
     """
 
-    head_timeout_s = HEAD_TIMEOUT_S
+    bounds = Bounds()
     _in_head = True
     _beside = 0  # bytes of the request that are none of its body
     _timer: asyncio.TimerHandle | None = None
+    _unread: asyncio.TimerHandle | None = None
     _client: ClientConnection
     _joined: Joined
 
@@ -38,12 +49,27 @@ class BoundedProtocol(HttpToolsProtocol):
         super().connection_made(transport)  # type: ignore[arg-type]
         self._client = ClientConnection()
         self._joined = Joined(self.transport, self.loop)
-        self._arm(self.head_timeout_s)
+        self._arm(self.bounds.head_timeout_s)
+        if 0 < self.bounds.max_connections < len(self.connections):
+            self._refuse(503, "too_many_connections", "the server has as many connections as it may have")
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._disarm()
+        if self._unread is not None:
+            self._unread.cancel()
         super().connection_lost(exc)
         self._client.ended()
+
+    def pause_writing(self) -> None:
+        """The client is slow. One that takes nothing at all is not waited for: its request holds a place."""
+        super().pause_writing()
+        self._unread = self.loop.call_later(self.bounds.unread_timeout_s, self.transport.abort)
+
+    def resume_writing(self) -> None:
+        """It has read."""
+        super().resume_writing()
+        if self._unread is not None:
+            self._unread.cancel()
 
     def shutdown(self) -> None:
         """No further request; what is written is not lost."""
@@ -60,7 +86,7 @@ class BoundedProtocol(HttpToolsProtocol):
             self._refuse(431, "request_head_too_large", f"request line and headers are over {MAX_HEAD_BYTES} bytes")
         elif self._in_head and self._timer is None:
             if self._beside:
-                self._arm(self.head_timeout_s)
+                self._arm(self.bounds.head_timeout_s)
             elif self.cycle.response_complete:
                 # Its answer came before its end did, so uvicorn no longer waits for the next one.
                 self._arm(KEEP_ALIVE_S)
@@ -107,9 +133,11 @@ class BoundedProtocol(HttpToolsProtocol):
         if self.transport.is_closing():
             return
         if self._answering() and self._in_head:
-            self._arm(self.head_timeout_s)  # the answer before is not to be cut
+            self._arm(self.bounds.head_timeout_s)  # the answer before is not to be cut
         elif self._in_head and self._beside:
-            self._refuse(408, "timeout", f"the request's headers did not arrive within {self.head_timeout_s:g} s")
+            self._refuse(
+                408, "timeout", f"the request's headers did not arrive within {self.bounds.head_timeout_s:g} s"
+            )
         else:
             self._joined.close()
 

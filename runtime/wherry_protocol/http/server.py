@@ -13,7 +13,7 @@ from typing import Any
 import uvicorn
 
 from wherry_protocol.http.asgi import App
-from wherry_protocol.http.bounded import HEAD_TIMEOUT_S, KEEP_ALIVE_S, BoundedProtocol
+from wherry_protocol.http.bounded import KEEP_ALIVE_S, BoundedProtocol, Bounds
 
 _BACKLOG = 2048
 
@@ -68,14 +68,14 @@ async def serve(
     stop: asyncio.Event,
     drain: Callable[[], Awaitable[float | None]],
     tls: ssl.SSLContext | None = None,
-    head_timeout_s: float = HEAD_TIMEOUT_S,
+    bounds: Bounds | None = None,
 ) -> None:
     """Serves `app` on `sockets` until `stop` is set, goes on serving while `drain` runs, then closes.
 
     `drain` returns how many seconds a request that still slipped in gets to finish; what then runs is cancelled.
-    With `tls` connections are encrypted. A request's head has `head_timeout_s` to arrive.
+    With `tls` connections are encrypted. `bounds`: of what a client may take.
     """
-    protocol = type("Protocol", (BoundedProtocol,), {"head_timeout_s": head_timeout_s})
+    protocol = type("Protocol", (BoundedProtocol,), {"bounds": bounds or Bounds()})
     options: dict[str, Any] = {"lifespan": "off", "ws": "none", "log_config": None, "access_log": False}
     config = uvicorn.Config(
         app,
