@@ -196,6 +196,7 @@ class MockWorker:
         first = 0 if request.resume is None or script.forget_resume else len(request.resume.token_ids)
         for index in range(first, script.tokens):
             if index == script.exit_after:
+                await asyncio.sleep(0)  # what it has said goes out first
                 os._exit(3)
             if index == script.error_after:
                 await emit(encode_event(ErrorEvent(code="broken", message="it broke", retryable=script.retryable)))

@@ -125,7 +125,7 @@ def victim_of(mocks: list[Mock], how: int) -> Mock:
 
 def test_one_stream_survives_several_losses() -> None:
     with cluster("abcde") as (mocks, front):
-        content = script(tokens=80, pause_s=0.03, named=False)
+        content = script(tokens=200, pause_s=0.03, named=False)
         reader = Reader(front, chat(content, stream=True))
         for number, how in enumerate((signal.SIGKILL, signal.SIGSTOP, signal.SIGKILL)):
             eventually(lambda n=number: len(numbers(reader.text)) > 12 * (n + 1))
@@ -133,7 +133,7 @@ def test_one_stream_survives_several_losses() -> None:
             stopped = {mock.name for mock in alive if not answers(mock)}
             running([mock for mock in alive if mock.name not in stopped]).process.signal(how)
         reader.join(30)
-        assert reader.text == expected(content, 80)
+        assert reader.text == expected(content, 200)
         assert reader.chunks[-1] == {}
         assert metric(front, "wherry_router_streams_resumed_total") == 3
 

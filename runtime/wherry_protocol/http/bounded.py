@@ -111,6 +111,7 @@ class BoundedProtocol(HttpToolsProtocol):
         self._disarm()
 
     def on_response_complete(self) -> None:
+        self._joined.flush()  # nothing more comes that could go with it
         super().on_response_complete()
         if not self._in_head and self.cycle.response_complete and not self.transport.is_closing():
             self._arm(LINGER_S)
