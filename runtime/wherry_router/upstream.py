@@ -8,7 +8,7 @@ import msgspec
 from wherry_protocol.openai.errors import ApiError
 from wherry_protocol.sse import HEADER_HEARTBEAT, Frames, decode_frame, decode_load
 from wherry_protocol.worker import End, ErrorEvent, Event, LoadReport, LoadUpdate, Token
-from wherry_router.connections import Broken, Connections, Exchange, Unreachable
+from wherry_router.connections import KEPT_S, Broken, Connections, Exchange, Unreachable
 from wherry_router.fault import Expired, QueueFull, WorkerFault
 from wherry_router.load_feed import NoFeedError
 from wherry_router.pool import Replica
@@ -40,7 +40,7 @@ class Upstream:
         )
         timeout = aiohttp.ClientTimeout(total=None, connect=None, sock_connect=limits.connect_timeout_s)
         self._session = aiohttp.ClientSession(
-            connector=aiohttp.TCPConnector(limit=0, keepalive_timeout=15),
+            connector=aiohttp.TCPConnector(limit=0, keepalive_timeout=KEPT_S),
             timeout=timeout,
             read_bufsize=2**16,
             auto_decompress=False,

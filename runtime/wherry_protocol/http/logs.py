@@ -18,12 +18,7 @@ class JsonFormatter(logging.Formatter):
 
     def format(self, record: logging.LogRecord) -> str:
         """One line of JSON."""
-        line: dict[str, Any] = {
-            "time": f"{_second(int(record.created))}.{int(record.msecs):03d}Z",
-            "level": record.levelname.lower(),
-            "logger": record.name,
-            "message": record.getMessage(),
-        }
+        line = _head(record.created, record.levelname.lower(), record.name, record.getMessage())
         line.update(getattr(record, "fields", {}))
         if record.exc_info:
             line["exception"] = self.formatException(record.exc_info)
@@ -44,13 +39,7 @@ class Lines:
 
     def __call__(self, **fields: object) -> None:
         """One line."""
-        now = time.time()
-        line: dict[str, object] = {
-            "time": f"{_second(int(now))}.{int(now * 1000) % 1000:03d}Z",
-            "level": "info",
-            "logger": self._logger,
-            "message": self._message,
-        }
+        line = _head(time.time(), "info", self._logger, self._message)
         if not self._lines:
             asyncio.get_running_loop().call_later(self.LATE_S, self.flush)
         self._lines.append(_encoder.encode(line | fields))
@@ -62,6 +51,11 @@ class Lines:
             sys.stderr.buffer.write(b"\n".join(self._lines))
             sys.stderr.buffer.flush()
             self._lines.clear()
+
+
+def _head(when: float, level: str, logger: str, message: str) -> dict[str, Any]:
+    moment = f"{_second(int(when))}.{int(when * 1000) % 1000:03d}Z"
+    return {"time": moment, "level": level, "logger": logger, "message": message}
 
 
 @functools.lru_cache(maxsize=4)

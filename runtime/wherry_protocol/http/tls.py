@@ -24,16 +24,6 @@ def load_context(cert: Path, key: Path) -> ssl.SSLContext:
         TlsError: they cannot be read, or do not belong together.
     """
     context = server_context()
-    load_pair(context, cert, key)
-    return context
-
-
-def load_pair(context: ssl.SSLContext, cert: Path, key: Path) -> None:
-    """Gives `context` the certificate chain in `cert` and its key, both PEM.
-
-    Raises:
-        TlsError: they cannot be read, or do not belong together.
-    """
     try:
         # An encrypted key would ask on the terminal for its password.
         context.load_cert_chain(cert, key, password=_no_password)
@@ -41,6 +31,7 @@ def load_pair(context: ssl.SSLContext, cert: Path, key: Path) -> None:
         raise TlsError(f"{cert} and {key}: {error.reason or 'not PEM, or not a pair'}") from None
     except OSError as error:
         raise TlsError(f"{error.filename or f'{cert} or {key}'}: {error.strerror}") from None
+    return context
 
 
 def _no_password() -> str:

@@ -7,28 +7,22 @@ from collections.abc import Coroutine, Sequence
 from typing import Any, Literal
 
 import msgspec
-import redis.asyncio
-from redis.asyncio.retry import Retry
-from redis.backoff import NoBackoff
-from redis.exceptions import RedisError
 
 from wherry_protocol.openai.errors import ApiError
 from wherry_router.limits.bounds import GRANTED, WINDOW_S, Bound, Outcome, Standing
 from wherry_router.limits.local import LocalStore
 from wherry_router.limits.scripts import RENEW, RESERVE, SETTLE
+from wherry_router.redis_client import FAILURES, TIMEOUT_S, connect
 
 log = logging.getLogger("wherry.router")
 
 Fallback = Literal["local", "open", "closed"]
-# What one operation may take; over it Redis is lost, and nobody waits for it until it answers again.
-TIMEOUT_S = 0.25
 PROBE_S = 0.5
 CONNECTIONS = 32
 # For so long a router vouches for what it has running. One that dies frees its places then.
 LEASE_S = 30
 _RENEW_S = 10
 _RENEW_AT_ONCE = 500
-_FAILURES = (RedisError, OSError, TimeoutError)
 
 
 class _Held(msgspec.Struct):
@@ -43,15 +37,7 @@ class SharedStore:
     request at all (`closed`)."""
 
     def __init__(self, url: str, prefix: str, fallback: Fallback, local: LocalStore) -> None:
-        pool = redis.asyncio.BlockingConnectionPool.from_url(
-            url,
-            max_connections=CONNECTIONS,
-            timeout=TIMEOUT_S,
-            socket_timeout=TIMEOUT_S,
-            socket_connect_timeout=TIMEOUT_S,
-            retry=Retry(NoBackoff(), 0),
-        )
-        self._redis = redis.asyncio.Redis.from_pool(pool)
+        self._redis = connect(url, CONNECTIONS)
         self._reserve = self._redis.register_script(RESERVE)
         self._settle = self._redis.register_script(SETTLE)
         self._renew = self._redis.register_script(RENEW)
@@ -80,7 +66,7 @@ class SharedStore:
         try:
             async with asyncio.timeout(2 * TIMEOUT_S):
                 answer = await self._reserve(keys, arguments)
-        except _FAILURES as error:
+        except FAILURES as error:
             self._lose(error)
             return self._alone(request_id, bounds, tokens)
         refused, what, wait_s, now, *rest = answer
@@ -140,7 +126,7 @@ class SharedStore:
         try:
             async with asyncio.timeout(2 * TIMEOUT_S):
                 await self._settle(keys, [request_id, WINDOW_S, second, *changes])
-        except _FAILURES as error:
+        except FAILURES as error:
             self._lose(error)
 
     async def _vouch(self) -> None:
@@ -150,7 +136,7 @@ class SharedStore:
             try:
                 async with asyncio.timeout(2 * TIMEOUT_S):
                     await self._renew([key for key, _ in part], [LEASE_S * 1000, *(name for _, name in part)])
-            except _FAILURES as error:
+            except FAILURES as error:
                 self._lose(error)
                 return
 
@@ -159,7 +145,7 @@ class SharedStore:
             async with asyncio.timeout(2 * TIMEOUT_S):
                 # A write, as a replica or a server without memory left would answer a ping.
                 await self._renew([f"{self._prefix}:probe"], [1000, "probe"])
-        except _FAILURES:
+        except FAILURES:
             return
         self.lost = False
         log.info("Redis answers again; limits are counted together")

@@ -5,11 +5,7 @@ import logging
 from collections.abc import AsyncGenerator, Callable, Coroutine
 from typing import Any
 
-import redis.asyncio
-from redis.asyncio.retry import Retry
-from redis.backoff import NoBackoff
-from redis.exceptions import RedisError
-
+from wherry_router.redis_client import FAILURES, TIMEOUT_S, connect
 from wherry_router.response_cache.circuit import LEAST_S, Circuit
 from wherry_router.response_cache.memory import OVERHEAD
 from wherry_router.response_cache.scripts import GET, PUT
@@ -17,8 +13,6 @@ from wherry_router.response_cache.seal import Seal
 
 log = logging.getLogger("wherry.router")
 
-# What one operation may take; over it Redis is lost, and nobody waits for it until it answers again.
-TIMEOUT_S = 0.25
 CONNECTIONS = 16
 # Answers on their way to Redis at a time; over it they are not kept.
 _MOST_PENDING = 64
@@ -30,7 +24,6 @@ NEWS_S = 0.5
 _NEWS = b"news"
 _FIELD = b"v"
 _AT_ONCE = 100
-_FAILURES = (RedisError, OSError, TimeoutError)
 
 
 class RedisStore:
@@ -43,15 +36,7 @@ class RedisStore:
     def __init__(
         self, url: str, prefix: str, max_bytes: int, ttl_s: float, seal: Seal, clock: Callable[[], float]
     ) -> None:
-        pool = redis.asyncio.BlockingConnectionPool.from_url(
-            url,
-            max_connections=CONNECTIONS,
-            timeout=TIMEOUT_S,
-            socket_timeout=TIMEOUT_S,
-            socket_connect_timeout=TIMEOUT_S,
-            retry=Retry(NoBackoff(), 0),
-        )
-        self._redis = redis.asyncio.Redis.from_pool(pool)
+        self._redis = connect(url, CONNECTIONS)
         self._get = self._redis.register_script(GET)
         self._put = self._redis.register_script(PUT)
         # In braces, so that a cluster keeps all of it in one place: a script sees one place only.
@@ -82,7 +67,7 @@ class RedisStore:
         try:
             async with asyncio.timeout(TIMEOUT_S):
                 sealed = await self._get(keys, [name])
-        except _FAILURES as error:
+        except FAILURES as error:
             self._lose(error)
             return None
         return None if sealed is None else self._seal.open(key, sealed)
@@ -136,7 +121,7 @@ class RedisStore:
                     pipe.time()
                     pipe.xrange(f"{self._prefix}:news", min=after, count=_AT_ONCE)
                     (seconds, micros), entries = await pipe.execute()
-        except _FAILURES as error:
+        except FAILURES as error:
             self._lose(error)
             return 0.0, []
         return seconds + micros / 1e6, entries
@@ -158,7 +143,7 @@ class RedisStore:
             async with asyncio.timeout(TIMEOUT_S):
                 # A write, as a replica or a server without memory left would answer a ping.
                 await self._redis.set(f"{self._prefix}:probe", b"", px=1000)
-        except _FAILURES:
+        except FAILURES:
             self._circuit.failed()
             return
         self._circuit.succeeded()
@@ -181,5 +166,5 @@ class RedisStore:
         try:
             async with asyncio.timeout(TIMEOUT_S):
                 await work()
-        except _FAILURES as error:
+        except FAILURES as error:
             self._lose(error)
