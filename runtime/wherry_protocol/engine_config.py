@@ -4,6 +4,7 @@ One declaration serves both, so that neither can name a flag that the other does
 """
 
 import argparse
+import hashlib
 from typing import Annotated, Any, Literal, get_args, get_type_hints
 
 import msgspec
@@ -108,6 +109,17 @@ def to_args(config: EngineConfig) -> list[str]:
         if field.required or value != field.default:
             args.append(f"{_flag(field.name)}={str(value).lower() if isinstance(value, bool) else value}")
     return args
+
+
+# What says where a worker is, not what it answers. A pod's address is in no spec.
+_PLACE = (*WORKER_ONLY, "host", "port", "drain_timeout_s", "threads")
+
+
+def fingerprint(config: EngineConfig) -> str:
+    """Names what answers: the model and the settings that may change an answer. Equal in the spec and in its pods."""
+    defaults = {f.name: f.default for f in msgspec.structs.fields(EngineConfig) if f.name in _PLACE}
+    settings = " ".join(to_args(msgspec.structs.replace(config, **defaults)))
+    return hashlib.sha256(settings.encode()).hexdigest()[:16]
 
 
 def _boolean(text: str) -> bool:

@@ -108,13 +108,15 @@ class PositionLogprobs(msgspec.Struct):
 
 class Started(msgspec.Struct, tag_field="event", tag="started"):
     """The request left the queue. `cached_tokens` of the prompt came from the prefix cache. `prompt_digest` names the
-    prompt's tokens: two workers that disagree about them cannot continue one another's answers."""
+    prompt's tokens: two workers that disagree about them cannot continue one another's answers. `version` names the
+    model and settings (`engine_config.fingerprint`)."""
 
     id: str
     prompt_tokens: int
     cached_tokens: int
     seed: int
     prompt_digest: str = ""
+    version: str = ""  # empty: not told
 
 
 class Token(msgspec.Struct, tag_field="event", tag="token", omit_defaults=True):

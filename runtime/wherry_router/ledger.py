@@ -9,6 +9,8 @@ from wherry_router.fault import WorkerFault
 
 # Of errors that ask to be tried elsewhere: what a worker that is on its way out says. It did nothing wrong.
 _LEAVING = frozenset({"shutting_down", "draining"})
+# The version of an answer that workers of different models or settings have parts in.
+SEVERAL = "several"
 
 
 class Ledger:
@@ -88,6 +90,8 @@ class Ledger:
             first.prompt_digest,
         ):
             raise WorkerFault("protocol", "the worker goes on with another answer or another prompt")
+        if event.version != first.version:
+            first.version = SEVERAL
         return None
 
     def _end(self, event: End) -> Event:

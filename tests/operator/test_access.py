@@ -20,9 +20,11 @@ from wherry_operator.desired.access import NeededSecret
 from wherry_operator.desired.common import RenderSettings
 from wherry_operator.desired.response_cache import cache_secrets
 from wherry_operator.desired.router import router_args, router_template
+from wherry_operator.desired.runtime import pod_template
 from wherry_operator.planning.pods import PodView
 from wherry_operator.planning.status import make_status
 from wherry_operator.planning.types import Settings
+from wherry_protocol.engine_config import fingerprint, from_args
 from wherry_router.__main__ import argument_parser
 
 OIDC = {"issuer": "https://issuer.example", "audience": "wherry"}
@@ -97,6 +99,19 @@ def test_what_the_spec_says_reaches_the_router(router: dict[str, Any], flags: li
     added = [arg for arg in args if arg not in router_args(plain, plain.spec)]
     assert [re.sub(r"(cache-version=)\w{16}$", r"\1", arg) for arg in added] == flags
     argument_parser().parse_args(args)
+
+
+@pytest.mark.parametrize(
+    "more", [{}, {"workerTLS": {"secretName": "t"}}, {"quantization": {"method": "int8"}}], ids=str
+)
+def test_the_caches_version_is_what_the_pods_tell(more: dict[str, Any]) -> None:
+    """The kubelet puts a pod's own address into its arguments."""
+    who = owner(spec={"router": {"responseCache": {"size": "64Mi"}}, **more})
+    assert who.spec is not None
+    [container] = pod_template(who, who.spec, RenderSettings(), "token")["spec"]["containers"]
+    worker = from_args([arg.replace("$(POD_IP)", "10.0.0.7") for arg in container["args"]])
+    assert worker.host == "10.0.0.7"
+    assert f"--response-cache-version={fingerprint(worker)}" in router_args(who, who.spec)
 
 
 def pod_spec(router: dict[str, Any]) -> dict[str, Any]:

@@ -19,7 +19,7 @@ from wherry_protocol.worker import (
 )
 from wherry_router.backend import Delivery
 from wherry_router.fault import QueueFull, WorkerFault
-from wherry_router.ledger import Ledger
+from wherry_router.ledger import SEVERAL, Ledger
 from wherry_router.pool import Endpoint, Replica
 from wherry_router.settings import Limits
 from wherry_router.tries import Tries
@@ -73,6 +73,18 @@ def test_a_try_that_goes_on_tells_the_client_only_what_is_new() -> None:
     assert ledger.take(METRICS) is METRICS
     assert ledger.take(end(4, cached_tokens=5)) == end(4, cached_tokens=4), "the prompt was cached as at first"
     assert ledger.ids == [100, 101, 102, 103]
+
+
+@pytest.mark.parametrize(("version", "whole"), [("old", "old"), ("new", SEVERAL)])
+def test_an_answer_that_a_worker_of_another_model_goes_on_with_is_of_neither(version: str, whole: str) -> None:
+    ledger = Ledger(REQUEST)
+    ledger.request(0)
+    first = started(version="old")
+    ledger.take(first)
+    ledger.take(token(0))
+    ledger.request(1)
+    assert ledger.take(started(version=version)) is None
+    assert first.version == whole
 
 
 def test_before_the_first_token_a_try_begins_anew() -> None:

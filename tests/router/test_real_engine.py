@@ -11,7 +11,9 @@ import httpx
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from tests.router.harness import MODEL, Process, chat, eventually, post, router, text_of, worker
+from tests.router.harness import MODEL, TINY, Process, chat, eventually, post, router, text_of, worker
+
+from wherry_protocol.engine_config import fingerprint, from_args
 
 
 @pytest.fixture(scope="module")
@@ -24,6 +26,18 @@ def three(tiny_worker: Process) -> Iterator[Process]:
 
 def load(process: Process) -> dict[str, Any]:
     return dict(httpx.get(process.url + "/load", timeout=10).json())
+
+
+def test_answers_of_replicas_with_another_model_are_passed_on_and_not_kept() -> None:
+    """As during a rollout: two workers whose settings differ, and a router that is of the one's version."""
+    with worker("--kv-cache-dtype=float32") as new, worker("--kv-cache-dtype=int8") as old:
+        uri = f"--model-uri=file://{TINY}"
+        version = fingerprint(from_args([f"--model-name={MODEL}", uri, "--dtype=float32", "--kv-cache-dtype=float32"]))
+        args = ("--response-cache-bytes", "1048576", "--response-cache-version", version)
+        for process, expected in ((new, ["miss", "hit"]), (old, ["miss", "miss"])):
+            with router(process.url, args=args) as front:
+                body = chat("Tell me about boats.", max_tokens=5, temperature=0)
+                assert [post(front.url, body).headers["x-wherry-cache"] for _ in range(2)] == expected
 
 
 async def test_a_hundred_real_streams_give_the_sequential_answers(three: Process) -> None:

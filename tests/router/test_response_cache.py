@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+import msgspec
 import pytest
 from tests.router.harness import Mock, Process, chat, mock_worker, post, router, script, sse, text_of
 
@@ -22,6 +23,7 @@ from wherry_protocol.worker import (
     Token,
     TokenLogprob,
 )
+from wherry_router.ledger import SEVERAL
 from wherry_router.response_cache.cache import ResponseCache, key_of, replay
 from wherry_router.response_cache.fair import Fair
 from wherry_router.response_cache.memory import OVERHEAD, Memory
@@ -147,6 +149,18 @@ async def test_what_is_not_whole_or_too_large_is_not_kept(events: list[Event]) -
     kept, memory = cache()
     assert await tell(kept, request(), events) == events
     assert len(memory) == 0
+
+
+@pytest.mark.parametrize(
+    ("cached", "told", "kept"),
+    [("new", "new", 1), ("new", "old", 0), ("new", SEVERAL, 0), ("new", "", 1), ("", "old", 1), ("", "", 1)],
+)
+async def test_during_a_rollout_only_answers_of_the_new_model_are_kept(cached: str, told: str, kept: int) -> None:
+    """`cached`: the version of the cache; `told`: that of who answers, which older workers do not tell."""
+    held, memory = cache(version=cached)
+    events = [msgspec.structs.replace(START, version=told), *ANSWER[1:]]
+    assert await tell(held, request(), events) == events
+    assert len(memory) == kept
 
 
 async def test_an_answer_that_began_anew_is_kept_from_there() -> None:

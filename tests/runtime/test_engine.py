@@ -62,8 +62,14 @@ class TestAnswers:
         kinds = [type(e) for e in answer.events]
         assert kinds == [Started, *[Token] * (len(kinds) - 3), Metrics, End]
         assert answer.started == Started(
-            id="r", prompt_tokens=3, cached_tokens=0, seed=5, prompt_digest=digest_of([1, 2, 3])
+            id="r",
+            prompt_tokens=3,
+            cached_tokens=0,
+            seed=5,
+            prompt_digest=digest_of([1, 2, 3]),
+            version=answer.started.version,
         )
+        assert len(answer.started.version) == 16
         tokens = [e for e in answer.events if isinstance(e, Token)]
         assert [t.index for t in tokens] == [sum(len(p.ids) for p in tokens[:i]) for i in range(len(tokens))]
         assert answer.end == End(finish_reason="length", prompt_tokens=3, completion_tokens=10)

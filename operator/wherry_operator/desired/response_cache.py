@@ -1,6 +1,5 @@
 """The router's response cache: its flags, its environment, and the Secrets that it needs. Pure."""
 
-import hashlib
 from typing import Any
 
 from wherry_operator.api.kube import parse_duration
@@ -10,7 +9,7 @@ from wherry_operator.api.v1alpha1 import LLMDeploymentSpec
 from wherry_operator.desired.access import NeededSecret, from_secret, redis_environment
 from wherry_operator.desired.runtime import engine_config
 from wherry_protocol import naming
-from wherry_protocol.engine_config import to_args
+from wherry_protocol.engine_config import fingerprint
 from wherry_protocol.quantity import parse_quantity
 
 
@@ -19,11 +18,10 @@ def cache_args(owner: LLMDeployment, spec: LLMDeploymentSpec) -> list[str]:
     cache = spec.router.response_cache
     if cache is None:
         return []
-    settings = " ".join(to_args(engine_config(spec)))
     return [
         f"--response-cache-bytes={int(parse_quantity(cache.size))}",
         f"--response-cache-ttl-s={parse_duration(cache.ttl):g}",
-        f"--response-cache-version={hashlib.sha256(settings.encode()).hexdigest()[:16]}",
+        f"--response-cache-version={fingerprint(engine_config(spec))}",
         *([f"--response-cache-namespace={owner.namespace}/{owner.name}"] if cache.redis else []),
         *(_semantic_args(cache.semantic) if cache.semantic else []),
     ]

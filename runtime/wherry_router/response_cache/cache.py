@@ -50,7 +50,7 @@ def key_of(request: ExecuteRequest, version: str = "") -> bytes:
     """Names all that decides the answer.
 
     Args:
-        version: of what answers, such as model and quantization.
+        version: of what answers: model, quantization and the like.
     """
     return hashlib.sha256(_pack((version, decides(request)))).digest()
 
@@ -85,7 +85,13 @@ NOTHING = Lookup()
 
 
 class ResponseCache:
-    """Finds answers in a store and puts new ones there. `semantic`: finds them by meaning where nothing else did."""
+    """Finds answers in a store and puts new ones there.
+
+    Args:
+        version: of what answers (`Started.version`). While a rollout goes on, replicas of another one answer, too: what
+            they say is passed on, and not kept.
+        semantic: finds answers by meaning where nothing else did.
+    """
 
     def __init__(
         self, store: Store, max_entry_bytes: int, version: str = "", semantic: "Semantic | None" = None
@@ -144,11 +150,14 @@ class ResponseCache:
                 if record is not None and not record.take(event):
                     record = None
                 yield event
-        if record is not None and record.whole:
+        if record is not None and record.whole and self._is_ours(record.version):
             key = key_of(request, self._version)
             self._store.put(request.cache_salt, key, _pack(record.events()))
             if self._semantic is not None and lookup.asked is not None:
                 self._semantic.keep(lookup.asked, key)
+
+    def _is_ours(self, version: str) -> bool:
+        return not (version and self._version) or version == self._version
 
 
 def _read(packed: bytes) -> list[Event] | None:
@@ -170,6 +179,11 @@ class _Record:
     @property
     def whole(self) -> bool:
         return self._started is not None and self._end is not None
+
+    @property
+    def version(self) -> str:
+        """Of whoever gave it."""
+        return "" if self._started is None else self._started.version
 
     def take(self, event: Event) -> bool:
         """False: this answer is not kept."""

@@ -14,7 +14,13 @@ class Answer:
     """One answer in the making. Runs on the event loop, off the step loop's hot path."""
 
     def __init__(
-        self, request_id: str, live: Live, tokenizer: Tokenizer, detokenizer: Detokenizer, prompt_digest: str
+        self,
+        request_id: str,
+        live: Live,
+        tokenizer: Tokenizer,
+        detokenizer: Detokenizer,
+        prompt_digest: str,
+        version: str,
     ) -> None:
         self.ended = False
         self.needs_cancel = True  # until the engine itself has ended the request
@@ -26,6 +32,7 @@ class Answer:
         self._num_tokens = live.request.num_new  # more than none if another worker began the answer
         self._cached_tokens = 0
         self._prompt_digest = prompt_digest
+        self._version = version
 
     def over(self, finish: FinishReason, reason: str | int | None) -> Iterator[Event]:
         """All events of an answer that the tokens of another worker had ended: their text has been told there."""
@@ -63,6 +70,7 @@ class Answer:
             cached_tokens=self._cached_tokens,
             seed=self._live.seed,
             prompt_digest=self._prompt_digest,
+            version=self._version,
         )
 
     def _add(self, token: Token, item: Progress) -> None:

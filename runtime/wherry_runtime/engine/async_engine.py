@@ -8,7 +8,7 @@ import time
 from collections import deque
 from collections.abc import AsyncIterator, Awaitable, Callable
 
-from wherry_protocol.engine_config import EngineConfig
+from wherry_protocol.engine_config import EngineConfig, fingerprint
 from wherry_protocol.worker import Event, ExecuteRequest, FinishReason, LoadReport, PrefixChange
 from wherry_runtime.engine.answer import Answer
 from wherry_runtime.engine.core import EngineClosedError, EngineCore
@@ -265,7 +265,7 @@ class AsyncEngine:
         live = self._live(request, key, prompt, loaded)
         is_chat = request.prompt.messages is not None
         detokenizer = Detokenizer(loaded.tokenizer, request.sampling.stop, strip_leading_space=is_chat)
-        answer = Answer(request.id, live, loaded.tokenizer, detokenizer, digest)
+        answer = Answer(request.id, live, loaded.tokenizer, detokenizer, digest, fingerprint(self._config))
         if live.request.num_resumed:
             # Off the event loop, which thousands of tokens would hold up for everybody.
             over = await asyncio.to_thread(recall, live, detokenizer)
