@@ -19,8 +19,8 @@ from wherry_protocol.http.bounded import Bounds
 from wherry_protocol.http.logs import set_up
 from wherry_protocol.http.server import AddressError, bind, covers_loopback, serve, stop_on_signals, url_of
 from wherry_protocol.http.tls import TlsError
-from wherry_protocol.naming import ENV_WORKER_TOKEN, ROUTER_PORT
-from wherry_router import worker_tls
+from wherry_protocol.naming import ENV_REDIS_URL, ENV_WORKER_TOKEN, ROUTER_PORT
+from wherry_router import redis_url, worker_tls
 from wherry_router.admission import flags as admission_flags
 from wherry_router.admission.entry import Admission
 from wherry_router.admission.settings import QueueSettings
@@ -252,7 +252,7 @@ def main(argv: list[str] | None = None) -> None:
         queue = admission_flags.settings(args)
     except ValueError as error:
         parser.error(str(error))
-    limiting.check(parser)
+    redis_url.check(parser, ENV_REDIS_URL)
     caching.check(parser, args)
     check_tls(parser, args)
     worker_tls.check(parser, args)

@@ -63,13 +63,6 @@ def _count(text: str) -> int:
     return int(text)
 
 
-def check(parser: argparse.ArgumentParser) -> None:
-    """Ends the program with a message where Redis' URL cannot be one. It is never shown: it may hold a password."""
-    url = os.environ.get(ENV_REDIS_URL)
-    if url and not url.startswith(("redis://", "rediss://", "unix://")):
-        parser.error(f"${ENV_REDIS_URL} must begin with redis://, rediss:// or unix://")
-
-
 def make_limiter(args: argparse.Namespace, registry: CollectorRegistry) -> Limiter:
     """The limiter that the flags and $WHERRY_REDIS_URL ask for."""
     rules = Rules(per_key=args.limit_key, per_tenant=args.limit_tenant, total=args.limit_total)

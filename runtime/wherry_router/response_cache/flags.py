@@ -8,6 +8,7 @@ from contextlib import AsyncExitStack
 from typing import TYPE_CHECKING
 
 from wherry_protocol.naming import ENV_CACHE_REDIS_URL, ENV_EMBEDDING_KEY, ENV_WORKER_TOKEN
+from wherry_router import redis_url
 from wherry_router.response_cache.cache import ResponseCache
 from wherry_router.response_cache.memory import Memory, Store
 from wherry_router.response_cache.metrics import CacheMetrics
@@ -64,10 +65,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def check(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
-    """Ends the program with a message where settings cannot be. Redis' URL is not shown: it may hold a password."""
-    url = os.environ.get(ENV_CACHE_REDIS_URL)
-    if url and not url.startswith(("redis://", "rediss://", "unix://")):
-        parser.error(f"${ENV_CACHE_REDIS_URL} must begin with redis://, rediss:// or unix://")
+    """Ends the program with a message where settings cannot be."""
+    redis_url.check(parser, ENV_CACHE_REDIS_URL)
     if args.embedding_url is None:
         return
     if not args.embedding_url.startswith(("http://", "https://")):
