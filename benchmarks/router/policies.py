@@ -14,6 +14,7 @@ import contextlib
 import functools
 import itertools
 import json
+import math
 import os
 import platform
 import re
@@ -140,9 +141,9 @@ def workers(api: str, speed: float) -> Iterator[list[str]]:
 
 @contextlib.contextmanager
 def _real() -> Iterator[str]:
-    """The address of a worker with the sample model and a cache of 10,000 tokens: eight of the 24 prompts."""
+    """The address of a worker with the sample model and a cache of 20,000 tokens: ten of the 24 prompts."""
     port = free_port()
-    size = ("--kv-cache-bytes", str(10_000 * 4096), "--max-queued", "1000", "--threads", "1", "--port", str(port))
+    size = ("--kv-cache-bytes", str(20_000 * 4096), "--max-queued", "1000", "--threads", "1", "--port", str(port))
     model = ("--model-name", MODEL, "--model-uri", f"file://{TINY}")
     with process([sys.executable, "-m", "wherry_runtime", *model, *size]):
         yield f"http://127.0.0.1:{port}"
@@ -310,17 +311,29 @@ def point(name: str, workload: str, args: argparse.Namespace, rate: float) -> Po
 
 
 def climb(points: dict[float, Point], begin: int, measured: Callable[[float], Point]) -> Iterator[Point]:
-    """Adds points up to the highest rate that a stack bears and the first one that it does not, and tells each."""
-    index, step = begin, 0
-    while 0 <= index < len(RATES):
-        rate = RATES[index]
+    """Adds points up to the highest rate that a stack bears and the first one that it does not, then two between them,
+    and tells each."""
+
+    def at(rate: float) -> Point:
         if rate not in points:
             points[rate] = measured(rate)
-        yield points[rate]
-        if step and points[rate].holds != (step > 0):
-            return
-        step = step or (1 if points[rate].holds else -1)
+        return points[rate]
+
+    index, step = begin, 0
+    while 0 <= index < len(RATES):
+        found = at(RATES[index])
+        yield found
+        if step and found.holds != (step > 0):
+            break
+        step = step or (1 if found.holds else -1)
         index += step
+    else:
+        return
+    good, bad = sorted((RATES[index], RATES[index - step]))
+    for _ in range(2):
+        found = at(round(math.sqrt(good * bad), 1))
+        yield found
+        good, bad = (found.rate, bad) if found.holds else (good, found.rate)
 
 
 def show(results: dict[str, dict[str, list[dict[str, Any]]]]) -> None:
