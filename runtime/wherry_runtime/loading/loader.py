@@ -1,12 +1,13 @@
 """From a model directory to a model in memory."""
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
 
 from wherry_protocol.engine_config import Dtype
+from wherry_runtime.layers.linear import Slots
 from wherry_runtime.loading.checkpoint import fill, iterate_tensors
 from wherry_runtime.loading.config import ModelConfig
 from wherry_runtime.loading.weight_cache import WeightCache, WeightCacheError
@@ -68,10 +69,23 @@ def load_model(
         if cache is not None and (cached := _from_cache(cache, empty)) is not None:
             return cached
         model = empty()
-        fill(model.slots(), iterate_tensors(directory), directory)
+        slots = model.slots()
+        fill(slots, as_named(iterate_tensors(directory), slots, config), directory)
         if cache is not None:
             cache.write(model.state())
     return model
+
+
+def as_named(
+    tensors: Iterator[tuple[str, torch.Tensor]], slots: Slots, config: ModelConfig
+) -> Iterator[tuple[str, torch.Tensor]]:
+    """Tensors by the names of `slots`: with the prefix that some checkpoints leave out, and without the head that is
+    kept twice where it is tied."""
+    prefix, tied_head = config.layout.prefix, config.layout.names.get("lm_head", "lm_head") + ".weight"
+    for name, tensor in tensors:
+        if config.tie_word_embeddings and name == tied_head:
+            continue
+        yield (f"{prefix}{name}" if name not in slots and f"{prefix}{name}" in slots else name), tensor
 
 
 def _from_cache(cache: WeightCache, empty: Callable[[], Decoder]) -> Decoder | None:
