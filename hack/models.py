@@ -26,6 +26,7 @@ USUAL: dict[str, Any] = {
 }
 # What every published model of an architecture says.
 ALWAYS: dict[str, dict[str, Any]] = {
+    "Mamba2ForCausalLM": {"num_heads": 32},
     "GraniteForCausalLM": {"embedding_multiplier": 12.0, "residual_multiplier": 0.22, "logits_scaling": 8.0},
 }
 INTRODUCTION = """\
@@ -37,7 +38,7 @@ An architecture is one small file in `runtime/wherry_runtime/models`: how its `c
 are named. Everything else is shared. `config.json` says which one a checkpoint is; one that is not here is refused by
 name, with this list and the nearest. `tests/runtime/test_architectures.py` holds each to transformers: the same logits
 within 1e-4 in float32, on random models saved by transformers, prompts whole, in chunks and beside others' decodes,
-token by token, and on two ranks those of one.
+token by token, and on two ranks those of one. `test_recurrent.py` does it for those without attention.
 
 PyTorch computes all of them, on CPUs and GPUs. **CPU** and **CUDA** say where Wherry's own kernels do; where they
 cannot, PyTorch takes over with a line in the log, and `--backend native` is refused with the reason. **Tensor** is
@@ -66,13 +67,21 @@ A router chooses in the model's type, as it is in the checkpoint; experts are ma
 like them with `--quantization`. Ranks have a part of each expert, not some experts each. GPT-OSS's experts are read
 from MXFP4 and held in the model's type, or as int8 or int4; not in MXFP4.
 
+## Models without attention
+
+Mamba, Mamba-2 and RWKV-4 keep a state of one size, however long a text is, in float32. A sequence has one block of
+memory, so `--max-running` (and memory) bounds how many run at a time, and nothing bounds how long they are. No prefix
+is shared, no guess is taken back (speculative decoding is refused), no rank has a part. Batching, chunked prompts,
+pausing, resuming elsewhere and rounded matrices are as with all others. Mamba and RWKV-4 go through a prompt token by
+token, which takes PyTorch's overhead for each; Mamba-2 computes 64 tokens at once.
+
 ## What is refused
 
 - `Gemma3ForConditionalGeneration` and other models with images; `Gemma3ForCausalLM` is the text model.
 - OPT 350m (norms after the residual, a narrower embedding), GPT-2 with `scale_attn_by_inverse_layer_idx`, Gemma with
   attention in both directions, and layouts of Falcon that no published model has.
 - BitNet checkpoints with a `quantization_config`: packed weights, or float ones that are to be rounded at run time.
-- State-space models (Mamba, RWKV) and encoders (BERT).
+- Encoders (BERT), and models that mix layers with and without attention.
 """
 
 

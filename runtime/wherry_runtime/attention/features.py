@@ -6,6 +6,7 @@ from wherry_runtime.loading.config import ModelConfig
 def attention_features(config: ModelConfig) -> list[tuple[bool, str]]:
     """What attention may have that only PyTorch computes: whether this model's does, and its name."""
     return [
+        (config.recurrent is not None, "state in place of attention"),
         (config.alibi != 0, "linear biases (ALiBi)"),
         (config.attention_softcap is not None, "soft cap of scores"),
         (config.sinks, "attention sinks"),

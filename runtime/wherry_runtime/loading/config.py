@@ -8,6 +8,7 @@ from typing import Annotated, Any, Literal
 import msgspec
 
 from wherry_runtime.loading.errors import ModelError
+from wherry_runtime.loading.recurrent_config import RecurrentConfig
 from wherry_runtime.loading.rope_config import PositiveFloat, RopeConfig
 
 Positive = Annotated[int, msgspec.Meta(ge=1)]
@@ -109,6 +110,7 @@ class ModelConfig(msgspec.Struct, frozen=True, kw_only=True):
         attention_softcap, logit_softcap: c · tanh(x / c) of scores and of logits.
         sinks: each head attends to nothing by a learned weight (https://arxiv.org/abs/2309.17453).
         clip_qkv: queries, keys and values are cut off at this magnitude.
+        recurrent: there is no attention: layers keep a state, and what is said of heads means nothing.
         embedding_scale, residual_scale, logit_scale: factors of the embedding, of what a block adds, and of logits.
     """
 
@@ -152,6 +154,7 @@ class ModelConfig(msgspec.Struct, frozen=True, kw_only=True):
     residual_scale: float = 1.0
     logit_scale: float = 1.0
     experts: ExpertsConfig | None = None
+    recurrent: RecurrentConfig | None = None
     layout: Layout = Layout()
     eos_token_ids: tuple[int, ...] = ()
     bos_token_id: int | None = None

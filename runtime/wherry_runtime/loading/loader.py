@@ -12,6 +12,7 @@ from wherry_runtime.loading.checkpoint import fill, iterate_tensors
 from wherry_runtime.loading.config import ModelConfig
 from wherry_runtime.loading.weight_cache import WeightCache, WeightCacheError
 from wherry_runtime.models.decoder import Decoder
+from wherry_runtime.models.recurrent import RecurrentDecoder
 from wherry_runtime.parallel.shard import Shard
 from wherry_runtime.quantization.storage import Storage
 
@@ -42,6 +43,9 @@ def _cpu_has_bfloat16() -> bool:
     return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
 
+AnyDecoder = Decoder | RecurrentDecoder
+
+
 def load_model(
     directory: Path,
     config: ModelConfig,
@@ -49,7 +53,7 @@ def load_model(
     storage: Storage,
     cache_root: Path | None = None,
     shard: Shard | None = None,
-) -> Decoder:
+) -> AnyDecoder:
     """The model, or a rank's part of it, with its weights, each put where it stays as it is read.
 
     Args:
@@ -62,7 +66,9 @@ def load_model(
     shard = shard or Shard()
     cache = WeightCache(cache_root, directory, storage, shard) if cache_root is not None and storage.packs else None
 
-    def empty() -> Decoder:
+    def empty() -> AnyDecoder:
+        if config.recurrent is not None:
+            return RecurrentDecoder(config, config.recurrent, storage)
         return Decoder(config, num_positions, storage, shard)
 
     with torch.inference_mode():
@@ -88,7 +94,7 @@ def as_named(
         yield (f"{prefix}{name}" if name not in slots and f"{prefix}{name}" in slots else name), tensor
 
 
-def _from_cache(cache: WeightCache, empty: Callable[[], Decoder]) -> Decoder | None:
+def _from_cache(cache: WeightCache, empty: Callable[[], AnyDecoder]) -> AnyDecoder | None:
     if not cache.path.exists():
         return None
     # A model of its own: one that was filled halfway is thrown away, padding and all.

@@ -9,6 +9,16 @@ from wherry_runtime.loading.errors import ModelError
 Fields = dict[str, Any]
 
 
+# What `config.json` of a model without attention does not say. A state bounds no context.
+RECURRENT = {
+    "num_attention_heads": 1,
+    "head_dim": 64,
+    "intermediate_size": 1,
+    "max_position_embeddings": 1 << 20,
+    "hidden_act": "silu",
+}
+
+
 def nothing(raw: dict[str, Any]) -> Fields:
     """A plain decoder."""
     return {}

@@ -27,6 +27,8 @@ from wherry_runtime.models import (
     gptj,
     granite,
     llama,
+    mamba,
+    mamba2,
     mistral,
     mixtral,
     olmo,
@@ -38,13 +40,30 @@ from wherry_runtime.models import (
     qwen2_moe,
     qwen3,
     qwen3_moe,
+    rwkv,
     stablelm,
 )
 from wherry_runtime.models.family import Family
 
 MODULES = (
-    *(bitnet, bloom, cohere, falcon, gemma, gemma2, gemma3, gpt2, gpt_neox, gpt_oss, gptj, granite, llama, mistral),
-    *(mixtral, olmo, olmo2, opt, phi, phi3, qwen2, qwen2_moe, qwen3, qwen3_moe, stablelm),
+    *(
+        bitnet,
+        bloom,
+        cohere,
+        falcon,
+        gemma,
+        gemma2,
+        gemma3,
+        gpt2,
+        gpt_neox,
+        gpt_oss,
+        gptj,
+        granite,
+        llama,
+        mamba,
+        mamba2,
+    ),
+    *(mistral, mixtral, olmo, olmo2, opt, phi, phi3, qwen2, qwen2_moe, qwen3, qwen3_moe, rwkv, stablelm),
 )
 FAMILIES: dict[str, Family] = {module.FAMILY.architecture: module.FAMILY for module in MODULES}
 

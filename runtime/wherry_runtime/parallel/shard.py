@@ -128,6 +128,8 @@ def check(config: ModelConfig, size: int) -> None:
 
 def unsplittable(config: ModelConfig) -> str | None:
     """None, or why no number of ranks can share the model."""
+    if config.recurrent is not None:
+        return "it has no heads of attention to share out"
     if config.qk_norm == "whole":
         return "its queries and keys are normalized over all heads together"
     if config.sub_norms:
