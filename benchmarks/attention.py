@@ -22,7 +22,8 @@ from wherry_runtime.attention.native import AttentionKernels, NativeKVCache
 from wherry_runtime.kernels.cpu.library import Pool, Program, Step, read_bandwidth, target
 from wherry_runtime.kvcache.formats import FORMATS
 from wherry_runtime.layers.rope import Rope
-from wherry_runtime.loading.config import ModelConfig, RopeConfig
+from wherry_runtime.loading.config import ModelConfig
+from wherry_runtime.loading.rope_config import RopeConfig
 from wherry_runtime.models.ops import Attention
 
 CONTEXT = 8192
@@ -64,7 +65,7 @@ class Bench:
             num_kv_heads=kv_heads,
             head_dim=dim,
             max_position_embeddings=CONTEXT,
-            rms_norm_eps=1e-6,
+            norm_eps=1e-6,
             rope=RopeConfig(),
             tie_word_embeddings=True,
         )

@@ -34,7 +34,8 @@ from wherry_runtime.engine.runner import ModelRunner
 from wherry_runtime.kernels.cuda.support import unavailable
 from wherry_runtime.kvcache.formats import FORMATS
 from wherry_runtime.layers.linear import Linear
-from wherry_runtime.loading.config import ModelConfig, RopeConfig
+from wherry_runtime.loading.config import ModelConfig
+from wherry_runtime.loading.rope_config import RopeConfig
 from wherry_runtime.models.decoder import Decoder
 from wherry_runtime.quantization.storage import Storage
 from wherry_runtime.scheduling.plan import SequenceStep
@@ -53,7 +54,7 @@ SHAPE_1_1B = ModelConfig(
     num_kv_heads=4,
     head_dim=64,
     max_position_embeddings=2048,
-    rms_norm_eps=1e-5,
+    norm_eps=1e-5,
     rope=RopeConfig(),
     tie_word_embeddings=False,
 )
@@ -164,13 +165,13 @@ class Compiled:
                 query, cache[0], cache[1], attn_mask=mask, enable_gqa=True
             )
             x = x + functional.linear(attended.transpose(1, 2).flatten(2), _weight(layer.output))
-            gate, up = functional.linear(_norm(x, layer.post_norm.weight, config), _weight(layer.gate_up)).chunk(2, -1)
+            gate, up = functional.linear(_norm(x, layer.mlp_norm.weight, config), _weight(layer.gate_up)).chunk(2, -1)
             x = x + functional.linear(functional.silu(gate) * up, _weight(layer.down))
         return functional.linear(_norm(x[:, -1], model.norm.weight, config), _weight(model.head)).float()
 
 
 def _norm(x: torch.Tensor, weight: torch.Tensor, config: ModelConfig) -> torch.Tensor:
-    return functional.rms_norm(x, (x.shape[-1],), weight, config.rms_norm_eps)
+    return functional.rms_norm(x, (x.shape[-1],), weight, config.norm_eps)
 
 
 def _rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:

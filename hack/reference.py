@@ -1,9 +1,11 @@
-"""Writes docs/reference/cli.md and docs/reference/metrics.md from the code: `python -m hack.reference`."""
+"""Writes docs/reference/cli.md, docs/reference/metrics.md and docs/models.md from the code:
+`python -m hack.reference`."""
 
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from hack.models import models_page
 from prometheus_client import CollectorRegistry
 
 from wherry_cli.main import COMMANDS, load_command
@@ -84,7 +86,11 @@ def metrics() -> str:
 def outputs() -> dict[Path, str]:
     """Each generated file's path and its content."""
     reference = ROOT / "docs" / "reference"
-    return {reference / "cli.md": cli(), reference / "metrics.md": metrics()}
+    return {
+        reference / "cli.md": cli(),
+        reference / "metrics.md": metrics(),
+        ROOT / "docs" / "models.md": models_page(),
+    }
 
 
 if __name__ == "__main__":

@@ -14,7 +14,8 @@ from wherry_runtime.kvcache.formats import FORMATS
 from wherry_runtime.kvcache.native import NativeKVCache
 from wherry_runtime.layers.norm import RMSNorm
 from wherry_runtime.layers.rope import Rope
-from wherry_runtime.loading.config import ModelConfig, RopeConfig
+from wherry_runtime.loading.config import ModelConfig
+from wherry_runtime.loading.rope_config import RopeConfig
 from wherry_runtime.models.ops import Attention
 
 
@@ -32,7 +33,7 @@ def model_config(num_heads: int, num_kv_heads: int, head_dim: int, context: int)
         num_kv_heads=num_kv_heads,
         head_dim=head_dim,
         max_position_embeddings=context,
-        rms_norm_eps=1e-6,
+        norm_eps=1e-6,
         rope=RopeConfig(),
         tie_word_embeddings=True,
     )

@@ -25,22 +25,32 @@ SMALL = {
 
 @dataclass(frozen=True)
 class Case:
-    """A family and what is special about this one."""
+    """A family and what is special about this one.
+
+    Attributes:
+        family: of transformers: what `…Config` begins with.
+        settings: of its configuration, beside the common small ones.
+        unknown: common settings that it does not have.
+        model: transformers' class, where it is not `…ForCausalLM`.
+    """
 
     name: str
     family: str
     settings: dict[str, Any] = field(default_factory=dict)
     shard_size: str = "1GB"
+    unknown: tuple[str, ...] = ()
+    model: str = ""
 
     def build(self, directory: Path) -> transformers.PreTrainedModel:
         """Saves the checkpoint to `directory`; biases and norms are random too, unlike a fresh model's."""
-        config_class = getattr(transformers, f"{self.family}Config")
+        common = {key: value for key, value in SMALL.items() if key not in self.unknown}
+        config = getattr(transformers, f"{self.family}Config")(**{**common, **self.settings})
         torch.manual_seed(7)
-        model = getattr(transformers, f"{self.family}ForCausalLM")(config_class(**{**SMALL, **self.settings}))
+        model = getattr(transformers, self.model or f"{self.family}ForCausalLM")(config)
         model = model.float().eval()
         with torch.no_grad():
-            for parameter in model.parameters():
-                if parameter.dim() == 1:
+            for name, parameter in model.named_parameters():
+                if parameter.dim() == 1 or "bias" in name or "norm" in name:
                     parameter.add_(torch.randn_like(parameter) * 0.1)
         model.save_pretrained(directory, max_shard_size=self.shard_size)
         save_byte_tokenizer(directory)

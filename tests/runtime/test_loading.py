@@ -104,7 +104,7 @@ BROKEN: dict[str, tuple[Callable[[Path], None], str, str]] = {
     "unknown architecture": (
         edit_config(architectures=["LlamaForCausalLLM"]),
         "unknown_architecture",
-        r"LlamaForCausalLLM is not known\. Known: LlamaFor.*, MistralFor.*, Qwen2For.*, Qwen3.*; the nearest is L",
+        r"LlamaForCausalLLM is not known\. Known: BitNet.*, LlamaFor.*, Qwen3Moe.*; the nearest is LlamaForCausalLM",
     ),
     "no architecture": (edit_config(architectures=None), "unknown_architecture", "architecture none is not known"),
     "odd architectures": (edit_config(architectures=[5, {}]), "unknown_architecture", "architecture none is not known"),
@@ -115,7 +115,37 @@ BROKEN: dict[str, tuple[Callable[[Path], None], str, str]] = {
     "zero heads": (edit_config(num_attention_heads=0, head_dim=None), "bad_config", "num_heads|head_dim"),
     "odd head": (edit_config(head_dim=23), "bad_config", "head_dim 23 must be even"),
     "unknown dtype": (edit_config(dtype="int3"), "bad_config", "dtype"),
-    "unknown rope": (edit_config(rope_parameters={"rope_type": "yarn"}), "unsupported_rope", "'yarn' is not supported"),
+    "unknown rope": (
+        edit_config(rope_parameters={"rope_type": "mrope"}),
+        "unsupported_rope",
+        "'mrope' is not supported",
+    ),
+    "rope without a factor": (
+        edit_config(rope_parameters={"rope_type": "linear"}),
+        "bad_config",
+        "linear needs a factor",
+    ),
+    "longrope without factors": (
+        edit_config(rope_parameters={"rope_type": "longrope"}),
+        "bad_config",
+        "needs short_factor and long_factor",
+    ),
+    "nothing to rotate": (edit_config(partial_rotary_factor=0.05), "bad_config", "1 of 24 columns cannot be rotated"),
+    "no heads to divide by": (
+        edit_config(architectures=["GPTJForCausalLM"], num_attention_heads=0),
+        "bad_config",
+        "a setting of GPTJForCausalLM is missing or odd: integer division",
+    ),
+    "more experts chosen than there are": (
+        edit_config(architectures=["MixtralForCausalLM"], num_local_experts=2, num_experts_per_tok=3),
+        "bad_config",
+        "3 of 2 experts",
+    ),
+    "experts as text": (
+        edit_config(architectures=["Qwen3MoeForCausalLM"], num_experts="many"),
+        "bad_config",
+        "num_experts",
+    ),
     "rope as text": (edit_config(rope_parameters={"rope_theta": "x"}), "bad_config", "rope"),
     "rope is no object": (edit_config(rope_parameters="x"), "bad_config", "rope"),
     "layers differ in number": (
@@ -133,7 +163,7 @@ BROKEN: dict[str, tuple[Callable[[Path], None], str, str]] = {
         "bad_config",
         "windows",
     ),
-    "activation": (edit_config(hidden_act="gelu"), "unsupported_activation", "'gelu' is not supported"),
+    "activation": (edit_config(hidden_act="mish"), "unsupported_activation", "'mish' is not supported"),
     "quantized": (edit_config(quantization_config={"bits": 4}), "unsupported_quantization", "not supported yet"),
     "no weights": (remove("model.safetensors.index.json"), "missing_weights", "neither model.safetensors nor"),
     "index is not JSON": (write("model.safetensors.index.json", b"\x00"), "bad_json", "index.json"),

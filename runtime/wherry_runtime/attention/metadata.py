@@ -24,6 +24,7 @@ class DecodeGroup:
     size: int
     blocks: torch.Tensor  # [size * width] int64, block tables padded to the same width
     mask: torch.Tensor  # [size, 1, 1, width * block_size], 0 where a key is seen, -inf elsewhere
+    distance: torch.Tensor | None = None  # like the mask, float32: how many tokens back a key is
 
 
 @dataclass(slots=True, frozen=True)
@@ -35,6 +36,7 @@ class PrefillTile:
     low: int
     high: int
     mask: torch.Tensor  # [size, high - low]
+    distance: torch.Tensor | None = None  # like the mask, float32: how many tokens back a key is
 
 
 @dataclass(slots=True, frozen=True)
@@ -60,12 +62,17 @@ def sort_sequences(sequences: Iterable[SequenceStep]) -> list[SequenceStep]:
 
 @dataclass(slots=True, frozen=True)
 class MetadataBuilder:
-    """Builds metadata for a cache with blocks of `block_size`; `padding_block` pads block tables."""
+    """Builds metadata for a cache with blocks of `block_size`; `padding_block` pads block tables.
+
+    Attributes:
+        distances: whether attention looks at how far keys are.
+    """
 
     block_size: int
     padding_block: int
     dtype: torch.dtype
     device: torch.device
+    distances: bool = False
 
     def build(self, sequences: list[SequenceStep], window: int | None) -> AttentionMetadata:
         """For `sequences` in the order of `sort_sequences`; `window` None sees everything before."""
@@ -96,11 +103,15 @@ class MetadataBuilder:
         low = (np.array(starts) - base)[:, None]
         high = (np.array([s.end for _, s in group]) - base)[:, None]
         mask = np.where((places >= low) & (places < high), np.float32(0), np.float32("-inf"))
+        distance = None
+        if self.distances:
+            distance = torch.from_numpy((high - 1 - places).astype(np.float32)).to(self.device)[:, None, None, :]
         return DecodeGroup(
             group[0][0],
             len(group),
             torch.from_numpy(tables.reshape(-1)).to(self.device),
             torch.from_numpy(mask).to(self.device, self.dtype)[:, None, None, :],
+            distance,
         )
 
     def _prefill(self, row: int, sequence: SequenceStep, window: int | None) -> Prefill:
@@ -118,5 +129,6 @@ class MetadataBuilder:
             mask = torch.zeros(end - begin, end - low, dtype=self.dtype, device=self.device)
             mask.masked_fill_(hidden, float("-inf"))
             first = row + begin - sequence.start
-            tiles.append(PrefillTile(first, end - begin, low - skip * size, end - skip * size, mask))
+            far = distance.float() if self.distances else None
+            tiles.append(PrefillTile(first, end - begin, low - skip * size, end - skip * size, mask, far))
         return Prefill(blocks, tiles)

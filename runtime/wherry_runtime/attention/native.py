@@ -5,8 +5,10 @@ Operands are described in kernels/cpu/src/attention*.cpp and rope.cpp.
 
 import torch
 
+from wherry_runtime.attention.features import attention_features
 from wherry_runtime.kernels.cpu.library import Program
 from wherry_runtime.kvcache.native import NativeKVCache
+from wherry_runtime.layers.norm import Norm, RMSNorm
 from wherry_runtime.layers.rope import Rope
 from wherry_runtime.loading.config import ModelConfig
 from wherry_runtime.models.ops import Attention
@@ -28,7 +30,25 @@ def unsupported(config: ModelConfig) -> str | None:
     if config.num_heads // config.num_kv_heads > MOST_GROUP:
         group = config.num_heads // config.num_kv_heads
         return f"{group} query heads share a key head: the native kernels take up to {MOST_GROUP}"
-    return None
+    missing = [
+        what
+        for has, what in (
+            *attention_features(config),
+            (config.norm.kind != "rms", "layer norm"),
+            (config.norm.placement != "before", "norms after attention and MLP"),
+            (config.sub_norms, "norms within attention and MLP"),
+            (not config.final_norm, "no norm before the head"),
+            (config.embedding_norm, "a norm after the embedding"),
+            (config.activation != "silu" or not config.gated, f"{'gated ' * config.gated}{config.activation}"),
+            (config.learned_positions is not None, "learned positions"),
+            (config.experts is not None, "experts"),
+            (config.embedding_scale != 1, "a scaled embedding"),
+            (config.residual_scale != 1, "scaled residuals"),
+            (config.logit_scale != 1 or config.logit_softcap is not None, "scaled or capped logits"),
+        )
+        if has
+    ]
+    return f"the native kernels have no {', '.join(missing)}" if missing else None
 
 
 class AttentionKernels:
@@ -73,17 +93,18 @@ class AttentionKernels:
         window = attention.window or 0
         plan = self._plan(program, heads, window)
         layer = self._cache.layers[attention.layer]
-        norms = [None if n is None else n.weight for n in (attention.query_norm, attention.key_norm)]
+        query_norm, key_norm = _rms(attention.query_norm), _rms(attention.key_norm)
+        norms = [None if n is None else n.weight for n in (query_norm, key_norm)]
         if any(w is not None and w.dtype != torch.float32 for w in norms):
             raise TypeError("the native kernels take norms in float32")
         stride, stored = self._query.shape[1], self._cache.stored.native or 0
         shape = [*heads, attention.head_dim, self._cache.block_size, stored]
-        eps = 0.0 if attention.query_norm is None else attention.query_norm.eps
+        eps = 0.0 if query_norm is None else query_norm.eps
         program.add(
             "rope_and_cache",
             [qkv[0], *norms, self._cos, self._sin, layer, self._query],
             [*shape, qkv[1], stride],
-            [eps, attention.head_dim**-0.5],
+            [eps, attention.score_scale],
         )
         program.add(
             "attention",
@@ -97,6 +118,12 @@ class AttentionKernels:
             program.add("attention_plan", [plan], [*heads, self._most_partials, window, self._most_items])
             self._plans[window] = plan
         return self._plans[window]
+
+
+def _rms(norm: Norm | None) -> RMSNorm | None:
+    if norm is not None and not isinstance(norm, RMSNorm):
+        raise TypeError(f"the native kernels have no {type(norm).__name__}")
+    return norm
 
 
 def _zeros(rows: int, columns: int) -> torch.Tensor:

@@ -10,6 +10,7 @@ import torch
 from wherry_protocol.engine_config import Backend
 from wherry_runtime.attention.native import unsupported
 from wherry_runtime.engine.eager_model import EagerModel
+from wherry_runtime.engine.recurrent_model import RecurrentModel
 from wherry_runtime.engine.runner import Model
 from wherry_runtime.kernels.cpu import library
 from wherry_runtime.kernels.cpu.model import NativeModel
@@ -18,9 +19,12 @@ from wherry_runtime.kernels.cuda import support as cuda_support
 from wherry_runtime.kvcache.formats import KVFormat
 from wherry_runtime.kvcache.native import GROUP, NativeKVCache
 from wherry_runtime.kvcache.paged import PagedKVCache
+from wherry_runtime.kvcache.states import StateCache
 from wherry_runtime.loading.config import ModelConfig
 from wherry_runtime.loading.errors import ModelError
+from wherry_runtime.loading.loader import AnyDecoder
 from wherry_runtime.models.decoder import Decoder
+from wherry_runtime.models.recurrent import RecurrentDecoder
 from wherry_runtime.parallel.collective import Collective
 
 log = logging.getLogger(__name__)
@@ -80,7 +84,7 @@ def _why_not(
 
 
 def build(
-    model: Decoder,
+    model: AnyDecoder,
     num_blocks: int,
     block_size: int,
     stored: KVFormat,
@@ -98,6 +102,9 @@ def build(
         max_decodes: rows of the largest step without prompts, which CUDA graphs are recorded for.
         ranks, collective: how a part of a model comes together with the others; on the native kernels, and elsewhere.
     """
+    if isinstance(model, RecurrentDecoder):
+        states = StateCache(model.kept(), num_blocks, block_size, model.storage.device)
+        return RecurrentModel(model, states)
     if native:
         return NativeModel(model, NativeKVCache(model.config, num_blocks, block_size, stored=stored), threads, ranks)
     cache = PagedKVCache(model.config, num_blocks, block_size, dtype=stored, device=model.storage.device)

@@ -25,7 +25,8 @@ class EagerModel:
         self._device = cache.layers[0].device
         # Masks are of the queries' type, whatever keys are kept in.
         dtype = model.storage.dtype
-        self._metadata = MetadataBuilder(cache.block_size, cache.padding_block, dtype, self._device)
+        distances = model.config.alibi != 0
+        self._metadata = MetadataBuilder(cache.block_size, cache.padding_block, dtype, self._device, distances)
         self._windows = set(model.config.windows) or {None}
 
     def prepare(self, prepared: Prepared) -> None:
@@ -33,7 +34,8 @@ class EagerModel:
 
     def logits(self, prepared: Prepared) -> Iterator[torch.Tensor]:
         """Computes a step: [S, vocab_size] float32, all in one part."""
-        ops = EagerOps(self._batch(prepared), self.cache, self.decoder.rope, self._collective)
+        model = self.decoder
+        ops = EagerOps(self._batch(prepared), self.cache, model.rope, self._collective, model.local_rope)
         yield self.decoder.logits(ops, self.decoder.hidden(ops)).float()
 
     def _batch(self, prepared: Prepared) -> Batch:

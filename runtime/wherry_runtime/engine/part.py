@@ -8,6 +8,7 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
+import msgspec
 import torch
 
 from wherry_protocol.engine_config import EngineConfig
@@ -20,11 +21,13 @@ from wherry_runtime.kernels.cpu.ranks import DistributedRanks, SharedMemoryRanks
 from wherry_runtime.kernels.cpu.recorder import Ranks
 from wherry_runtime.kvcache.formats import KVFormat, choose_format
 from wherry_runtime.kvcache.paged import bytes_per_token
+from wherry_runtime.kvcache.states import state_bytes
 from wherry_runtime.loading.config import ModelConfig
 from wherry_runtime.loading.errors import ModelError
-from wherry_runtime.loading.loader import choose_dtype, load_model
+from wherry_runtime.loading.loader import AnyDecoder, choose_dtype, load_model
 from wherry_runtime.loading.locate import locate
 from wherry_runtime.models.decoder import Decoder
+from wherry_runtime.models.recurrent import RecurrentDecoder
 from wherry_runtime.models.registry import read_config
 from wherry_runtime.parallel.collective import Collective
 from wherry_runtime.parallel.group import Place
@@ -66,6 +69,9 @@ class Outline:
         directory = locate(config.model_uri)
         model_config = read_config(directory)
         check(model_config, place.shard.size)
+        model_len = _model_length(config, model_config)
+        if model_config.recurrent is not None:
+            config = for_states(config, model_len)
         dtype = choose_dtype(config.dtype, model_config, device.torch)
         stored = choose_format(config.kv_cache_dtype, dtype)
         return cls(
@@ -73,7 +79,7 @@ class Outline:
             place=place,
             directory=directory,
             model_config=model_config,
-            model_len=_model_length(config, model_config),
+            model_len=model_len,
             device=device,
             threads=config.threads or max(1, cpu_threads() // place.per_pod),
             dtype=dtype,
@@ -106,7 +112,9 @@ class Outline:
             raise ModelError("bad_setting", str(e)) from e
         cache_root = Path(config.weight_cache).expanduser() if config.weight_cache else None
         model = load_model(self.directory, self.model_config, self.model_len, storage, cache_root, place.shard)
-        return Part(self, model, bytes_per_token(model.config, self.stored, native=self.native))
+        if isinstance(model, RecurrentDecoder):
+            return Part(self, model, state_bytes(model.kept()))
+        return Part(self, model, config.block_size * bytes_per_token(model.config, self.stored, native=self.native))
 
 
 @dataclass(frozen=True)
@@ -114,12 +122,12 @@ class Part:
     """A rank's weights.
 
     Attributes:
-        token_bytes: that a token takes in this rank's KV cache.
+        block_bytes: that a block takes in this rank's KV cache.
     """
 
     outline: Outline
-    model: Decoder
-    token_bytes: int
+    model: AnyDecoder
+    block_bytes: int
 
     @property
     def kernels(self) -> str:
@@ -136,15 +144,17 @@ class Part:
             ModelError: kv_cache_too_small, when there is no room for a single block.
         """
         outline, config = self.outline, self.outline.config
-        per_block = self.token_bytes * config.block_size
+        per_block = self.block_bytes
         if config.kv_cache_bytes:
             memory = config.kv_cache_bytes // outline.place.shard.size
         else:
             rows = min(config.max_batched_tokens, outline.model_len)
-            workspace = cuda_workspace(self.model, config.block_size, outline.stored, rows) if outline.cuda else 0
+            workspace = 0
+            if outline.cuda and isinstance(self.model, Decoder):
+                workspace = cuda_workspace(self.model, config.block_size, outline.stored, rows)
             sharing = 1 if outline.cuda else outline.place.per_pod
             memory = outline.device.memory_for_cache(workspace) // sharing
-            memory = memory * self.token_bytes // (self.token_bytes + beside)
+            memory = memory * per_block // (per_block + beside * config.block_size)
         useful = config.max_running * -(-outline.model_len // config.block_size)
         num_blocks = min(memory // per_block, useful)
         if num_blocks < 1:
@@ -186,6 +196,21 @@ class Part:
             ranks=ranks,
             collective=collective,
         )
+
+
+def for_states(config: EngineConfig, model_len: int) -> EngineConfig:
+    """Settings of a model without attention: a block for each sequence, and no prefixes to share.
+
+    Raises:
+        ModelError: bad_setting, for what such a model cannot do.
+    """
+    if config.speculative != "none":
+        raise ModelError("bad_setting", "a model without attention cannot take guesses back; set speculative to none")
+    if config.kv_cache_dtype not in ("auto", "float32"):
+        raise ModelError(
+            "bad_setting", f"the states of a model without attention are float32; {config.kv_cache_dtype} was asked for"
+        )
+    return msgspec.structs.replace(config, block_size=model_len, prefix_cache=False)
 
 
 def _model_length(config: EngineConfig, model_config: ModelConfig) -> int:

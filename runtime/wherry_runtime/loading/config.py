@@ -8,24 +8,111 @@ from typing import Annotated, Any, Literal
 import msgspec
 
 from wherry_runtime.loading.errors import ModelError
+from wherry_runtime.loading.recurrent_config import RecurrentConfig
+from wherry_runtime.loading.rope_config import PositiveFloat, RopeConfig
 
 Positive = Annotated[int, msgspec.Meta(ge=1)]
-PositiveFloat = Annotated[float, msgspec.Meta(gt=0)]
 
 
-class RopeConfig(msgspec.Struct, frozen=True, kw_only=True):
-    """Rotary position embedding: `default`, `linear` (positions divided by `factor`) or `llama3`."""
+NormKind = Literal["rms", "layer"]
+ActivationKind = Literal["silu", "gelu", "gelu_tanh", "relu", "relu2", "clamped_silu"]
+# What transformers calls them.
+ACTIVATIONS: dict[str, ActivationKind] = {
+    "silu": "silu",
+    "swish": "silu",
+    "gelu": "gelu",
+    "gelu_new": "gelu_tanh",
+    "gelu_fast": "gelu_tanh",
+    "gelu_pytorch_tanh": "gelu_tanh",
+    "relu": "relu",
+    "relu2": "relu2",
+}
 
-    rope_type: Literal["default", "linear", "llama3"] = "default"
-    rope_theta: PositiveFloat = 10000.0
-    factor: PositiveFloat = 1.0
-    low_freq_factor: float = 1.0
-    high_freq_factor: float = 4.0
-    original_max_position_embeddings: int = 8192
+
+class NormConfig(msgspec.Struct, frozen=True, kw_only=True):
+    """What the norms between layers are like.
+
+    Attributes:
+        kind: root mean square (https://arxiv.org/abs/1910.07467) or layer norm (https://arxiv.org/abs/1607.06450).
+        weight, bias: whether they have them.
+        offset: what is added to the checkpoint's weights.
+        placement: before attention and MLP, after both, or both before and after.
+    """
+
+    kind: NormKind = "rms"
+    weight: bool = True
+    bias: bool = False
+    offset: float = 0.0
+    placement: Literal["before", "after", "around"] = "before"
+
+
+class ExpertsConfig(msgspec.Struct, frozen=True, kw_only=True):
+    """A mixture of experts in place of the MLP.
+
+    Attributes:
+        layers: which layers have one; others have an MLP.
+        intermediate_size: of one expert.
+        softmax: over all experts before some are chosen, or over the chosen ones.
+        normalized: whether the chosen ones' weights are made to sum to one.
+        bias: whether router and experts have biases.
+        shared_intermediate_size: of an expert that sees every token, behind a gate of its own; 0: there is none.
+        fused: a tensor of the checkpoint holds all experts' matrices ([experts, inputs, outputs], gate and up columns
+            alternating), as GPT-OSS has them; or there is one for each.
+        packed: the fused ones are in MXFP4.
+    """
+
+    layers: tuple[bool, ...]
+    num_experts: Positive
+    experts_per_token: Positive
+    intermediate_size: Positive
+    softmax: Literal["all", "chosen"] = "all"
+    normalized: bool = True
+    bias: bool = False
+    shared_intermediate_size: Annotated[int, msgspec.Meta(ge=0)] = 0
+    fused: bool = False
+    packed: bool = False
+
+
+class Layout(msgspec.Struct, frozen=True, kw_only=True):
+    """How a checkpoint's tensors are named and cut, where that is not as in Llama's.
+
+    Attributes:
+        names: our name of a module (Llama's) → the checkpoint's; `{}` is a number, of an expert or a head. Those in
+            layers are relative to the layer.
+        fused: a checkpoint's module of layers → our modules that it holds, the outputs of one after those of another.
+        grouped: of a fused tensor of queries, keys and values: each key head's queries come before it and its values.
+        transposed: matrices of layers are [inputs, outputs].
+        prefix: what every name begins with, but that some checkpoints leave out.
+    """
+
+    names: dict[str, str] = {}
+    fused: dict[str, tuple[str, ...]] = {}
+    grouped: bool = False
+    transposed: bool = False
+    prefix: str = ""
 
 
 class ModelConfig(msgspec.Struct, frozen=True, kw_only=True):
-    """The shape of a decoder. The families' files fill in what differs between them."""
+    """The shape of a decoder. The families' files fill in what differs between them.
+
+    Attributes:
+        rope: None: positions are told in another way, or not at all.
+        local_rope: of layers with a window, where it is another one.
+        alibi: factor of the slopes of linear biases (https://arxiv.org/abs/2108.12409); 0: there are none.
+        learned_positions: a row for each position is added to the embedding; this many rows of the table come before
+            the first one's. None: no table.
+        activation, gated: act(gate) · up, or act(up).
+        parallel: attention and MLP both see what the layer sees, with `shared_norm` through the same norm.
+        qk_norm: of queries and keys: each head with the same weights (`head`), with weights of its own (`heads`), all
+            together (`whole`), or none.
+        sub_norms: before the output and down projections.
+        attention_scale: of scores; None: 1 / sqrt(head_dim).
+        attention_softcap, logit_softcap: c · tanh(x / c) of scores and of logits.
+        sinks: each head attends to nothing by a learned weight (https://arxiv.org/abs/2309.17453).
+        clip_qkv: queries, keys and values are cut off at this magnitude.
+        recurrent: there is no attention: layers keep a state, and what is said of heads means nothing.
+        embedding_scale, residual_scale, logit_scale: factors of the embedding, of what a block adds, and of logits.
+    """
 
     family: str
     architecture: str
@@ -38,14 +125,37 @@ class ModelConfig(msgspec.Struct, frozen=True, kw_only=True):
     num_kv_heads: Positive
     head_dim: Positive
     max_position_embeddings: Positive
-    rms_norm_eps: PositiveFloat
-    rope: RopeConfig
+    norm_eps: PositiveFloat
+    rope: RopeConfig | None
     tie_word_embeddings: bool
+    local_rope: RopeConfig | None = None
+    alibi: Annotated[float, msgspec.Meta(ge=0)] = 0.0
+    learned_positions: Annotated[int, msgspec.Meta(ge=0)] | None = None
+    norm: NormConfig = NormConfig()
+    embedding_norm: bool = False
+    final_norm: bool = True
+    sub_norms: bool = False
+    parallel: bool = False
+    shared_norm: bool = False
+    activation: ActivationKind = "silu"
+    gated: bool = True
     qkv_bias: bool = False
     output_bias: bool = False
     mlp_bias: bool = False
-    qk_norm: bool = False
+    head_bias: bool = False
+    qk_norm: Literal["head", "heads", "whole"] | None = None
     windows: tuple[Positive | None, ...] = ()  # per layer: how many tokens back it attends, itself included; None: all
+    attention_scale: PositiveFloat | None = None
+    attention_softcap: PositiveFloat | None = None
+    logit_softcap: PositiveFloat | None = None
+    sinks: bool = False
+    clip_qkv: PositiveFloat | None = None
+    embedding_scale: float = 1.0
+    residual_scale: float = 1.0
+    logit_scale: float = 1.0
+    experts: ExpertsConfig | None = None
+    recurrent: RecurrentConfig | None = None
+    layout: Layout = Layout()
     eos_token_ids: tuple[int, ...] = ()
     bos_token_id: int | None = None
 
@@ -88,36 +198,10 @@ def architecture_of(raw: dict[str, Any], known: list[str], path: Path) -> str:
     )
 
 
-def rope_config(raw: dict[str, Any], path: Path) -> RopeConfig:
-    """The rotary settings, as transformers 5 (`rope_parameters`) or 4 (`rope_theta`, `rope_scaling`) spells them."""
-    scaling = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
-    if not isinstance(scaling, dict):
-        raise ModelError("bad_config", f"{path}: rope: an object is expected, found {type(scaling).__name__}")
-    scaling = dict(scaling)
-    kind = scaling.get("rope_type") or scaling.get("type") or "default"
-    if kind not in ("default", "linear", "llama3"):
-        raise ModelError(
-            "unsupported_rope", f"{path}: rope type {kind!r} is not supported; default, linear, llama3 are"
-        )
-    scaling["rope_type"] = kind
-    scaling.setdefault("rope_theta", raw.get("rope_theta", 10000.0))
-    if scaling.get("original_max_position_embeddings") is None:
-        scaling["original_max_position_embeddings"] = raw.get("max_position_embeddings", 8192)
-    fields = {f.name for f in msgspec.structs.fields(RopeConfig)}
-    try:
-        return msgspec.convert({k: v for k, v in scaling.items() if k in fields and v is not None}, RopeConfig)
-    except msgspec.ValidationError as e:
-        raise ModelError("bad_config", f"{path}: rope: {e}") from e
-
-
-def common_fields(raw: dict[str, Any], path: Path) -> dict[str, Any]:
+def common_fields(raw: dict[str, Any]) -> dict[str, Any]:
     """What every family's `config.json` says in the same words."""
     if raw.get("quantization_config"):
-        raise ModelError(
-            "unsupported_quantization", f"{path}: quantized checkpoints are not supported yet; use a float one"
-        )
-    if (activation := raw.get("hidden_act", "silu")) != "silu":
-        raise ModelError("unsupported_activation", f"{path}: hidden_act {activation!r} is not supported; silu is")
+        raise ModelError("unsupported_quantization", "quantized checkpoints are not supported yet; use a float one")
     heads = raw.get("num_attention_heads")
     head_dim = raw.get("head_dim")
     if head_dim is None and isinstance(heads, int) and heads > 0 and isinstance(raw.get("hidden_size"), int):
@@ -132,12 +216,25 @@ def common_fields(raw: dict[str, Any], path: Path) -> dict[str, Any]:
         "num_kv_heads": raw.get("num_key_value_heads") or heads,
         "head_dim": head_dim,
         "max_position_embeddings": raw.get("max_position_embeddings", 2048),
-        "rms_norm_eps": raw.get("rms_norm_eps", 1e-6),
-        "rope": rope_config(raw, path),
+        "norm_eps": raw.get("rms_norm_eps", 1e-6),
+        "activation": activation(raw),
         "tie_word_embeddings": raw.get("tie_word_embeddings", False),
         "eos_token_ids": token_ids(raw.get("eos_token_id")),
         "bos_token_id": raw.get("bos_token_id") if isinstance(raw.get("bos_token_id"), int) else None,
     }
+
+
+def activation(raw: dict[str, Any]) -> ActivationKind:
+    """Of the MLP.
+
+    Raises:
+        ModelError: unsupported_activation, naming those that are not.
+    """
+    named = raw.get("hidden_act", "silu")
+    if not isinstance(named, str) or named not in ACTIVATIONS:
+        known = ", ".join(ACTIVATIONS)
+        raise ModelError("unsupported_activation", f"hidden_act {named!r} is not supported; {known} are")
+    return ACTIVATIONS[named]
 
 
 def count(raw: dict[str, Any], name: str, default: int = 0) -> int:
@@ -158,7 +255,8 @@ def build_config(fields: dict[str, Any], path: Path) -> ModelConfig:
         ModelError: bad_config, naming the field.
     """
     try:
-        config = msgspec.convert(fields, ModelConfig)
+        # What families' files built is checked too.
+        config = msgspec.convert(msgspec.to_builtins(fields), ModelConfig)
     except msgspec.ValidationError as e:
         raise ModelError("bad_config", f"{path}: {e}") from e
     if config.num_heads % config.num_kv_heads:
@@ -167,4 +265,19 @@ def build_config(fields: dict[str, Any], path: Path) -> ModelConfig:
         raise ModelError("bad_config", f"{path}: layer_types has {len(config.windows)} of {config.num_layers} layers")
     if config.head_dim % 2:
         raise ModelError("bad_config", f"{path}: head_dim {config.head_dim} must be even")
+    for rope in filter(None, (config.rope, config.local_rope)):
+        rotary = rope.rotary_dim(config.head_dim)
+        if rotary < 2 or rotary % 2:
+            raise ModelError("bad_config", f"{path}: rope: {rotary} of {config.head_dim} columns cannot be rotated")
+        if rope.rope_type == "longrope" and len(rope.short_factor) != rotary // 2:
+            raise ModelError(
+                "bad_config", f"{path}: rope: {len(rope.short_factor)} factors where {rotary // 2} are needed"
+            )
+    experts = config.experts
+    if experts is not None and experts.experts_per_token > experts.num_experts:
+        raise ModelError(
+            "bad_config", f"{path}: {experts.experts_per_token} of {experts.num_experts} experts cannot be chosen"
+        )
+    if config.tie_word_embeddings and config.head_bias:
+        raise ModelError("bad_config", f"{path}: a head tied to the embedding has no bias; set tie_word_embeddings")
     return config

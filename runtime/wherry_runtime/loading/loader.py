@@ -1,16 +1,18 @@
 """From a model directory to a model in memory."""
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
 
 from wherry_protocol.engine_config import Dtype
+from wherry_runtime.layers.linear import Slots
 from wherry_runtime.loading.checkpoint import fill, iterate_tensors
 from wherry_runtime.loading.config import ModelConfig
 from wherry_runtime.loading.weight_cache import WeightCache, WeightCacheError
 from wherry_runtime.models.decoder import Decoder
+from wherry_runtime.models.recurrent import RecurrentDecoder
 from wherry_runtime.parallel.shard import Shard
 from wherry_runtime.quantization.storage import Storage
 
@@ -41,6 +43,9 @@ def _cpu_has_bfloat16() -> bool:
     return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
 
+AnyDecoder = Decoder | RecurrentDecoder
+
+
 def load_model(
     directory: Path,
     config: ModelConfig,
@@ -48,7 +53,7 @@ def load_model(
     storage: Storage,
     cache_root: Path | None = None,
     shard: Shard | None = None,
-) -> Decoder:
+) -> AnyDecoder:
     """The model, or a rank's part of it, with its weights, each put where it stays as it is read.
 
     Args:
@@ -61,20 +66,35 @@ def load_model(
     shard = shard or Shard()
     cache = WeightCache(cache_root, directory, storage, shard) if cache_root is not None and storage.packs else None
 
-    def empty() -> Decoder:
+    def empty() -> AnyDecoder:
+        if config.recurrent is not None:
+            return RecurrentDecoder(config, config.recurrent, storage)
         return Decoder(config, num_positions, storage, shard)
 
     with torch.inference_mode():
         if cache is not None and (cached := _from_cache(cache, empty)) is not None:
             return cached
         model = empty()
-        fill(model.slots(), iterate_tensors(directory), directory)
+        slots = model.slots()
+        fill(slots, as_named(iterate_tensors(directory), slots, config), directory)
         if cache is not None:
             cache.write(model.state())
     return model
 
 
-def _from_cache(cache: WeightCache, empty: Callable[[], Decoder]) -> Decoder | None:
+def as_named(
+    tensors: Iterator[tuple[str, torch.Tensor]], slots: Slots, config: ModelConfig
+) -> Iterator[tuple[str, torch.Tensor]]:
+    """Tensors by the names of `slots`: with the prefix that some checkpoints leave out, and without the head that is
+    kept twice where it is tied."""
+    prefix, tied_head = config.layout.prefix, config.layout.names.get("lm_head", "lm_head") + ".weight"
+    for name, tensor in tensors:
+        if config.tie_word_embeddings and name == tied_head:
+            continue
+        yield (f"{prefix}{name}" if name not in slots and f"{prefix}{name}" in slots else name), tensor
+
+
+def _from_cache(cache: WeightCache, empty: Callable[[], AnyDecoder]) -> AnyDecoder | None:
     if not cache.path.exists():
         return None
     # A model of its own: one that was filled halfway is thrown away, padding and all.

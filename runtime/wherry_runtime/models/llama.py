@@ -2,11 +2,13 @@
 
 from typing import Any
 
-ARCHITECTURE = "LlamaForCausalLM"
-FAMILY = "llama"
+from wherry_runtime.models.family import Family, Fields, flag
 
 
-def fields(raw: dict[str, Any]) -> dict[str, Any]:
-    """What differs from the plain decoder, from `config.json`."""
-    bias = bool(raw.get("attention_bias", False))
-    return {"qkv_bias": bias, "output_bias": bias, "mlp_bias": bool(raw.get("mlp_bias", False))}
+def fields(raw: dict[str, Any]) -> Fields:
+    """Biases, where a model has them."""
+    bias = flag(raw, "attention_bias")
+    return {"qkv_bias": bias, "output_bias": bias, "mlp_bias": flag(raw, "mlp_bias")}
+
+
+FAMILY = Family(architecture="LlamaForCausalLM", name="llama", fields=fields)

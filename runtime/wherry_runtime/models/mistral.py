@@ -3,11 +3,12 @@
 from typing import Any
 
 from wherry_runtime.loading.config import count
-
-ARCHITECTURE = "MistralForCausalLM"
-FAMILY = "mistral"
+from wherry_runtime.models.family import Family, Fields
 
 
-def fields(raw: dict[str, Any]) -> dict[str, Any]:
-    """What differs from the plain decoder, from `config.json`."""
+def fields(raw: dict[str, Any]) -> Fields:
+    """The window."""
     return {"windows": (raw.get("sliding_window"),) * count(raw, "num_hidden_layers")}
+
+
+FAMILY = Family(architecture="MistralForCausalLM", name="mistral", fields=fields)

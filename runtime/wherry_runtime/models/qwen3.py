@@ -2,14 +2,14 @@
 
 from typing import Any
 
+from wherry_runtime.models.family import Family, Fields, flag
 from wherry_runtime.models.qwen2 import windows
 
-ARCHITECTURE = "Qwen3ForCausalLM"
-FAMILY = "qwen3"
+
+def fields(raw: dict[str, Any]) -> Fields:
+    """Norms of heads, biases and windows."""
+    bias = flag(raw, "attention_bias")
+    return {"qk_norm": "head", "qkv_bias": bias, "output_bias": bias, "windows": windows(raw)}
 
 
-def fields(raw: dict[str, Any]) -> dict[str, Any]:
-    """What differs from the plain decoder, from `config.json`."""
-    bias = bool(raw.get("attention_bias", False))
-    head_dim = raw.get("head_dim") or 128
-    return {"qk_norm": True, "qkv_bias": bias, "output_bias": bias, "windows": windows(raw), "head_dim": head_dim}
+FAMILY = Family(architecture="Qwen3ForCausalLM", name="qwen3", fields=fields, defaults={"head_dim": 128})

@@ -1,6 +1,7 @@
 """Known architectures, and a checkpoint's `config.json` read with the right one."""
 
 from pathlib import Path
+from typing import Any
 
 from wherry_runtime.loading.config import (
     ModelConfig,
@@ -10,9 +11,61 @@ from wherry_runtime.loading.config import (
     read_json,
     token_ids,
 )
-from wherry_runtime.models import llama, mistral, qwen2, qwen3
+from wherry_runtime.loading.errors import ModelError
+from wherry_runtime.loading.rope_config import rope_config
+from wherry_runtime.models import (
+    bitnet,
+    bloom,
+    cohere,
+    falcon,
+    gemma,
+    gemma2,
+    gemma3,
+    gpt2,
+    gpt_neox,
+    gpt_oss,
+    gptj,
+    granite,
+    llama,
+    mamba,
+    mamba2,
+    mistral,
+    mixtral,
+    olmo,
+    olmo2,
+    opt,
+    phi,
+    phi3,
+    qwen2,
+    qwen2_moe,
+    qwen3,
+    qwen3_moe,
+    rwkv,
+    stablelm,
+)
+from wherry_runtime.models.family import Family
 
-FAMILIES = {family.ARCHITECTURE: family for family in (llama, mistral, qwen2, qwen3)}
+MODULES = (
+    *(
+        bitnet,
+        bloom,
+        cohere,
+        falcon,
+        gemma,
+        gemma2,
+        gemma3,
+        gpt2,
+        gpt_neox,
+        gpt_oss,
+        gptj,
+        granite,
+        llama,
+        mamba,
+        mamba2,
+    ),
+    *(mistral, mixtral, olmo, olmo2, opt, phi, phi3, qwen2, qwen2_moe, qwen3, qwen3_moe, rwkv, stablelm),
+)
+FAMILIES: dict[str, Family] = {module.FAMILY.architecture: module.FAMILY for module in MODULES}
 
 
 def read_config(directory: Path) -> ModelConfig:
@@ -24,11 +77,30 @@ def read_config(directory: Path) -> ModelConfig:
         ModelError: missing_file, bad_json, unknown_architecture, bad_config or an unsupported setting.
     """
     path = directory / "config.json"
-    raw = read_json(path)
-    architecture = architecture_of(raw, sorted(FAMILIES), path)
-    family = FAMILIES[architecture]
-    fields = {**common_fields(raw, path), **family.fields(raw), "family": family.FAMILY, "architecture": architecture}
+    fields = config_fields(read_json(path), path)
     generation = directory / "generation_config.json"
     if generation.is_file() and (stops := token_ids(read_json(generation).get("eos_token_id"))):
         fields["eos_token_ids"] = stops
     return build_config(fields, path)
+
+
+def config_fields(raw: dict[str, Any], path: Path) -> dict[str, Any]:
+    """The fields of a `ModelConfig` from the content of `config.json`, not checked yet.
+
+    Raises:
+        ModelError: unknown_architecture, bad_config or an unsupported setting.
+    """
+    family = FAMILIES[architecture_of(raw, sorted(FAMILIES), path)]
+    raw = family.common(raw)
+    try:
+        own = family.fields(raw)
+        fields = {**common_fields(family.without_own_quantization(raw)), "rope": None}
+        if family.rotary:
+            fields["rope"] = rope_config(
+                raw, theta=family.theta, partial=family.partial, interleaved=family.interleaved
+            )
+    except (TypeError, ValueError, KeyError, AttributeError, ArithmeticError) as e:
+        raise ModelError("bad_config", f"{path}: a setting of {family.architecture} is missing or odd: {e}") from e
+    except ModelError as e:
+        raise ModelError(e.code, f"{path}: {e.message}") from e
+    return {**fields, **own, "family": family.name, "architecture": family.architecture}

@@ -87,7 +87,11 @@ class Shard:
 
     def mlp(self, config: ModelConfig) -> Span:
         """Columns of the MLP's inner activations."""
-        return self.span(config.intermediate_size, MLP_UNIT)
+        return self.mlp_span(config.intermediate_size)
+
+    def mlp_span(self, width: int) -> Span:
+        """Of `width` inner activations."""
+        return self.span(width, MLP_UNIT)
 
     def vocabulary(self, config: ModelConfig) -> Span:
         """Rows of embedding and head."""
@@ -111,6 +115,8 @@ def check(config: ModelConfig, size: int) -> None:
     Raises:
         ModelError: bad_setting, with the numbers of ranks that it can be split over.
     """
+    if size > 1 and (reason := unsplittable(config)) is not None:
+        raise ModelError("bad_setting", f"{config.architecture} cannot be split over {size} ranks: {reason}")
     if size < 1 or not _divides(config, size):
         possible = ", ".join(str(n) for n in range(1, config.num_heads + 1) if _divides(config, n))
         raise ModelError(
@@ -118,6 +124,17 @@ def check(config: ModelConfig, size: int) -> None:
             f"a model with {config.num_heads} heads of queries and {config.num_kv_heads} of keys cannot be split over "
             f"{size} ranks; it can over {possible}",
         )
+
+
+def unsplittable(config: ModelConfig) -> str | None:
+    """None, or why no number of ranks can share the model."""
+    if config.recurrent is not None:
+        return "it has no heads of attention to share out"
+    if config.qk_norm == "whole":
+        return "its queries and keys are normalized over all heads together"
+    if config.sub_norms:
+        return "it has norms between the matrices that ranks would split"
+    return None
 
 
 def _divides(config: ModelConfig, size: int) -> bool:

@@ -78,7 +78,10 @@ def load_draft(
     native = use_native(config.backend, draft, dtype, stored, config.block_size, device)
     storage = Storage(dtype, device, config.quantization, config.quantization_group, native)
     cuda = use_cuda(config.backend, draft, stored, device)
-    return Draft(draft, load_model(directory, draft, length, storage), stored, native, cuda, length)
+    model = load_model(directory, draft, length, storage)
+    if not isinstance(model, Decoder):
+        raise ModelError("bad_setting", f"{directory}: a model without attention cannot draft: it takes no guess back")
+    return Draft(draft, model, stored, native, cuda, length)
 
 
 def _check(config: EngineConfig) -> None:

@@ -14,8 +14,10 @@ import torch
 
 from wherry_runtime.attention.native import AttentionKernels
 from wherry_runtime.kernels.cpu.library import Pool, Program, Step
+from wherry_runtime.layers.activation import Activation
+from wherry_runtime.layers.experts import Experts
 from wherry_runtime.layers.linear import Linear
-from wherry_runtime.layers.norm import RMSNorm
+from wherry_runtime.layers.norm import Norm, RMSNorm
 from wherry_runtime.models.ops import Attention
 from wherry_runtime.parallel.shard import Span
 from wherry_runtime.quantization.formats import padded_inputs
@@ -173,7 +175,33 @@ class Stage:
     exchange: Callable[[Step], None] | None = None
 
 
-class Recorder:
+class Missing:
+    """Operations that have no native kernels. `attention.native.unsupported` keeps models with them away."""
+
+    def add_positions(self, x: Rows, table: torch.Tensor) -> Rows:
+        raise _missing("learned positions")
+
+    def project(self, linear: Linear, x: Rows) -> Rows:
+        raise _missing("products that are not added to the residual")
+
+    def add(self, x: Rows, y: Rows, factor: float) -> Rows:
+        raise _missing("scaled sums")
+
+    def scale(self, x: Rows, factor: float) -> Rows:
+        raise _missing("scaled embeddings")
+
+    def experts(self, experts: Experts, x: Rows) -> Rows:
+        raise _missing("experts")
+
+    def shape_logits(self, x: Rows, factor: float, softcap: float | None) -> Rows:
+        raise _missing("scaled logits")
+
+
+def _missing(what: str) -> TypeError:
+    return TypeError(f"the native kernels have no {what}")
+
+
+class Recorder(Missing):
     """`Ops` that append calls to `program`.
 
     Args:
@@ -218,13 +246,15 @@ class Recorder:
             self._meeting().record_sum(self, rows, out, add=False)
         return out
 
-    def norm(self, norm: RMSNorm, x: Rows) -> Rows:
+    def norm(self, norm: Norm, x: Rows) -> Rows:
         return self._norm(norm, x, gather=False)
 
-    def sampled_norm(self, norm: RMSNorm, x: Rows) -> Rows:
+    def sampled(self, norm: Norm | None, x: Rows) -> Rows:
         return self._norm(norm, x, gather=True)
 
-    def _norm(self, norm: RMSNorm, x: Rows, *, gather: bool) -> Rows:
+    def _norm(self, norm: Norm | None, x: Rows, *, gather: bool) -> Rows:
+        if not isinstance(norm, RMSNorm):
+            raise TypeError(f"the native kernels have no {type(norm).__name__}")
         out = self._value(x.width, sampled=gather)
         weight = aligned(torch.float32, 1, x.stride)
         weight[0, : x.width] = norm.weight
@@ -252,7 +282,9 @@ class Recorder:
             return self.linear(head, x)
         return self._meeting().record_logits(self, tokens, lambda out: self._multiply(head, x, out, add=False))
 
-    def silu_mul(self, x: Rows) -> Rows:
+    def activate(self, activation: Activation, x: Rows) -> Rows:
+        if activation.kind != "silu" or not activation.gated:
+            raise TypeError(f"the native kernels have no {activation}")
         out = self._value(x.width // 2, sampled=x.sampled)
         self.program.add("silu_mul", [x.buffer, out.buffer], [out.width, x.stride, out.stride])
         return out

@@ -178,7 +178,7 @@ def decode_attention(
     decode_kernel[(max(1, programs), attention.num_kv_heads)](
         *(query, query.stride(0), cache.elements, cache.scales, step, tables, lengths),
         *(work.work, work.first_items, work.first_parts, partials.sums, partials.levels),
-        math.log2(math.e) / math.sqrt(head_dim),
+        math.log2(math.e) * attention.score_scale,
         HEADS=heads,
         BLOCK_GROUP=block(group),
         BLOCK_DIM=block(head_dim),

@@ -93,7 +93,7 @@ def prefill_attention(
     tile = 16 if wide else TILE if head_dim <= 128 else TILE // 2
     prefill_kernel[(tiles.shape[0], attention.num_kv_heads)](
         *(query, query.stride(0), cache.elements, cache.scales, step, tiles, out),
-        math.log2(math.e) / math.sqrt(head_dim),
+        math.log2(math.e) * attention.score_scale,
         HEADS=attention.num_heads,
         ROWS=ROWS,
         BLOCK_DIM=block(head_dim),

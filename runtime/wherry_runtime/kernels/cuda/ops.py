@@ -12,8 +12,11 @@ from wherry_runtime.kernels.cuda.norm import rms_norm
 from wherry_runtime.kernels.cuda.quantized_linear import multiply
 from wherry_runtime.kernels.cuda.rope_cache import CacheView, rope_and_cache
 from wherry_runtime.kernels.cuda.step import Step
+from wherry_runtime.layers.activation import Activation
+from wherry_runtime.layers.eager import TensorOps
+from wherry_runtime.layers.experts import Experts
 from wherry_runtime.layers.linear import Linear
-from wherry_runtime.layers.norm import RMSNorm
+from wherry_runtime.layers.norm import Norm, RMSNorm
 from wherry_runtime.models.ops import Attention
 from wherry_runtime.parallel.collective import Collective, embed_part
 from wherry_runtime.parallel.shard import Span
@@ -30,23 +33,23 @@ class Fixed:
     collective: Collective
 
 
-class CudaOps:
-    """`Ops` for one step: values are tensors [T, width]. Nothing here waits for the GPU, or depends on a value that is
-    in its memory, so that all of it can be captured in a graph."""
+class CudaOps(TensorOps):
+    """`Ops` for one step: values are tensors [T, width]. What has no kernel, PyTorch computes. Nothing here waits for
+    the GPU, or depends on a value that is in its memory, so that all of it can be captured in a graph."""
 
     def __init__(self, fixed: Fixed, step: Step, partials: Partials) -> None:
+        super().__init__(step.positions, fixed.collective)
         self._fixed = fixed
         self._step = step
         self._partials = partials
-        self._collective = fixed.collective
 
     def embed(self, table: torch.Tensor, tokens: Span) -> torch.Tensor:
         if tokens.whole:
             return functional.embedding(self._step.token_ids, table)
         return self._collective.all_reduce(embed_part(table, tokens, self._step.token_ids)).to(table.dtype)
 
-    def norm(self, norm: RMSNorm, x: torch.Tensor) -> torch.Tensor:
-        return rms_norm(x, norm.weight, norm.eps)
+    def norm(self, norm: Norm, x: torch.Tensor) -> torch.Tensor:
+        return rms_norm(x, norm.weight, norm.eps) if isinstance(norm, RMSNorm) else norm(x)
 
     def linear(self, linear: Linear, x: torch.Tensor) -> torch.Tensor:
         if linear.packed is not None:
@@ -63,8 +66,11 @@ class CudaOps:
         residual.addmm_(x, _plain(linear).t())
         return residual if linear.bias is None else residual.add_(linear.bias)
 
-    def silu_mul(self, x: torch.Tensor) -> torch.Tensor:
-        return silu_mul(x)
+    def activate(self, activation: Activation, x: torch.Tensor) -> torch.Tensor:
+        return silu_mul(x) if activation.kind == "silu" and activation.gated else activation(x)
+
+    def experts(self, experts: Experts, x: torch.Tensor) -> torch.Tensor:
+        raise TypeError("the CUDA kernels have no experts")
 
     def attend(self, attention: Attention, qkv: torch.Tensor) -> torch.Tensor:
         step, fixed = self._step, self._fixed
@@ -82,8 +88,11 @@ class CudaOps:
             prefill_attention(attention, qkv, cache, fixed.block_size, step.memory, step.tiles, out)
         return out
 
-    def sampled_norm(self, norm: RMSNorm, x: torch.Tensor) -> torch.Tensor:
-        return rms_norm(x, norm.weight, norm.eps, self._step.sampled_rows)
+    def sampled(self, norm: Norm | None, x: torch.Tensor) -> torch.Tensor:
+        if isinstance(norm, RMSNorm):
+            return rms_norm(x, norm.weight, norm.eps, self._step.sampled_rows)
+        rows = x.index_select(0, self._step.sampled_rows)
+        return rows if norm is None else norm(rows)
 
     def logits(self, head: Linear, tokens: Span, x: torch.Tensor) -> torch.Tensor:
         y = self.linear(head, x)

@@ -11,6 +11,7 @@ import triton.language as tl
 
 from wherry_runtime.kernels.cuda.elements import FP8, FUSED, INT8, block, cache_kind, to_fp8
 from wherry_runtime.kvcache.paged import PagedKVCache
+from wherry_runtime.layers.norm import RMSNorm
 from wherry_runtime.models.ops import Attention
 
 HEADS_AT_ONCE = 8
@@ -149,7 +150,7 @@ def rope_and_cache(
         slots: [T] int32, block · block_size + offset; -1: the row is not kept.
     """
     heads = attention.num_heads + 2 * attention.num_kv_heads
-    query_norm, key_norm = attention.query_norm, attention.key_norm
+    query_norm, key_norm = (n if isinstance(n, RMSNorm) else None for n in (attention.query_norm, attention.key_norm))
     normed = query_norm is not None and key_norm is not None
     half = attention.head_dim // 2
     grid = (qkv.shape[0], triton.cdiv(heads, HEADS_AT_ONCE))

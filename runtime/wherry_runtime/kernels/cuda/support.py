@@ -6,6 +6,7 @@ import shutil
 
 import torch
 
+from wherry_runtime.attention.features import attention_features
 from wherry_runtime.kvcache.formats import KVFormat
 from wherry_runtime.loading.config import ModelConfig
 
@@ -47,4 +48,5 @@ def unsupported(config: ModelConfig, stored: KVFormat) -> str | None:
         return f"{group} query heads share a key head; up to {MOST_GROUP} may"
     if stored.name not in ("float32", "bfloat16", "float16", "fp8", "int8"):
         return f"a KV cache in {stored.name}"
-    return None
+    missing = [what for has, what in (*attention_features(config), (config.experts is not None, "experts")) if has]
+    return f"the CUDA kernels have no {', '.join(missing)}" if missing else None
