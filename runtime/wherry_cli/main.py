@@ -22,6 +22,8 @@ class Entry(NamedTuple):
 COMMANDS = {
     "serve": Entry("wherry_cli.serve", "Serve one model over the OpenAI API, in this process.", "runtime,router"),
     "chat": Entry("wherry_cli.chat", "Chat with a model in the terminal.", ""),
+    "pull": Entry("wherry_cli.pull", "Download a model into the cache.", "runtime"),
+    "cache": Entry("wherry_cli.cache", "Show and remove downloaded models.", "runtime"),
     "bench": Entry(
         "wherry_cli.bench", "Measure how fast a model runs here, or what a server does under load.", "runtime,router"
     ),

@@ -2,6 +2,7 @@
 
 import asyncio
 import os
+import re
 import sys
 from pathlib import Path
 from socket import socket
@@ -13,6 +14,7 @@ import uvloop
 from prometheus_client import CollectorRegistry
 from rich.console import Console
 
+from wherry_cli.download import download
 from wherry_cli.engine_backend import EngineBackend
 from wherry_cli.engine_flags import with_engine_flags
 from wherry_protocol.engine_config import WORKER_ONLY, Dtype, EngineConfig
@@ -27,9 +29,18 @@ from wherry_runtime.loading.errors import ModelError
 from wherry_runtime.loading.locate import locate
 from wherry_runtime.server.metrics import LoadCollector
 from wherry_runtime.server.surface import Engine
+from wherry_runtime.sources.registry import is_remote
+from wherry_runtime.sources.store import cache_root
 
 ENV_API_KEY = "WHERRY_API_KEY"
 _console = Console(stderr=True, highlight=False)
+_Model = Annotated[
+    str,
+    typer.Argument(
+        help="A model's directory or .gguf file, sample://tiny, or what is downloaded: hf://ORG/NAME, s3://…, "
+        "https://…#sha256=…, oci://…."
+    ),
+]
 _DEFAULTS = {field.name: field.default for field in msgspec.structs.fields(EngineConfig)}
 
 
@@ -37,22 +48,34 @@ class Failure(Exception):
     """Something the user can mend. The message says what and how."""
 
 
-def model_uri(model: str) -> str:
-    """A directory or a URI as a URI that leads to a directory. Looked at before torch is loaded, which takes seconds.
+def model_uri(model: str, cache: str = "") -> str:
+    """A directory, a .gguf file or a URI as a URI that leads to one here, downloaded to `cache` where it must be.
+
+    Done before torch is loaded, which takes seconds.
 
     Raises:
-        Failure: the directory is not there.
+        Failure: it is not there, or cannot be downloaded.
     """
-    if "://" in model:
-        try:
+    try:
+        if is_remote(model):
+            return download(model, cache_root(cache))
+        if "://" in model:
             locate(model)
-        except ModelError as error:
-            raise Failure(error.message) from None
-        return model
+            return model
+    except ModelError as error:
+        raise Failure(error.message) from None
     path = Path(model).expanduser().resolve()
-    if not path.is_dir():
+    if not path.is_dir() and not (path.suffix == ".gguf" and path.is_file()):
         raise Failure(f"there is no directory {path}; name a model's directory, or sample://tiny to try the sample")
-    return f"file://{path}"
+    return path.as_uri()
+
+
+def default_name(model: str) -> str:
+    """What clients ask for where nothing else was said: the last part of the name, without revision or checksum."""
+    name = model.partition("#")[0].partition("?")[0].rstrip("/")
+    if model.startswith(("hf://", "oci://")):
+        name = re.sub(r"(?<=[^/])[@:][^/]*(?=/|$)", "", name.partition("://")[2])
+    return name.rpartition("/")[2]
 
 
 async def _load(engine: Engine, name: str) -> None:
@@ -111,7 +134,7 @@ def _run(config: EngineConfig) -> None:
 
 @with_engine_flags("model_uri", *WORKER_ONLY)
 def app(
-    model: Annotated[str, typer.Argument(help="A model's directory, or sample://tiny.")],
+    model: _Model,
     host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(help="Port to listen on; 0 picks a free one.", min=0, max=65535)] = 8080,
     model_name: Annotated[str, typer.Option(help="Name that clients ask for; default: the directory's.")] = "",
@@ -148,8 +171,8 @@ def app(
     try:
         _run(
             EngineConfig(
-                model_name=model_name or model.rstrip("/").rpartition("/")[2],
-                model_uri=model_uri(model),
+                model_name=model_name or default_name(model),
+                model_uri=model_uri(model, settings.get("model_cache", "")),
                 host=host,
                 port=port,
                 dtype=dtype,

@@ -22,7 +22,13 @@ class EngineConfig(msgspec.Struct, kw_only=True, frozen=True):
     """Each field is a flag: `max_running` is `--max-running`."""
 
     model_name: Annotated[str, msgspec.Meta(description="name that clients ask for")]
-    model_uri: Annotated[str, msgspec.Meta(description="file:///dir, sample://tiny, or a plain path")]
+    model_uri: Annotated[
+        str,
+        msgspec.Meta(
+            description="file:///dir, sample://tiny, a plain path, or what is downloaded: hf://ORG/NAME@REVISION, "
+            "s3://BUCKET/PREFIX, https://HOST/FILE.gguf#sha256=HEX, oci://REGISTRY/REPOSITORY:TAG"
+        ),
+    ]
     host: Annotated[str, msgspec.Meta(description="address to listen on")] = "127.0.0.1"
     port: Annotated[int, msgspec.Meta(description="port to listen on; 0 picks a free one")] = 8000
     worker_tls: Annotated[
@@ -47,6 +53,13 @@ class EngineConfig(msgspec.Struct, kw_only=True, frozen=True):
     ] = 0
     weight_cache: Annotated[
         str, msgspec.Meta(description="directory that keeps packed weights, so that the next load is faster")
+    ] = ""
+    model_cache: Annotated[
+        str,
+        msgspec.Meta(
+            description="directory of downloaded models, which processes may share; empty: $WHERRY_MODEL_CACHE, else "
+            "~/.cache/wherry/models"
+        ),
     ] = ""
     max_model_len: Annotated[
         int, msgspec.Meta(description="tokens of prompt and answer together; 0: the model's own")

@@ -47,6 +47,8 @@ ENV_LEADER_ADDRESS = "LWS_LEADER_ADDRESS"
 # In the termination message of a rank that ended only because another one of its group did.
 EXIT_PEER_LOST = "peer lost"
 ENV_SAMPLE_MODELS = "WHERRY_SAMPLE_MODELS"
+ENV_MODEL_CACHE = "WHERRY_MODEL_CACHE"  # directory of downloaded models, where --model-cache does not say it
+ENV_MODEL_SECRET = "WHERRY_MODEL_SECRET"  # noqa: S105 - the directory that a Secret with credentials is mounted to
 ENV_MEMORY_LIMIT = "WHERRY_MEMORY_LIMIT"  # in bytes, where no cgroup says it
 
 HEADER_CORRELATION_ID = "X-Correlation-Id"

@@ -13,9 +13,10 @@ from wherry_runtime.loading.errors import ModelError
 from wherry_runtime.server.lifecycle import tell_why
 from wherry_runtime.server.run import SettingsError, listen, run, worker_token
 from wherry_runtime.server.surface import Engine
+from wherry_runtime.sources.progress import Download
 
 
-def _engine(config: EngineConfig) -> Engine:
+def _engine(config: EngineConfig, download: Download) -> Engine:
     """What this process is: an engine, or a rank of another pod's.
 
     Raises:
@@ -27,14 +28,15 @@ def _engine(config: EngineConfig) -> Engine:
     if not place(config).shard.first:
         from wherry_runtime.parallel.rank_engine import RankEngine
 
-        return RankEngine(config)
+        return RankEngine(config, download)
     from wherry_runtime.engine.async_engine import AsyncEngine
 
-    return AsyncEngine(config)
+    return AsyncEngine(config, download)
 
 
 def main(argv: list[str] | None = None) -> None:
     """Runs until SIGTERM. Exits with 0, 1 (the model cannot be loaded) or 2 (the settings are wrong)."""
+    download = Download()
     config = from_args(sys.argv[1:] if argv is None else argv)
     set_up()
     try:
@@ -44,12 +46,12 @@ def main(argv: list[str] | None = None) -> None:
         tell_why(f"{error}")
         sys.exit(2)
     try:
-        engine = _engine(config)
+        engine = _engine(config, download)
     except ModelError as error:
         tell_why(f"{error.code}: {error.message}")
         sys.exit(2)
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
-        status = runner.run(run(engine, config, where, token))
+        status = runner.run(run(engine, config, where, token, download))
     sys.exit(status)
 
 

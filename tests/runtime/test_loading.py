@@ -204,11 +204,12 @@ def test_broken_models(model: Path, name: str) -> None:
         ("/no/such/dir", "model_not_found", "/no/such/dir: no such directory"),
         ("file:///no/such%20dir", "model_not_found", "/no/such dir: no such directory"),
         ("file://host/dir", "unsupported_uri", "three slashes"),
-        ("hf://org/name", "unsupported_uri", "hf:// is not supported by the runtime"),
+        ("hf://org/name", "unsupported_uri", "wherry pull hf://org/name"),
+        ("ftp://org/name", "unsupported_uri", "ftp:// is not supported by the runtime"),
         ("sample://../tiny", "unsupported_uri", "named like sample://tiny"),
         ("sample://", "unsupported_uri", "named like sample://tiny"),
         ("sample://none", "model_not_found", "none: no such directory"),
-        (str(TINY / "config.json"), "model_not_found", "is a file, a model is a directory"),
+        (str(TINY / "config.json"), "model_not_found", r"is a file, a model is a directory or a \.gguf file"),
     ],
 )
 def test_uris_that_lead_nowhere(uri: str, code: str, message: str) -> None:
@@ -222,6 +223,8 @@ def test_uris(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert locate(str(TINY)) == TINY
     assert locate(f"file://{TINY}") == TINY
     (tmp_path / "other").mkdir()
+    (tmp_path / "a b.gguf").write_bytes(b"GGUF")
+    assert locate(f"file://{tmp_path}/a%20b.gguf") == tmp_path / "a b.gguf"
     monkeypatch.setenv(ENV_SAMPLE_MODELS, str(tmp_path))
     assert locate("sample://other") == tmp_path / "other"
 

@@ -17,6 +17,9 @@ def rules(*entries: dict[str, Any]) -> dict[str, Any]:
     return {"x-kubernetes-validations": list(entries)}
 
 
+# Of a URI: whether the model comes from elsewhere.
+DOWNLOADED = "matches('^(hf|s3|https?|oci)://')"
+
 ROOT = rules(
     rule(
         f"size(self.metadata.name) <= {MAX_NAME} && self.metadata.name.matches('^[a-z]([-a-z0-9]*[a-z0-9])?$')",
@@ -31,13 +34,31 @@ SPEC = rules(
         "replicas and scaling exclude each other: remove spec.replicas and set scaling.minReplicas and "
         "scaling.maxReplicas, or remove spec.scaling",
     ),
+    rule(
+        f"!has(self.modelCache) || self.model.uri.{DOWNLOADED}",
+        "modelCache is for models that are downloaded: hf://, s3://, https:// and oci://",
+    ),
 )
 
 MODEL_URI = rules(
     rule(
-        "self.matches('^(file|pvc|sample)://') || !self.matches('^(hf|s3)://')",
-        "hf:// and s3:// come later; for now put the model on a volume and write pvc://CLAIM/PATH, or use "
-        "file:///ABSOLUTE/PATH (in the image) or sample://NAME",
+        "!self.startsWith('hf:') || self.matches('^hf://[A-Za-z0-9][-A-Za-z0-9._]*/[A-Za-z0-9][-A-Za-z0-9._]*"
+        "(@[^/@]+)?(/[^@]+)?$')",
+        "a hub URI is hf://ORG/NAME, hf://ORG/NAME@REVISION or hf://ORG/NAME@REVISION/FILE.gguf",
+    ),
+    rule(
+        "!self.startsWith('s3:') || self.matches('^s3://[a-z0-9][-a-z0-9.]+[a-z0-9](/.*)?$')",
+        "an S3 URI is s3://BUCKET/PREFIX or s3://BUCKET/PATH/FILE.gguf",
+    ),
+    rule(
+        "!self.matches('^https?:') || self.matches('^https?://[^/@?#]+/[^#]+#sha256=[0-9a-fA-F]{64}$')",
+        "a web server's model needs its checksum: https://HOST/FILE.gguf#sha256=HEX, or the list of all its files, "
+        "https://HOST/DIR/SHA256SUMS#sha256=HEX, as `sha256sum` makes it; credentials belong into model.secretName",
+    ),
+    rule(
+        "!self.startsWith('oci:') || self.matches('^oci://[A-Za-z0-9.:-]+/[a-z0-9][a-z0-9._/-]*"
+        "(:[A-Za-z0-9_][A-Za-z0-9_.-]*|@sha256:[0-9a-f]{64})?$')",
+        "an OCI URI is oci://REGISTRY/REPOSITORY:TAG or oci://REGISTRY/REPOSITORY@sha256:HEX",
     ),
     rule(
         "!self.startsWith('file:') || self.matches('^file:///[^/].*$')",
@@ -52,10 +73,24 @@ MODEL_URI = rules(
         "a sample URI is sample://NAME, like sample://tiny",
     ),
     rule(
-        "self.matches('^(file|pvc|sample|hf|s3):')",
-        "the URI must start with file://, pvc:// or sample://",
+        "self.matches('^(hf|s3|https?|oci|file|pvc|sample):')",
+        "the URI must start with hf://, s3://, https://, oci://, pvc://, file:// or sample://",
     ),
     rule("!self.matches('(^|/)[.][.](/|$)')", "the URI must not contain '..'"),
+)
+
+MODEL = rules(
+    rule(
+        f"!has(self.secretName) || self.uri.{DOWNLOADED}",
+        "model.secretName is for models that are downloaded: hf://, s3://, https:// and oci://",
+    ),
+)
+
+MODEL_CACHE = rules(
+    rule(
+        "[has(self.sizeLimit), has(self.claimName), has(self.hostPath)].filter(given, given).size() == 1",
+        "modelCache needs one of sizeLimit, claimName and hostPath",
+    ),
 )
 
 SCALING = rules(

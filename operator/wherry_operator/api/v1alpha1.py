@@ -18,6 +18,7 @@ from wherry_operator.api.kube import (
     Toleration,
     TopologySpreadConstraint,
 )
+from wherry_operator.api.model import Model, ModelCache
 from wherry_operator.api.response_cache import ResponseCache
 
 GROUP = "inference.wherry.dev"
@@ -29,23 +30,6 @@ PLURAL = "llmdeployments"
 Replicas = Annotated[int, Field(ge=0, le=1000)]
 # So that an object that leaves the whole block out gets the defaults inside it.
 EMPTY: dict[str, Any] = {"default": {}}
-
-
-class Model(CamelModel):
-    """The model that is served."""
-
-    name: str = Field(
-        description="Name that clients ask for, as `model` in a request. Letters, digits and ._:/- ; 128 at most.",
-        pattern=r"^[A-Za-z0-9]([-A-Za-z0-9._:/]*[A-Za-z0-9])?$",
-        max_length=128,
-    )
-    uri: str = Field(
-        description="Where the weights are: pvc://CLAIM/PATH (a PersistentVolumeClaim of this namespace, mounted "
-        "read-only), file:///PATH (a directory inside the container image) or sample://NAME (a sample model that ships "
-        "with the runtime, like sample://tiny). The directory holds config.json, tokenizer.json and safetensors.",
-        max_length=1024,
-        json_schema_extra=rules.MODEL_URI,
-    )
 
 
 class ScalingTargets(CamelModel):
@@ -321,7 +305,12 @@ class Failover(CamelModel):
 class LLMDeploymentSpec(CamelModel):
     """What should run."""
 
-    model: Model = Field(description="The model that is served.")
+    model: Model = Field(description="The model that is served.", json_schema_extra=rules.MODEL)
+    model_cache: ModelCache | None = Field(
+        None,
+        description="Where downloaded models are kept. Without it: in an emptyDir, which lasts as long as the pod.",
+        json_schema_extra=rules.MODEL_CACHE,
+    )
     image: str | None = Field(
         None, description="Image of the runtime. Defaults to the operator's --runtime-image.", min_length=1
     )

@@ -18,6 +18,7 @@ from wherry_operator.cluster.asking import url_of
 from wherry_operator.cluster.client import Api, ApiError, Unavailable
 from wherry_operator.cluster.nodes import KUBELET_PORT, Nodes
 from wherry_operator.metrics import ISOLATED, LOST_NODES
+from wherry_operator.planning.downloads import progress_of
 from wherry_operator.planning.failover import NodeSignal, PodSignal, Verdict, judge
 from wherry_operator.planning.pods import PodView
 from wherry_protocol import naming
@@ -31,6 +32,7 @@ PROBES_PER_S = 1000
 TIMEOUT_S = 1.0  # for a connection, and for an answer
 API_TIMEOUT_S = 2.0
 AT_ONCE = 256
+MAX_HEALTH = 4096  # bytes of an answer that are looked at
 LEASES_AT_ONCE = 8
 # How often the kubelet of a node that is well is tried, to know that it can be reached at all.
 BASELINE_S = 30.0
@@ -83,7 +85,10 @@ class _Target(Generic[K]):
 
 
 class Prober(Generic[K]):
-    """Watches over the pods that it is told of. `verdict` is what the last round came to."""
+    """Watches over the pods that it is told of.
+
+    `verdict` is what the last round came to; `downloads`: how far the pods are that download their model, by uid.
+    """
 
     def __init__(
         self,
@@ -95,6 +100,7 @@ class Prober(Generic[K]):
         self._api, self._nodes, self._clock = api, nodes, clock
         self.changed = changed
         self.verdict = Verdict()
+        self.downloads: dict[str, str] = {}
         self._targets: dict[K, tuple[_Target[K], ...]] = {}
         self._pods: dict[str, _Contact] = {}
         self._memory: dict[str, _NodeMemory] = {}
@@ -171,6 +177,7 @@ class Prober(Generic[K]):
     def _remember(self, targets: list[_Target[K]]) -> None:
         """Keeps notes on what is there, and drops those on what is not any more."""
         uids = {target.pod.uid for target in targets}
+        self.downloads = {uid: text for uid, text in self.downloads.items() if uid in uids}
         self._pods = {uid: self._pods.get(uid) or _Contact() for uid in uids}
         hosts = {target.pod.node: target.pod.host_ip for target in sorted(targets, key=lambda t: t.pod.host_ip)}
         spare = [name for name in self._nodes.names() if name not in hosts][:WITNESSES]
@@ -187,8 +194,11 @@ class Prober(Generic[K]):
         pod = target.pod
         async with self._limit:
             begun = self._clock()
-            reached, answered = await _ask(session, pod, target.port) if pod.ip else (False, False)
-            self._note(self._pods[pod.uid], begun, answered, reached)
+            reached, health = await _ask(session, pod, target.port) if pod.ip else (False, None)
+            self._note(self._pods[pod.uid], begun, health is not None, reached)
+        if health is not None and (text := progress_of(health)) != self.downloads.get(pod.uid, ""):
+            self.downloads[pod.uid] = text
+            self.changed(target.key)
 
     def _note(self, contact: _Contact, begun: float, answered: bool, reached: bool = False) -> None:
         self._stalled |= self._clock() - begun > 2 * TIMEOUT_S + STALL_S
@@ -278,20 +288,21 @@ class Prober(Generic[K]):
                 self.changed(key)
 
 
-async def _ask(session: aiohttp.ClientSession, pod: PodView, port: int) -> tuple[bool, bool]:
-    """Whether a worker or a router takes up a connection, and whether it answers.
+async def _ask(session: aiohttp.ClientSession, pod: PodView, port: int) -> tuple[bool, bytes | None]:
+    """Whether a worker or a router takes up a connection, and what it answers; None: nothing.
 
-    What it answers does not matter: how it is doing is for the kubelet's probes.
+    Whether that is well does not matter: how it is doing is for the kubelet's probes.
     """
     try:
         url = url_of(pod.ip, port, "/health", tls=pod.tls)
         async with session.get(url, allow_redirects=False, ssl=False) as answer:
+            health = await answer.content.read(MAX_HEALTH)
             await answer.read()
     except (aiohttp.ConnectionTimeoutError, aiohttp.ClientConnectorError, ValueError):
-        return False, False
+        return False, None
     except (aiohttp.ClientError, TimeoutError, OSError):
-        return True, False
-    return True, True
+        return True, None
+    return True, health
 
 
 async def _all(work: Iterable[Awaitable[None]]) -> None:

@@ -17,6 +17,7 @@ from wherry_operator.cluster.events import EventRecorder
 from wherry_operator.cluster.execute import execute, write_status
 from wherry_operator.cluster.nodes import Nodes
 from wherry_operator.cluster.probes import Prober
+from wherry_operator.planning.downloads import with_downloads
 from wherry_operator.planning.failover import with_verdict
 from wherry_operator.planning.group import ready_leaders
 from wherry_operator.planning.plan import make_plan
@@ -92,6 +93,7 @@ class Reconciler:
         if spec := observed.owner.spec:
             patience = parse_duration(spec.failover.node_unreachable)
             self.prober.watch(key, observed.pods, observed.router_pods, patience)
+        observed = with_downloads(observed, self.prober.downloads)
         return with_verdict(replace(observed, leaving_nodes=self.nodes.leaving()), self.prober.verdict)
 
     async def _ask_routers(self, observed: Observed, scale: Scale) -> Observed:

@@ -28,7 +28,9 @@ class NeededSecret(NamedTuple):
 
 def needed_secrets(spec: LLMDeploymentSpec) -> list[NeededSecret]:
     """The Secrets that somebody else has to make."""
-    router, found = spec.router, []
+    router, found = spec.router, list[NeededSecret]()
+    if spec.model.secret_name:
+        found.append(NeededSecret("spec.model", spec.model.secret_name))
     if router.auth and router.auth.secret_name:
         found.append(NeededSecret("spec.router.auth", router.auth.secret_name))
     if router.limits and router.limits.redis and router.limits.redis.secret_name:

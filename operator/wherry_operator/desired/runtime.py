@@ -26,13 +26,13 @@ from wherry_operator.desired.common import (
     template_annotations,
 )
 from wherry_operator.desired.merge import MergeError, strategic_merge
+from wherry_operator.desired.model import container_uri, model_environment, model_security, model_volumes
 from wherry_protocol import naming
 from wherry_protocol.engine_config import EngineConfig, to_args
 from wherry_protocol.quantity import parse_quantity
 
 CONTAINER = "runtime"
 PROBE = "probe"
-MODELS_DIR = "/models"
 # Kubernetes' own default is 300 s: far too long to wait for a replacement of a replica that nobody can reach.
 NODE_LOST_SECONDS = 10
 # Of a cause that is written on the pod that takes over.
@@ -75,21 +75,6 @@ def worker_config(owner: LLMDeployment, spec: LLMDeploymentSpec) -> EngineConfig
 def drain_seconds(spec: LLMDeploymentSpec) -> int:
     """`rolloutStrategy.drainTimeout` in whole seconds."""
     return int(parse_duration(spec.rollout_strategy.drain_timeout))
-
-
-def claim_of(uri: str) -> tuple[str, str] | None:
-    """The claim and the path of a pvc URI; None for other URIs."""
-    if not uri.startswith("pvc://"):
-        return None
-    claim, _, path = uri.removeprefix("pvc://").partition("/")
-    return claim, path
-
-
-def container_uri(uri: str) -> str:
-    """The model's URI as the container sees it: claims are mounted under /models."""
-    if claim := claim_of(uri):
-        return f"file://{MODELS_DIR}/{claim[0]}/{claim[1]}".rstrip("/")
-    return uri
 
 
 def pod_template(owner: LLMDeployment, spec: LLMDeploymentSpec, settings: RenderSettings, token: str) -> dict[str, Any]:
@@ -135,10 +120,7 @@ def _check(template: dict[str, Any]) -> None:
 def _pod_spec(owner: LLMDeployment, spec: LLMDeploymentSpec, settings: RenderSettings) -> dict[str, Any]:
     volumes: list[dict[str, Any]] = [{"name": "tmp", "emptyDir": {}}]
     mounts: list[dict[str, Any]] = [{"name": "tmp", "mountPath": "/tmp"}]  # noqa: S108 - the container's own
-    if claim := claim_of(spec.model.uri):
-        volumes.append({"name": "model", "persistentVolumeClaim": {"claimName": claim[0], "readOnly": True}})
-        mounts.append({"name": "model", "mountPath": f"{MODELS_DIR}/{claim[0]}", "readOnly": True})
-    for volume, mount in worker_tls_volumes(spec):
+    for volume, mount in model_volumes(spec) + worker_tls_volumes(spec):
         volumes.append(volume)
         mounts.append(mount)
     # Kubelets have no certificate to show, so with TLS they ask elsewhere.
@@ -148,9 +130,9 @@ def _pod_spec(owner: LLMDeployment, spec: LLMDeploymentSpec, settings: RenderSet
         "image": spec.image or settings.runtime_image,
         "command": ["wherry-runtime"],
         "args": to_args(worker_config(owner, spec)),
-        "env": [*environment(owner), *_group_environment(spec)],
+        "env": [*environment(owner), *_group_environment(spec), *model_environment(spec)],
         "ports": _ports(spec),
-        # /health answers from the moment that the process listens, also while it loads the model.
+        # /health answers from the moment that the process listens, also while it downloads and loads the model.
         "startupProbe": probe("/health", period=2, failures=90, port=asked),
         "livenessProbe": probe("/health", period=5, failures=6, port=asked),
         "readinessProbe": probe("/ready", period=2, failures=3, port=asked),
@@ -167,7 +149,7 @@ def _pod_spec(owner: LLMDeployment, spec: LLMDeploymentSpec, settings: RenderSet
         # Until a router knows the pod no rollout takes down another for it.
         "readinessGates": [{"conditionType": naming.GATE_ROUTABLE}],
         "restartPolicy": "Always",
-        "securityContext": pod_security(),
+        "securityContext": pod_security() | model_security(spec),
         "terminationGracePeriodSeconds": drain_seconds(spec) + GRACE_MARGIN_S,
         "tolerations": _tolerations(spec),
         "volumes": volumes,

@@ -102,6 +102,8 @@ def _loading(pod: PodView) -> Cause | None:
         return Cause("NotRoutable", f"pod {pod.name} has loaded the model; no router knows it yet", "waiting")
     if pod.was_ready:
         return Cause("NotReady", f"pod {pod.name} was ready and no longer is; see its log", "error")
+    if pod.downloading:
+        return Cause("Downloading", f"pod {pod.name} is downloading the model, {pod.downloading}", "waiting")
     return Cause("Loading", f"pod {pod.name} is loading the model", "waiting")
 
 

@@ -46,6 +46,7 @@ class PodView:
     `avoids`: nodes that it must not be bound to, as they were lost when it was made.
     `tls`: whether it answers by TLS; told by its readiness probe, so it holds for each pod of a rollout. `mutual_tls`:
     whether it is a worker that answers nobody without a certificate, and probes elsewhere; told by its port's name.
+    `downloading`: how far its worker is with downloading the model, as it told the last probe.
     `lost_because`: why the operator holds its node for lost; not the pod's own word, see failover.py.
     """
 
@@ -79,6 +80,7 @@ class PodView:
     lost_because: str = ""
     tls: bool = False
     mutual_tls: bool = False
+    downloading: str = ""
 
     @property
     def ended(self) -> bool:

@@ -24,9 +24,11 @@ from wherry_runtime.engine.validation import (
     check_tokens,
 )
 from wherry_runtime.loading.errors import ModelError
+from wherry_runtime.loading.locate import with_local_models
 from wherry_runtime.scheduling.digest import Cursor, Mark, marks_for
 from wherry_runtime.scheduling.request import Request
 from wherry_runtime.scheduling.scheduler import QueueFullError
+from wherry_runtime.sources.progress import Download
 from wherry_runtime.tokenization.chat_template import TemplateError
 from wherry_runtime.tokenization.detokenizer import Detokenizer
 
@@ -75,8 +77,9 @@ class AsyncEngine:
     it.
     """
 
-    def __init__(self, config: EngineConfig) -> None:
+    def __init__(self, config: EngineConfig, download: Download | None = None) -> None:
         self._config = config
+        self._download = download
         self._loaded: Loaded | None = None
         self._core: EngineCore | None = None
         self._loop: asyncio.AbstractEventLoop | None = None
@@ -85,7 +88,7 @@ class AsyncEngine:
         self._num_requests = 0
 
     async def start(self) -> None:
-        """Loads the model, off the event loop, and starts the step loop.
+        """Downloads the model unless it is here, loads it, off the event loop, and starts the step loop.
 
         Raises:
             ModelError: why the model cannot be served.
@@ -93,7 +96,8 @@ class AsyncEngine:
         if self._core is not None:
             raise RuntimeError("the engine was started already")
         self._loop = asyncio.get_running_loop()
-        self._loaded = await asyncio.to_thread(load, self._config)
+        config = await asyncio.to_thread(with_local_models, self._config, self._download)
+        self._loaded = await asyncio.to_thread(load, config)
         # What is loaded stays: the garbage collector need not walk through PyTorch's objects during a step.
         gc.collect()
         gc.freeze()

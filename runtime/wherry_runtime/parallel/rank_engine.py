@@ -9,22 +9,25 @@ from wherry_protocol.naming import EXIT_PEER_LOST
 from wherry_protocol.worker import Event, ExecuteRequest, LoadReport, PrefixChange
 from wherry_runtime.engine.validation import RequestError
 from wherry_runtime.loading.errors import ModelError
+from wherry_runtime.loading.locate import with_local_models
 from wherry_runtime.parallel.ending import end
 from wherry_runtime.parallel.follow import Follower
 from wherry_runtime.parallel.group import place
 from wherry_runtime.parallel.members import Child
 from wherry_runtime.scheduling.digest import Cursor
+from wherry_runtime.sources.progress import Download
 
 
 class RankEngine:
     """An `Engine` that computes what its group's leader says, and starts the pod's other ranks."""
 
-    def __init__(self, config: EngineConfig) -> None:
+    def __init__(self, config: EngineConfig, download: Download | None = None) -> None:
         self._config = config
+        self._download = download
         self._place = place(config)
         self._serving = False
         self._problem: str | None = None
-        self._follower = Follower(config, self._place, self._lost)
+        self._follower: Follower | None = None
         self._children: list[Child] = []
 
     def _lost(self, what: str) -> None:
@@ -33,22 +36,24 @@ class RankEngine:
         self._problem = self._problem or what
 
     async def start(self) -> None:
-        """Joins the group and loads this rank's part.
+        """Downloads the model unless it is here, joins the group and loads this rank's part.
 
         Raises:
             ModelError: why not.
         """
+        config = await asyncio.to_thread(with_local_models, self._config, self._download)
+        follower = self._follower = Follower(config, self._place, self._lost)
         for shard in self._place.beside():
-            self._children.append(Child(shard.rank, self._config, {}, self._lost))
-        await asyncio.to_thread(self._follower.start)
+            self._children.append(Child(shard.rank, config, {}, self._lost))
+        await asyncio.to_thread(follower.start)
         self._serving = True
         if self._problem is not None:
             raise ModelError("rank_failed", self._problem)
-        threading.Thread(target=self._follow, name="wherry-rank", daemon=True).start()
+        threading.Thread(target=self._follow, args=(follower,), name="wherry-rank", daemon=True).start()
 
-    def _follow(self) -> None:
+    def _follow(self, follower: Follower) -> None:
         try:
-            self._follower.follow()
+            follower.follow()
         except Exception as e:
             end(f"step_failed: {type(e).__name__}: {e}")
         if self._serving:  # not by this process's own will
@@ -96,7 +101,7 @@ class RankEngine:
         return None, None
 
     def heartbeat_age(self) -> float:
-        return self._follower.step_age()
+        return self._follower.step_age() if self._follower is not None else 0.0
 
     def bound(self) -> bool:
         """The leader may have requests, and ends this process when it stops."""
@@ -105,5 +110,6 @@ class RankEngine:
     async def close(self) -> None:
         """Leaves the group, which cannot go on without this rank."""
         self._serving = False
-        self._follower.close()
+        if self._follower is not None:
+            self._follower.close()
         await asyncio.gather(*(asyncio.to_thread(child.end) for child in self._children))

@@ -85,6 +85,7 @@ class WorkerApp:
         self._metrics = WorkerMetrics(
             self._registry, model, lambda: engine.load() if lifecycle.state in ("ready", "draining") else None
         )
+        self._metrics.watch_download(lifecycle.download)
         if tls is not None:
             self._metrics.watch_tls(tls)
         self._routes: dict[bytes, tuple[str, Callable[[_Call], Awaitable[None]]]] = {

@@ -1,4 +1,4 @@
-"""A worker's life: loading, ready, draining, gone; or loading, failed."""
+"""A worker's life: downloading, loading, ready, draining, gone; or loading, failed."""
 
 import asyncio
 import contextlib
@@ -11,6 +11,7 @@ from typing import Literal
 
 from wherry_protocol.http.server import drained
 from wherry_runtime.server.surface import Engine
+from wherry_runtime.sources.progress import Download
 
 log = logging.getLogger("wherry.worker")
 
@@ -22,9 +23,14 @@ EXIT_MODEL = 1
 
 
 class Lifecycle:
-    """The state, and how many requests run."""
+    """The state, and how many requests run.
 
-    def __init__(self) -> None:
+    Args:
+        download: how far the engine is with downloading its model, where it has to.
+    """
+
+    def __init__(self, download: Download | None = None) -> None:
+        self.download = download or Download()
         self.state: State = "loading"
         self.reason = "Loading"
         self.message = "the model is being loaded"
@@ -48,14 +54,23 @@ class Lifecycle:
     def ready(self) -> tuple[int, dict[str, str]]:
         """Status and body of `/ready`."""
         body = {"state": self.state, "reason": self.reason, "message": self.message}
+        if self._downloads():
+            message = f"the model is being downloaded: {self.download.snapshot()}"
+            body = {"state": "downloading", "reason": "Downloading", "message": message}
         return (200 if self.state == "ready" else 503), body
 
     def health(self, engine: Engine) -> tuple[int, dict[str, object]]:
         """Status and body of `/health`: while loading there is no step loop yet; later its heartbeat decides."""
+        if self._downloads():
+            at = self.download.snapshot()
+            return 200, {"state": "downloading", "download": {"bytes": at.done, "total": at.total, "text": str(at)}}
         if not self._loaded:
             return 200, {"state": self.state}
         age = engine.heartbeat_age()
         return (200 if age < MAX_HEARTBEAT_AGE_S else 503), {"state": self.state, "heartbeat_age_s": age}
+
+    def _downloads(self) -> bool:
+        return self.state == "loading" and self.download.active
 
     async def load(self, engine: Engine) -> bool:
         """Loads the model. False: it cannot be loaded; the reason went to the termination log and to stderr."""

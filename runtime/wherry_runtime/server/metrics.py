@@ -12,6 +12,7 @@ from prometheus_client.registry import Collector
 from wherry_protocol.http.mutual_tls import MutualTls
 from wherry_protocol.naming import INTER_TOKEN_BUCKETS, TTFT_BUCKETS
 from wherry_protocol.worker import LoadReport
+from wherry_runtime.sources.progress import Download
 
 # Creation times double the number of series and no dashboard reads them.
 disable_created_metrics()  # type: ignore[no-untyped-call]
@@ -119,7 +120,24 @@ class WorkerMetrics:
             "1 while the certificate cannot be used as it is now, and the last good one stays in use.",
             registry=registry,
         )
+        self._download_bytes = Gauge(
+            "wherry_model_download_bytes",
+            "Bytes of the model that are here; 0 before a download.",
+            label,
+            registry=registry,
+        ).labels(model)
+        self._download_total = Gauge(
+            "wherry_model_download_total_bytes",
+            "Bytes of the model; 0 where nothing is downloaded.",
+            label,
+            registry=registry,
+        ).labels(model)
         self._model = model
+
+    def watch_download(self, download: Download) -> None:
+        """Reads at each scrape how far `download` is."""
+        self._download_bytes.set_function(lambda: download.snapshot().done)
+        self._download_total.set_function(lambda: download.snapshot().total)
 
     def watch_tls(self, tls: MutualTls) -> None:
         """Reads at each scrape how `tls` is."""

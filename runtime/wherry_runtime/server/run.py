@@ -16,6 +16,7 @@ from wherry_runtime.server.app import WorkerApp
 from wherry_runtime.server.lifecycle import EXIT_MODEL, Lifecycle
 from wherry_runtime.server.probes import ProbeApp
 from wherry_runtime.server.surface import Engine
+from wherry_runtime.sources.progress import Download
 
 log = logging.getLogger("wherry.worker")
 
@@ -94,9 +95,15 @@ async def _serve(engine: Engine, config: EngineConfig, where: Listening, token: 
         await probing
 
 
-async def run(engine: Engine, config: EngineConfig, where: Listening, token: str | None) -> int:
-    """Serves `engine` until SIGTERM. The exit status: 0, or 1 where the model cannot be loaded."""
-    lifecycle = Lifecycle()
+async def run(
+    engine: Engine, config: EngineConfig, where: Listening, token: str | None, download: Download | None = None
+) -> int:
+    """Serves `engine` until SIGTERM. The exit status: 0, or 1 where the model cannot be loaded.
+
+    Args:
+        download: how far the engine is with downloading its model.
+    """
+    lifecycle = Lifecycle(download)
     stop_on_signals(lifecycle.stop)
     loading = asyncio.create_task(_load(engine, lifecycle))
     await _serve(engine, config, where, token, lifecycle)
