@@ -5,6 +5,7 @@ from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
 from wherry_protocol.naming import ENV_SAMPLE_MODELS
+from wherry_runtime.formats.detect import kind_of
 from wherry_runtime.loading.errors import ModelError
 
 
@@ -29,8 +30,10 @@ def locate(uri: str) -> Path:
         raise ModelError("unsupported_uri", f"{uri}: {scheme}:// is not supported by the runtime; use {known}")
     if not path.exists():
         raise ModelError("model_not_found", f"{path}: no such directory (model URI {uri})")
-    if not path.is_dir():
-        raise ModelError("model_not_found", f"{path}: is a file, a model is a directory (model URI {uri})")
+    if not path.is_dir() and kind_of(path) != "gguf":
+        raise ModelError(
+            "model_not_found", f"{path}: is a file, a model is a directory or a GGUF file (model URI {uri})"
+        )
     return path
 
 

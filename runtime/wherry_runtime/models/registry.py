@@ -10,6 +10,7 @@ from wherry_runtime.loading.config import (
     read_json,
     token_ids,
 )
+from wherry_runtime.loading.gguf import raw_config
 from wherry_runtime.models import llama, mistral, qwen2, qwen3
 
 FAMILIES = {family.ARCHITECTURE: family for family in (llama, mistral, qwen2, qwen3)}
@@ -23,8 +24,7 @@ def read_config(directory: Path) -> ModelConfig:
     Raises:
         ModelError: missing_file, bad_json, unknown_architecture, bad_config or an unsupported setting.
     """
-    path = directory / "config.json"
-    raw = read_json(path)
+    raw, path = raw_config(directory)
     architecture = architecture_of(raw, sorted(FAMILIES), path)
     family = FAMILIES[architecture]
     fields = {**common_fields(raw, path), **family.fields(raw), "family": family.FAMILY, "architecture": architecture}
