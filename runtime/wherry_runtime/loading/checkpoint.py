@@ -1,21 +1,19 @@
-"""Tensors of a checkpoint, one by one, from memory-mapped safetensors files."""
+"""Tensors of a checkpoint, one by one, from memory-mapped safetensors or GGUF files."""
 
-import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
 
+from wherry_runtime.formats.detect import gguf_files, kind_of
+from wherry_runtime.formats.gguf.reader import GGUFFile
+from wherry_runtime.formats.safetensors.shards import IGNORED, INDEX, SINGLE, safetensors_files
 from wherry_runtime.layers.linear import Slot
-from wherry_runtime.loading.config import read_json
 from wherry_runtime.loading.errors import ModelError
+from wherry_runtime.loading.gguf import GGUFCheckpoint
 
-SINGLE = "model.safetensors"
-INDEX = "model.safetensors.index.json"
 LARGEST_HEADER = 100_000_000  # bytes; as the format says
-# Buffers that old checkpoints carry and nobody reads.
-IGNORED = re.compile(r"\.rotary_emb\.(inv_freq|cos_cached|sin_cached)$|\.masked_bias$|\.attn\.bias$")
 
 
 def shard_files(directory: Path) -> list[Path]:
@@ -24,31 +22,23 @@ def shard_files(directory: Path) -> list[Path]:
     Raises:
         ModelError: missing_weights, missing_shard, or what is wrong with the index.
     """
-    if (directory / SINGLE).is_file():
-        return [directory / SINGLE]
-    if not (directory / INDEX).is_file():
-        raise ModelError("missing_weights", f"{directory}: neither {SINGLE} nor {INDEX} is there")
-    weight_map = read_json(directory / INDEX).get("weight_map")
-    if not isinstance(weight_map, dict) or not all(isinstance(v, str) for v in weight_map.values()):
-        raise ModelError("bad_json", f"{directory / INDEX}: weight_map must be an object of tensor name to file name")
-    names = sorted(set(weight_map.values()))
-    for name in names:
-        if Path(name).name != name:
-            raise ModelError("bad_json", f"{directory / INDEX}: {name!r} is not a plain file name")
-        if not (directory / name).is_file():
-            raise ModelError("missing_shard", f"{directory / name}: {INDEX} names it, but it is not there")
-    return [directory / name for name in names]
+    if files := safetensors_files(directory) or gguf_files(directory):
+        return files
+    raise ModelError("missing_weights", f"{directory}: neither {SINGLE} nor {INDEX} nor a GGUF file is there")
 
 
 def read_header(path: Path) -> bytes:
-    """The JSON at the start of a safetensors file, as it is.
+    """The JSON at the start of a safetensors file, or the header of a GGUF file, as it is.
 
     Raises:
-        ModelError: damaged_shard.
+        ModelError: damaged_shard or bad_gguf.
     """
-    with path.open("rb") as file:
-        size = int.from_bytes(file.read(8), "little")
-        header = file.read(size) if size <= LARGEST_HEADER else b""
+    if kind_of(path) == "gguf":
+        file = GGUFFile.open(path)
+        return bytes(file.data[: file.header.data_start])
+    with path.open("rb") as shard:
+        size = int.from_bytes(shard.read(8), "little")
+        header = shard.read(size) if size <= LARGEST_HEADER else b""
     if len(header) != size:
         raise ModelError("damaged_shard", f"{path}: damaged or truncated; copy or download it again")
     return header
@@ -60,7 +50,11 @@ def iterate_tensors(directory: Path) -> Iterator[tuple[str, torch.Tensor]]:
     Raises:
         ModelError: as `shard_files`, or damaged_shard when a file is truncated or not safetensors.
     """
-    for path in shard_files(directory):
+    files = shard_files(directory)
+    if kind_of(files[0]) == "gguf":
+        yield from GGUFCheckpoint.open(files).tensors()
+        return
+    for path in files:
         try:
             with safe_open(path, framework="pt") as shard:
                 for name in shard.keys():  # noqa: SIM118 - safe_open has keys() and is not iterable

@@ -9,6 +9,7 @@ import msgspec
 
 from wherry_protocol.engine_config import EngineConfig
 from wherry_protocol.naming import ENV_SAMPLE_MODELS
+from wherry_runtime.formats.detect import kind_of
 from wherry_runtime.loading.errors import ModelError
 from wherry_runtime.sources.progress import Download
 from wherry_runtime.sources.registry import is_remote
@@ -63,9 +64,9 @@ def locate(uri: str) -> Path:
         raise ModelError("unsupported_uri", f"{uri}: {scheme}:// is not supported by the runtime; use {known}")
     if not path.exists():
         raise ModelError("model_not_found", f"{path}: no such directory (model URI {uri})")
-    if not path.is_dir() and path.suffix != ".gguf":
+    if not path.is_dir() and kind_of(path) != "gguf":
         raise ModelError(
-            "model_not_found", f"{path}: is a file, a model is a directory or a .gguf file (model URI {uri})"
+            "model_not_found", f"{path}: is a file, a model is a directory or a GGUF file (model URI {uri})"
         )
     return path
 

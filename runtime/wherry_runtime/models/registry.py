@@ -12,6 +12,7 @@ from wherry_runtime.loading.config import (
     token_ids,
 )
 from wherry_runtime.loading.errors import ModelError
+from wherry_runtime.loading.gguf import raw_config
 from wherry_runtime.loading.rope_config import rope_config
 from wherry_runtime.models import (
     bitnet,
@@ -76,8 +77,8 @@ def read_config(directory: Path) -> ModelConfig:
     Raises:
         ModelError: missing_file, bad_json, unknown_architecture, bad_config or an unsupported setting.
     """
-    path = directory / "config.json"
-    fields = config_fields(read_json(path), path)
+    raw, path = raw_config(directory)
+    fields = config_fields(raw, path)
     generation = directory / "generation_config.json"
     if generation.is_file() and (stops := token_ids(read_json(generation).get("eos_token_id"))):
         fields["eos_token_ids"] = stops

@@ -1,4 +1,4 @@
-"""A checkpoint's tokenizer: `tokenizer.json` and `tokenizer_config.json`."""
+"""A checkpoint's tokenizer, whatever file it comes in."""
 
 import json
 from pathlib import Path
@@ -6,8 +6,8 @@ from typing import Any
 
 from tokenizers import Tokenizer as FastTokenizer
 
-from wherry_runtime.loading.config import read_json
 from wherry_runtime.loading.errors import ModelError
+from wherry_runtime.tokenization.sources import find_tokenizer
 
 
 def _byte_level_alphabet() -> dict[str, int]:
@@ -28,23 +28,22 @@ class Tokenizer:
     """
 
     def __init__(self, directory: Path) -> None:
-        """Reads the tokenizer.
+        """Reads the tokenizer of a model, a directory or a GGUF file; see `sources`.
 
         Raises:
-            ModelError: missing_tokenizer, bad_tokenizer or bad_json.
+            ModelError: missing_tokenizer, unsupported_tokenizer, unknown_pre_tokenizer, bad_tokenizer or bad_json.
         """
-        path = directory / "tokenizer.json"
-        if not path.is_file():
-            raise ModelError("missing_tokenizer", f"{path}: not found; Wherry reads tokenizers in this format only")
+        source = find_tokenizer(directory)
+        self.settings: dict[str, Any] = source.settings
         try:
-            self._fast = FastTokenizer.from_file(str(path))
+            self._fast = FastTokenizer.from_str(source.text())
             description = json.loads(self._fast.to_str())
+        except ModelError:
+            raise
         except Exception as e:  # tokenizers raises plain Exception
-            raise ModelError("bad_tokenizer", f"{path}: not a tokenizer: {e}") from e
+            raise ModelError("bad_tokenizer", f"{source.path}: not a tokenizer: {e}") from e
         self._fast.no_truncation()
         self._fast.no_padding()
-        settings_path = directory / "tokenizer_config.json"
-        self.settings: dict[str, Any] = read_json(settings_path) if settings_path.is_file() else {}
         self._added = self._fast.get_added_tokens_decoder()
         self._bytes: dict[int, bytes] = {}
         decoder = json.dumps(description.get("decoder"))

@@ -1,0 +1,70 @@
+"""Files that Wherry writes, in llama.cpp and in Wherry: the same greedy tokens?
+
+`python -m benchmarks.gguf_agreement [MODEL]`, after `python -m benchmarks.engine.peers llamacpp`. For each type MODEL
+(by default examples/models/tiny) is converted; then both continue the same prompts greedily from the same file. Wherry
+computes in float32. llama.cpp rounds activations to 8 bits where weights have a block type, so there tokens may part
+where two candidates are nearly equal; the table says how many agree before the first difference.
+"""
+
+import asyncio
+import json
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+from benchmarks.engine.peers import installed, python
+from tests.runtime.engines import ask, running
+
+from wherry_runtime.formats.conversion.source import open_source
+from wherry_runtime.formats.conversion.to_gguf import to_gguf
+from wherry_runtime.formats.gguf.types import type_named
+from wherry_runtime.tokenization.tokenizer import Tokenizer
+
+ROOT = Path(__file__).resolve().parents[1]
+TYPES = ["F32", "BF16", "F16", "Q8_0", "Q6_K", "Q5_K", "Q5_0", "Q4_K", "Q4_0"]
+NEW_TOKENS = 64
+PROMPTS = 8
+
+
+def peer(file: Path, prompts: list[list[int]]) -> list[list[int]]:
+    """What llama.cpp makes of them."""
+    job = {"file": str(file), "prompts": prompts, "new_tokens": NEW_TOKENS, "texts": []}
+    command = [python("llamacpp"), ROOT / "benchmarks" / "gguf_peer.py"]
+    done = subprocess.run(command, input=json.dumps(job), capture_output=True, text=True, check=True)
+    answers: list[list[int]] = json.loads(done.stdout)["answers"]
+    return answers
+
+
+async def ours(file: Path, prompts: list[list[int]]) -> list[list[int]]:
+    """The same in Wherry."""
+    async with running(file, backend="pytorch", threads=1) as engine:
+        answers = [await ask(engine, p, max_tokens=NEW_TOKENS, temperature=0.0, ignore_eos=True) for p in prompts]
+    return [a.ids for a in answers]
+
+
+def agreeing(a: list[int], b: list[int]) -> int:
+    return next((i for i, (x, y) in enumerate(zip(a, b, strict=True)) if x != y), len(a))
+
+
+def main(model: Path) -> None:
+    if not installed("llamacpp"):
+        raise SystemExit("install llama.cpp first: python -m benchmarks.engine.peers llamacpp")
+    text = (ROOT / "benchmarks" / "data" / "dev.txt").read_text()
+    parts = [text[i * 3000 : i * 3000 + 160] for i in range(PROMPTS)]
+    tokenizer = Tokenizer(model)
+    prompts = [tokenizer.encode(part, special_tokens=False) for part in parts]
+    print("| type | greedy tokens that agree | prompts that agree to the end |")
+    print("|---|---|---|")
+    for name in TYPES:
+        with tempfile.TemporaryDirectory() as directory:
+            file = Path(directory) / f"{name}.gguf"
+            to_gguf(open_source(model), file, type_named(name), lambda _: None)
+            theirs, mine = peer(file, prompts), asyncio.run(ours(file, prompts))
+        same = [agreeing(a, b) for a, b in zip(mine, theirs, strict=True)]
+        whole = sum(s == NEW_TOKENS for s in same)
+        print(f"| {name} | {sum(same)} of {NEW_TOKENS * PROMPTS} | {whole} of {PROMPTS} |", flush=True)
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]) if len(sys.argv) > 1 else ROOT / "examples" / "models" / "tiny")

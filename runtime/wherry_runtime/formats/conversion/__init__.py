@@ -1,0 +1,1 @@
+"""A model from one format into another, tensor by tensor."""

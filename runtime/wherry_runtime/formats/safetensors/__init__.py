@@ -1,0 +1,1 @@
+"""safetensors (https://huggingface.co/docs/safetensors/index)."""
