@@ -8,6 +8,8 @@ from typing import Annotated, Any, Literal
 import msgspec
 
 from wherry_runtime.loading.errors import ModelError
+from wherry_runtime.quantization.layouts import kinds_of
+from wherry_runtime.quantization.layouts.base import UnsupportedLayoutError
 
 Positive = Annotated[int, msgspec.Meta(ge=1)]
 PositiveFloat = Annotated[float, msgspec.Meta(gt=0)]
@@ -112,10 +114,11 @@ def rope_config(raw: dict[str, Any], path: Path) -> RopeConfig:
 
 def common_fields(raw: dict[str, Any], path: Path) -> dict[str, Any]:
     """What every family's `config.json` says in the same words."""
-    if raw.get("quantization_config"):
-        raise ModelError(
-            "unsupported_quantization", f"{path}: quantized checkpoints are not supported yet; use a float one"
-        )
+    if (quantization := raw.get("quantization_config")) is not None:
+        try:
+            kinds_of(quantization)
+        except UnsupportedLayoutError as e:
+            raise ModelError("unsupported_quantization", f"{path}: quantization_config: {e}") from e
     if (activation := raw.get("hidden_act", "silu")) != "silu":
         raise ModelError("unsupported_activation", f"{path}: hidden_act {activation!r} is not supported; silu is")
     heads = raw.get("num_attention_heads")

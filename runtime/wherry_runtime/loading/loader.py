@@ -1,14 +1,18 @@
 """From a model directory to a model in memory."""
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from wherry_protocol.engine_config import Dtype
 from wherry_runtime.loading.checkpoint import fill, iterate_tensors
 from wherry_runtime.loading.config import ModelConfig
+from wherry_runtime.loading.errors import ModelError
+from wherry_runtime.loading.quantized import QuantizedCheckpoint
 from wherry_runtime.loading.weight_cache import WeightCache, WeightCacheError
 from wherry_runtime.models.decoder import Decoder
 from wherry_runtime.parallel.shard import Shard
@@ -56,9 +60,13 @@ def load_model(
         shard: None: the whole model.
 
     Raises:
-        ModelError: what is wrong with the checkpoint; see `checkpoint`.
+        ModelError: what is wrong with the checkpoint; see `checkpoint`. bad_setting: it is quantized, and is to be
+            quantized again.
     """
     shard = shard or Shard()
+    quantized = QuantizedCheckpoint.of(directory)
+    if quantized is not None:
+        storage = _keeping(storage, quantized, directory)
     cache = WeightCache(cache_root, directory, storage, shard) if cache_root is not None and storage.packs else None
 
     def empty() -> Decoder:
@@ -68,10 +76,27 @@ def load_model(
         if cache is not None and (cached := _from_cache(cache, empty)) is not None:
             return cached
         model = empty()
-        fill(model.slots(), iterate_tensors(directory), directory)
+        slots = model.slots()
+        tensors: Iterator[tuple[str, Any]] = iterate_tensors(directory)
+        if quantized is not None:
+            tensors = quantized.tensors(slots)
+        fill(slots, tensors, directory)
         if cache is not None:
             cache.write(model.state())
     return model
+
+
+def _keeping(storage: Storage, quantized: QuantizedCheckpoint, directory: Path) -> Storage:
+    """`storage` for a quantized checkpoint: what our kernels can compute with stays as it is."""
+    if storage.quantization != "none":
+        raise ModelError(
+            "bad_setting",
+            f"{directory} is quantized already, by {quantized.method}; leave out --quantization {storage.quantization}",
+        )
+    # PyTorch on CPU would unpack them anew for every step.
+    held = quantized.formats() if storage.native or storage.device.type == "cuda" else {}
+    log.info("%s: %s", directory, quantized.describe(held, storage.dtype))
+    return replace(storage, held=held)
 
 
 def _from_cache(cache: WeightCache, empty: Callable[[], Decoder]) -> Decoder | None:
