@@ -10,16 +10,14 @@ computes it: its key and value are written to the cache, and all keys and values
 
 import argparse
 import json
-import math
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
+import msgspec
 import torch
 from rich.console import Console
 from rich.progress import track
-from tokenizers import Tokenizer
 
 from wherry_protocol.engine_config import Quantization
 from wherry_runtime.engine.backend import build
@@ -31,9 +29,12 @@ from wherry_runtime.loading.config import ModelConfig
 from wherry_runtime.loading.loader import load_model
 from wherry_runtime.models.decoder import Decoder
 from wherry_runtime.models.registry import read_config
+from wherry_runtime.quality.measure import Scorer, add
+from wherry_runtime.quality.score import Score
 from wherry_runtime.quantization.formats import Format
 from wherry_runtime.quantization.storage import Role, Storage
-from wherry_runtime.scheduling.plan import SequenceStep
+from wherry_runtime.tokenization.tokenizer import Tokenizer
+from wherry_runtime.tokenization.windows import windows
 
 ROOT = Path(__file__).resolve().parents[1]
 MODEL = ROOT / "examples" / "models" / "tiny"
@@ -60,17 +61,6 @@ class Variant:
     storage: Storage
     cache: str = "float32"
     weights_only: bool = False  # activations in float32
-
-
-@dataclass
-class Score:
-    """Sums over positions."""
-
-    bits: float
-    token_bytes: int
-    losses: list[float] = field(default_factory=list)
-    divergence: float = 0.0
-    agreed: int = 0
 
 
 def storage(dtype: torch.dtype, quantization: Quantization = "none", group: int = 0) -> Storage:
@@ -125,21 +115,20 @@ class Runner:
             model = unrounded_activations(model, config, length)
         stored = FORMATS[variant.cache]
         blocks = -(-length // BLOCK_SIZE)
-        self._runner = ModelRunner(build(model, blocks, BLOCK_SIZE, stored, native=True, threads=threads))
-        self._table = np.arange(blocks, dtype=np.int32)
-        self.score = Score(bits, bytes_per_token(config, stored, native=True))
+        runner = ModelRunner(build(model, blocks, BLOCK_SIZE, stored, native=True, threads=threads))
+        self._scorer = Scorer(runner, length, config.vocab_size)
+        self._sizes = {"bits": bits, "bytes_per_token": bytes_per_token(config, stored, native=True)}
+        self._score = Score()
 
     def logprobs(self, window: list[int]) -> torch.Tensor:
-        """[len(window) - 1, vocab_size] float32: each token a row that draws, in one step."""
-        rows = [SequenceStep(str(i), [token], i, self._table, samples=True) for i, token in enumerate(window[:-1])]
-        return self._runner.logits(rows)[0].log_softmax(dim=-1)
+        """[len(window) - 1, vocab_size] float32."""
+        return torch.cat(list(self._scorer.logprobs(window)))
 
     def add(self, window: list[int], reference: torch.Tensor) -> None:
-        found = self.logprobs(window)
-        targets = torch.tensor(window[1:])[:, None]
-        self.score.losses += (-found.gather(-1, targets)[:, 0]).tolist()
-        self.score.divergence += float(torch.nn.functional.kl_div(found, reference, log_target=True, reduction="sum"))
-        self.score.agreed += int((found.argmax(dim=-1) == reference.argmax(dim=-1)).sum())
+        add(self._score, self.logprobs(window), reference, window[1:])
+
+    def summary(self) -> dict[str, float]:
+        return {**self._sizes, **msgspec.to_builtins(self._score.summary())}
 
 
 def unrounded_activations(model: Decoder, config: ModelConfig, length: int) -> Decoder:
@@ -149,21 +138,6 @@ def unrounded_activations(model: Decoder, config: ModelConfig, length: int) -> D
         if to.packed is not None and source.packed is not None:
             to.packed.fill(0, source.packed.dequantized())
     return wide
-
-
-def summary(score: Score, base: Score) -> dict[str, float]:
-    count = len(score.losses)
-    differences = np.array(score.losses) - np.array(base.losses)
-    return {
-        "bits": score.bits,
-        "bytes_per_token": score.token_bytes,
-        "perplexity": math.exp(sum(score.losses) / count),
-        "change": math.expm1(float(differences.mean())),
-        "error": float(differences.std() / math.sqrt(count)),
-        "agreement": score.agreed / count,
-        "divergence": score.divergence / count,
-        "positions": count,
-    }
 
 
 def table(rows: dict[str, dict[str, float]], first: str, column: str, digits: int) -> str:
@@ -197,24 +171,22 @@ def main() -> None:
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     config = read_config(MODEL)
-    ids = Tokenizer.from_file(str(MODEL / "tokenizer.json")).encode(TEXT.read_text()).ids
-    windows = [ids[i * args.length : (i + 1) * args.length] for i in range(min(args.windows, len(ids) // args.length))]
+    chosen = windows(TEXT, Tokenizer(MODEL), args.windows, args.length)
     groups = {"weights": weight_variants(), "trials": trial_variants(), "cache": cache_variants()}
     reference = Runner(Variant("float32", storage(torch.float32)), config, args.length, args.threads)
     found: dict[str, dict[str, dict[str, float]]] = {name: {} for name in groups}
     with torch.inference_mode():
         known = []
-        for window in track(windows, "reference"):
+        for window in track(chosen, "reference"):
             known.append(reference.logprobs(window))
-            reference.add(window, known[-1])
         for group, variants in groups.items():
             for variant in variants:
                 runner = Runner(variant, config, args.length, args.threads)
-                for window, expected in track(list(zip(windows, known, strict=True)), f"{group}: {variant.name}"):
+                for window, expected in track(list(zip(chosen, known, strict=True)), f"{group}: {variant.name}"):
                     runner.add(window, expected)
-                found[group][variant.name] = summary(runner.score, reference.score)
+                found[group][variant.name] = runner.summary()
     console = Console(width=200)
-    console.print(f"{sum(map(len, windows))} tokens in windows of {args.length}\n")
+    console.print(f"{sum(map(len, chosen))} tokens in windows of {args.length}\n")
     for group, first, column, digits in (
         ("weights", "weights", "bits", 2),
         ("trials", "int4 in groups of 32", "bits", 2),

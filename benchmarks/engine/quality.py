@@ -9,12 +9,11 @@ others' from whole windows.
 
 import argparse
 import json
-import math
-import statistics
 import tempfile
 from pathlib import Path
 from typing import Any
 
+import msgspec
 from benchmarks.engine import models, peers, report, variants
 from benchmarks.engine.process import EngineFailed, EngineProcess
 from benchmarks.engine.variants import Variant
@@ -22,7 +21,10 @@ from benchmarks.engine.workload import Job
 from rich.console import Console
 from rich.markdown import Markdown
 from rich.progress import Progress
-from tokenizers import Tokenizer
+
+from wherry_runtime.quality.score import Score
+from wherry_runtime.tokenization.tokenizer import Tokenizer
+from wherry_runtime.tokenization.windows import windows
 
 TEXT = Path(__file__).resolve().parents[1] / "data" / "dev.txt"
 REFERENCE = Variant("transformers", "f32", {"dtype": "float32"})
@@ -48,27 +50,14 @@ def every() -> list[Variant]:
     return [v for v in found if peers.installed(v.engine)]
 
 
-def windows_of(directory: Path, count: int, length: int) -> list[list[int]]:
-    """The first `count` windows of `length` tokens of the text."""
-    ids = Tokenizer.from_file(str(directory / "tokenizer.json")).encode(TEXT.read_text()).ids
-    return [ids[i * length : (i + 1) * length] for i in range(min(count, len(ids) // length))]
-
-
 def summary(run: dict[str, Any], reference: dict[str, Any]) -> dict[str, float]:
     """Perplexity; its distance to the reference's with a standard error (of the paired differences); agreement."""
-    losses = [loss for window in run["losses"] for loss in window]
-    base = [loss for window in reference["losses"] for loss in window]
-    differences = [a - b for a, b in zip(losses, base, strict=True)]
-    tokens = [t for window in run["likeliest"] for t in window]
-    expected = [t for window in reference["likeliest"] for t in window]
-    error = statistics.stdev(differences) / math.sqrt(len(differences)) if len(differences) > 1 else 0.0
-    return {
-        "perplexity": math.exp(statistics.fmean(losses)),
-        "change": math.expm1(statistics.fmean(differences)),
-        "error": error,
-        "agreement": sum(a == b for a, b in zip(tokens, expected, strict=True)) / len(tokens),
-        "positions": len(tokens),
-    }
+    score = Score()
+    for parts in zip(run["losses"], run["likeliest"], reference["losses"], reference["likeliest"], strict=True):
+        score.add(*parts)
+    found: dict[str, float] = msgspec.to_builtins(score.summary())
+    del found["divergence"]  # which would take whole distributions
+    return found
 
 
 def score_all(args: argparse.Namespace, wanted: list[Variant]) -> dict[str, dict[str, Any]]:
@@ -77,7 +66,7 @@ def score_all(args: argparse.Namespace, wanted: list[Variant]) -> dict[str, dict
     found: dict[str, dict[str, Any]] = {}
     with tempfile.TemporaryDirectory() as folder, Progress(console=Console(stderr=True), transient=True) as progress:
         file = Path(folder, "windows.json")
-        file.write_text(json.dumps(windows_of(directory, args.windows, args.length)))
+        file.write_text(json.dumps(windows(TEXT, Tokenizer(directory), args.windows, args.length)))
         for variant in progress.track(wanted, description="scoring"):
             job = Job(
                 engine=variant.engine,

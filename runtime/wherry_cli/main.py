@@ -27,6 +27,8 @@ COMMANDS = {
     "bench": Entry(
         "wherry_cli.bench", "Measure how fast a model runs here, or what a server does under load.", "runtime,router"
     ),
+    "eval": Entry("wherry_cli.eval", "Measure a model's quality on a text.", "runtime,router"),
+    "quantize": Entry("wherry_cli.quantize", "Write a checkpoint with fewer bits.", "runtime,router"),
     "simulate": Entry("wherry_cli.simulate", "Run workers without a model, to study routing.", "runtime,router"),
     "plan": Entry("wherry_cli.plan", "Show what an LLMDeployment would change, and why.", "operator"),
     "inspect": Entry("wherry_cli.inspect", "Show what is in a model's files.", "runtime"),

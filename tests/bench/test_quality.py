@@ -10,6 +10,9 @@ from benchmarks.engine.process import EngineProcess
 from benchmarks.engine.variants import Variant
 from benchmarks.engine.workload import Job
 
+from wherry_runtime.tokenization.tokenizer import Tokenizer
+from wherry_runtime.tokenization.windows import windows
+
 
 def run(losses: list[list[float]], likeliest: list[list[int]]) -> dict[str, Any]:
     return {"losses": losses, "likeliest": likeliest}
@@ -34,16 +37,11 @@ def test_table_names_the_distance_to_q8_0_only_where_it_was_scored() -> None:
     assert "+100.000%" in both
 
 
-def test_windows_are_of_one_length_and_differ() -> None:
-    windows = quality.windows_of(models.SAMPLE, 3, 64)
-    assert [len(w) for w in windows] == [64] * 3
-    assert windows[0] != windows[1]
-    assert len(quality.windows_of(models.SAMPLE, 10**6, 512)) >= 100
-
-
 def test_wherry_in_float32_scores_as_the_reference(tmp_path: Path) -> None:
     file = tmp_path / "windows.json"
-    file.write_text(json.dumps([w[: 24 + i] for i, w in enumerate(quality.windows_of(models.SAMPLE, 2, 32))]))
+    file.write_text(
+        json.dumps([w[: 24 + i] for i, w in enumerate(windows(quality.TEXT, Tokenizer(models.SAMPLE), 2, 32))])
+    )
     runs = []
     for variant in (quality.REFERENCE, Variant("wherry", "f32", {"dtype": "float32"})):
         job = Job(

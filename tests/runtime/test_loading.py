@@ -164,7 +164,7 @@ BROKEN: dict[str, tuple[Callable[[Path], None], str, str]] = {
         "windows",
     ),
     "activation": (edit_config(hidden_act="mish"), "unsupported_activation", "'mish' is not supported"),
-    "quantized": (edit_config(quantization_config={"bits": 4}), "unsupported_quantization", "not supported yet"),
+    "quantized": (edit_config(quantization_config={"bits": 4}), "unsupported_quantization", "None is not supported"),
     "no weights": (remove("model.safetensors.index.json"), "missing_weights", "neither model.safetensors nor"),
     "index is not JSON": (write("model.safetensors.index.json", b"\x00"), "bad_json", "index.json"),
     "index without a map": (write("model.safetensors.index.json", b"{}"), "bad_json", "weight_map must be an object"),

@@ -1,5 +1,6 @@
 """Matrix products with weights, fused where inputs are shared."""
 
+import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -8,16 +9,20 @@ from torch.nn import functional
 
 from wherry_runtime.parallel.shard import Span
 from wherry_runtime.quantization.formats import PANEL
+from wherry_runtime.quantization.grouped import Grouped
 from wherry_runtime.quantization.packed import PackedMatrix, linear
 from wherry_runtime.quantization.storage import Role, Storage
 
 
 @dataclass(frozen=True, slots=True)
 class Slot:
-    """A place for one tensor of the checkpoint: `fill` takes a tensor of `shape` and keeps this rank's part of it."""
+    """A place for one tensor of the checkpoint: `fill` takes a tensor of `shape` and keeps this rank's part of it.
+
+    Those of matrices take whole numbers with scales as well.
+    """
 
     shape: tuple[int, ...]
-    fill: Callable[[torch.Tensor], object]
+    fill: Callable[..., object]
 
     @classmethod
     def of(cls, tensor: torch.Tensor) -> "Slot":
@@ -25,7 +30,7 @@ class Slot:
         return cls(tuple(tensor.shape), tensor.copy_)
 
     @classmethod
-    def part(cls, rows: Span, columns: Span | None, fill: Callable[[torch.Tensor], object]) -> "Slot":
+    def part(cls, rows: Span, columns: Span | None, fill: Callable[..., object]) -> "Slot":
         """A slot that fills in some rows and columns; the rest is never read. None: the tensor has one dimension."""
         if columns is None:
             return cls((rows.total,), lambda tensor: fill(tensor[rows.indices]))
@@ -76,16 +81,26 @@ class Linear:
         bias = bias and not self._skips_bias
         self._shared = shared is not None
         self._dtype = storage.dtype
-        if (format_ := storage.format(role, first_layer=first_layer)) is not None:
+        kept = storage.kept(name for name, _ in parts)
+        if kept is not None and inputs.start % kept.group:
+            kept = None  # this rank's columns begin inside a group
+        if (format_ := kept or storage.format(role, first_layer=first_layer)) is not None:
             self.packed = PackedMatrix(format_, self.num_outputs, num_inputs, storage.allocate)
             if bias:
                 padded = -(-self.num_outputs // PANEL) * PANEL
                 self.bias = torch.zeros(padded, dtype=torch.float32, device=storage.device)
         else:
             shape = (self.num_outputs, num_inputs)
-            self.weight = torch.empty(shape, dtype=storage.dtype, device=storage.device) if shared is None else shared
+            held = storage.matrix_dtype or storage.dtype
+            self.weight = torch.empty(shape, dtype=held, device=storage.device) if shared is None else shared
             if bias:
                 self.bias = torch.empty(self.num_outputs, dtype=storage.dtype, device=storage.device)
+
+    @property
+    def rows(self) -> dict[str, slice]:
+        """Checkpoint name (without `.weight`) → its rows of W."""
+        ends = list(itertools.accumulate(span.length for _, span in self._parts))
+        return {name: slice(end - span.length, end) for (name, span), end in zip(self._parts, ends, strict=True)}
 
     def slots(self) -> Slots:
         """Checkpoint name → where its tensor goes."""
@@ -96,7 +111,7 @@ class Linear:
             if self.packed is not None:
                 slots[f"{name}.weight"] = Slot.part(span, self._inputs, _filler(self.packed, row))
             elif self.weight is not None and not self._shared:
-                slots[f"{name}.weight"] = Slot.part(span, self._inputs, self.weight[row:end].copy_)
+                slots[f"{name}.weight"] = Slot.part(span, self._inputs, _copier(self.weight[row:end]))
             if self.bias is not None:
                 slots[f"{name}.bias"] = Slot.part(span, None, self.bias[row:end].copy_)
             elif self._skips_bias:
@@ -128,8 +143,15 @@ class Linear:
         return project(x, self.weight, self.bias)
 
 
-def _filler(matrix: PackedMatrix, row: int) -> Callable[[torch.Tensor], None]:
+def _filler(matrix: PackedMatrix, row: int) -> Callable[[torch.Tensor | Grouped], None]:
     return lambda tensor: matrix.fill(row, tensor)
+
+
+def _copier(target: torch.Tensor) -> Callable[[torch.Tensor | Grouped], None]:
+    def fill(rows: torch.Tensor | Grouped) -> None:
+        target.copy_(rows.dequantized() if isinstance(rows, Grouped) else rows)
+
+    return fill
 
 
 def merged(slots: Sequence[Slots]) -> Slots:
@@ -148,9 +170,12 @@ def _both(first: Slot, second: Slot) -> Slot:
 def project(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
     """x [T, I], weight [O, I], bias [O] → [T, O].
 
+    A weight of another type than x's is converted for the product.
+
     On CPU, a single bfloat16 row goes as two: oneDNN takes a matrix-vector path for one row that rounds differently,
     and a token must not depend on how many others are in its batch.
     """
+    weight = weight.to(x.dtype)
     if x.shape[0] == 1 and x.dtype is torch.bfloat16 and x.device.type == "cpu":
         return functional.linear(x.expand(2, -1), weight, bias)[:1]
     return functional.linear(x, weight, bias)

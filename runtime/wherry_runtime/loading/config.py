@@ -10,6 +10,8 @@ import msgspec
 from wherry_runtime.loading.errors import ModelError
 from wherry_runtime.loading.recurrent_config import RecurrentConfig
 from wherry_runtime.loading.rope_config import PositiveFloat, RopeConfig
+from wherry_runtime.quantization.layouts import kinds_of
+from wherry_runtime.quantization.layouts.base import UnsupportedLayoutError
 
 Positive = Annotated[int, msgspec.Meta(ge=1)]
 
@@ -200,8 +202,11 @@ def architecture_of(raw: dict[str, Any], known: list[str], path: Path) -> str:
 
 def common_fields(raw: dict[str, Any]) -> dict[str, Any]:
     """What every family's `config.json` says in the same words."""
-    if raw.get("quantization_config"):
-        raise ModelError("unsupported_quantization", "quantized checkpoints are not supported yet; use a float one")
+    if (quantization := raw.get("quantization_config")) is not None:
+        try:
+            kinds_of(quantization)
+        except UnsupportedLayoutError as e:
+            raise ModelError("unsupported_quantization", f"quantization_config: {e}") from e
     heads = raw.get("num_attention_heads")
     head_dim = raw.get("head_dim")
     if head_dim is None and isinstance(heads, int) and heads > 0 and isinstance(raw.get("hidden_size"), int):

@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -9,11 +10,14 @@ import torch
 from wherry_protocol.engine_config import Dtype
 from wherry_runtime.layers.linear import Slots
 from wherry_runtime.loading.checkpoint import fill, iterate_tensors
-from wherry_runtime.loading.config import ModelConfig
+from wherry_runtime.loading.config import Layout, ModelConfig
+from wherry_runtime.loading.errors import ModelError
+from wherry_runtime.loading.quantized import QuantizedCheckpoint
 from wherry_runtime.loading.weight_cache import WeightCache, WeightCacheError
 from wherry_runtime.models.decoder import Decoder
 from wherry_runtime.models.recurrent import RecurrentDecoder
 from wherry_runtime.parallel.shard import Shard
+from wherry_runtime.quantization.grouped import Grouped
 from wherry_runtime.quantization.storage import Storage
 
 log = logging.getLogger(__name__)
@@ -61,9 +65,13 @@ def load_model(
         shard: None: the whole model.
 
     Raises:
-        ModelError: what is wrong with the checkpoint; see `checkpoint`.
+        ModelError: what is wrong with the checkpoint; see `checkpoint`. bad_setting: it is quantized, and is to be
+            quantized again.
     """
     shard = shard or Shard()
+    quantized = _quantized(directory, config)
+    if quantized is not None:
+        storage = _keeping(storage, quantized, config, directory)
     cache = WeightCache(cache_root, directory, storage, shard) if cache_root is not None and storage.packs else None
 
     def empty() -> AnyDecoder:
@@ -76,15 +84,39 @@ def load_model(
             return cached
         model = empty()
         slots = model.slots()
-        fill(slots, as_named(iterate_tensors(directory), slots, config), directory)
+        fill(slots, as_named(_tensors(directory, config, slots, quantized), slots, config), directory)
         if cache is not None:
             cache.write(model.state())
     return model
 
 
+def _tensors(
+    directory: Path, config: ModelConfig, slots: Slots, quantized: QuantizedCheckpoint | None
+) -> Iterator[tuple[str, torch.Tensor | Grouped]]:
+    if quantized is None:
+        yield from iterate_tensors(directory)
+        return
+    for name, tensor in quantized.tensors(slots):
+        if isinstance(tensor, Grouped) and not as_stored(config):
+            yield name, tensor.dequantized()
+        else:
+            yield name, tensor
+
+
+def as_stored(config: ModelConfig) -> bool:
+    """Whether matrices are held as the checkpoint has them: none is cut, turned or put in another order."""
+    return config.layout == Layout() and (config.rope is None or config.rope.order(config.head_dim) is None)
+
+
+def _quantized(directory: Path, config: ModelConfig) -> QuantizedCheckpoint | None:
+    """The checkpoint, if it was quantized in a way that its architecture does not read by itself."""
+    packed = config.experts is not None and config.experts.packed
+    return None if packed else QuantizedCheckpoint.of(directory)
+
+
 def as_named(
-    tensors: Iterator[tuple[str, torch.Tensor]], slots: Slots, config: ModelConfig
-) -> Iterator[tuple[str, torch.Tensor]]:
+    tensors: Iterator[tuple[str, torch.Tensor | Grouped]], slots: Slots, config: ModelConfig
+) -> Iterator[tuple[str, torch.Tensor | Grouped]]:
     """Tensors by the names of `slots`: with the prefix that some checkpoints leave out, and without the head that is
     kept twice where it is tied."""
     prefix, tied_head = config.layout.prefix, config.layout.names.get("lm_head", "lm_head") + ".weight"
@@ -92,6 +124,20 @@ def as_named(
         if config.tie_word_embeddings and name == tied_head:
             continue
         yield (f"{prefix}{name}" if name not in slots and f"{prefix}{name}" in slots else name), tensor
+
+
+def _keeping(storage: Storage, quantized: QuantizedCheckpoint, config: ModelConfig, directory: Path) -> Storage:
+    """`storage` for a quantized checkpoint: what our kernels can compute with stays as it is."""
+    if storage.quantization != "none":
+        raise ModelError(
+            "bad_setting",
+            f"{directory} is quantized already, by {quantized.method}; leave out --quantization {storage.quantization}",
+        )
+    # PyTorch on CPU would unpack them anew for every step.
+    computed = storage.native or storage.device.type == "cuda"
+    held = quantized.formats() if computed and as_stored(config) else {}
+    log.info("%s: %s", directory, quantized.describe(held, storage.dtype))
+    return replace(storage, held=held)
 
 
 def _from_cache(cache: WeightCache, empty: Callable[[], AnyDecoder]) -> AnyDecoder | None:

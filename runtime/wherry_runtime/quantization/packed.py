@@ -9,6 +9,7 @@ from torch.nn import functional
 from wherry_runtime.quantization import native
 from wherry_runtime.quantization.activations import quantize_activations
 from wherry_runtime.quantization.formats import PANEL, Format, padded_inputs
+from wherry_runtime.quantization.grouped import Grouped
 from wherry_runtime.quantization.methods import PACKINGS, quantize
 from wherry_runtime.quantization.tensors import split
 
@@ -21,7 +22,7 @@ class PackedMatrix:
 
         float32   [P][Kp][64] float32
         bfloat16  [P][Kp / 2][64][2] bfloat16
-        int8      [P][Kp / 4][64][4] uint8: q + 128, q in [-127, 127]
+        int8      [P][Kp / 4][64][4] uint8: q + 128; q in [-127, 127] where it was rounded here
         int4      [P][Kp / 4][32][4] uint8: q + 8, q in [-8, 7]; column c in the low half of a byte, c + 32 in the high
 
     P = ⌈N / 64⌉ panels; Kp is K rounded up to a multiple of 128. Quantized weights are q · scale.
@@ -49,14 +50,27 @@ class PackedMatrix:
             if self.scales is not None:
                 self.scales[-1].zero_()
 
-    def fill(self, first_row: int, rows: torch.Tensor) -> None:
+    def fill(self, first_row: int, rows: torch.Tensor | Grouped) -> None:
         """Rounds and packs rows [n, K] of any float dtype to where rows `first_row` … first_row + n - 1 are.
+
+        Rows that are whole numbers already are taken as they are, if this matrix's format has room for them.
 
         Raises:
             ValueError: rows that the matrix does not have, or a number that cannot be rounded.
         """
         if rows.shape[1] != self.num_inputs or not 0 <= first_row <= self.num_outputs - rows.shape[0]:
             raise ValueError(f"rows {list(rows.shape)} from {first_row} on, of [{self.num_outputs}, {self.num_inputs}]")
+        if isinstance(rows, Grouped):
+            own = rows.packable()
+            if (
+                own is not None
+                and self.format.quantized
+                and own.group == self.format.group
+                and own.bits <= self.format.bits
+            ):
+                self._fill_codes(first_row, rows)
+                return
+            rows = rows.dequantized()
         # One sum sees any of them, at the speed of memory.
         if self.format.quantized and not math.isfinite(float(rows.sum(dtype=torch.float32))):
             raise ValueError(f"a weight is infinite or not a number, which {self.format} cannot hold")
@@ -71,14 +85,25 @@ class PackedMatrix:
             top, bottom = max(first_row, start * PANEL), min(end, stop * PANEL)
             source = rows[top - first_row : bottom - first_row].to(self.data.device)
             padded = functional.pad(source, (0, self.padded_inputs - self.num_inputs))
-            codes, scales = quantize(padded, self.format)
-            panels = slice(start, stop)
-            inside = slice(top - start * PANEL, bottom - start * PANEL)
-            self._set_codes(panels, inside, codes)
-            if self.scales is not None and scales is not None:
-                whole = self.scales[panels].transpose(1, 2).flatten(0, 1).clone()
-                whole[inside] = scales
-                self.scales[panels] = split(whole, 0, (-1, PANEL)).transpose(1, 2)
+            self._set(
+                slice(start, stop), slice(top - start * PANEL, bottom - start * PANEL), *quantize(padded, self.format)
+            )
+
+    def _fill_codes(self, first_row: int, rows: Grouped) -> None:
+        end = first_row + rows.shape[0]
+        for start in range(first_row // PANEL, -(-end // PANEL), PANELS_AT_ONCE):
+            stop = min(start + PANELS_AT_ONCE, -(-end // PANEL))
+            top, bottom = max(first_row, start * PANEL), min(end, stop * PANEL)
+            part = rows[top - first_row : bottom - first_row, :]
+            codes, scales = (t.to(self.data.device) for t in part.signed(self.format))
+            self._set(slice(start, stop), slice(top - start * PANEL, bottom - start * PANEL), codes, scales)
+
+    def _set(self, panels: slice, inside: slice, codes: torch.Tensor, scales: torch.Tensor | None) -> None:
+        self._set_codes(panels, inside, codes)
+        if self.scales is not None and scales is not None:
+            whole = self.scales[panels].transpose(1, 2).flatten(0, 1).clone()
+            whole[inside] = scales
+            self.scales[panels] = split(whole, 0, (-1, PANEL)).transpose(1, 2)
 
     def codes(self, panels: slice) -> torch.Tensor:
         """The elements of some panels, unpacked: [64 · panels, Kp], int8 of quantized formats, floats of the others."""

@@ -1,6 +1,7 @@
 """How a model holds its weights: which format each matrix has, and where its memory comes from."""
 
 import logging
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal, get_args
 
@@ -30,6 +31,8 @@ class Storage:
         dtype: of the embedding, and of matrices that are not quantized.
         group: weights that share a scale; 0: the method's own.
         native: matrices are packed for the native kernels, vectors are float32.
+        held: matrices that the checkpoint has in a packed format already, by name: they keep it.
+        matrix_dtype: of matrices that are not packed, where it is not `dtype`, which products are computed in.
     """
 
     dtype: torch.dtype
@@ -37,6 +40,8 @@ class Storage:
     quantization: "Quantization" = "none"
     group: int = 0
     native: bool = False
+    matrix_dtype: torch.dtype | None = None
+    held: Mapping[str, Format] = field(default_factory=dict)
     _arena: Arena = field(default_factory=Arena, repr=False, compare=False)
 
     def __post_init__(self) -> None:
@@ -61,6 +66,14 @@ class Storage:
             return FINER
         return Format(self.quantization, self.group or DEFAULT_GROUPS[self.quantization])
 
+    def kept(self, names: Iterable[str]) -> Format | None:
+        """The format that these matrices, which are held as one, have in the checkpoint, or fit into; or None."""
+        formats = [self.held.get(name) for name in names]
+        known = [format_ for format_ in formats if format_ is not None]
+        if len(known) < len(formats) or len({format_.group for format_ in known}) != 1:
+            return None
+        return max(known, key=lambda format_: format_.bits)
+
     def allocate(self, num_bytes: int) -> torch.Tensor:
         """[num_bytes] uint8 on the device, aligned to 64 bytes; on CPU zeros, in huge pages where allowed."""
         if self.device.type == "cpu":
@@ -70,12 +83,13 @@ class Storage:
     @property
     def packs(self) -> bool:
         """Whether any matrix is held in another way than the checkpoint has it."""
-        return self.native or self.quantization != "none"
+        return self.native or self.quantization != "none" or bool(self.held)
 
     def describe(self) -> str:
         """Everything that the bytes held for a checkpoint depend on."""
         formats = [f"{role} {self.format(role, first_layer=f)}" for f in (True, False) for role in get_args(Role)]
-        return f"{self.dtype}, vectors {self.vector_dtype}, {', '.join(formats)}"
+        held = [f"{name} {format_}" for name, format_ in sorted(self.held.items())]
+        return f"{self.dtype}, vectors {self.vector_dtype}, {', '.join(formats + held)}"
 
     def __str__(self) -> str:
         return f"{self.dtype}".removeprefix("torch.") if self.quantization == "none" else str(self.format("down"))

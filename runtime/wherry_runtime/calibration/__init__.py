@@ -1,0 +1,1 @@
+"""Quantizing a checkpoint: text goes through the real model, and each layer is written as it is done."""

@@ -1,0 +1,105 @@
+"""A model in PyTorch, run one layer at a time."""
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from wherry_runtime.attention.metadata import MetadataBuilder
+from wherry_runtime.kvcache.paged import PagedKVCache
+from wherry_runtime.layers.eager import Batch, EagerOps
+from wherry_runtime.layers.linear import Linear
+from wherry_runtime.loading.loader import DTYPES, load_model
+from wherry_runtime.models.decoder import Decoder, DecoderLayer
+from wherry_runtime.models.registry import read_config
+from wherry_runtime.quantization.storage import Storage
+from wherry_runtime.scheduling.plan import SequenceStep
+
+Watch = Callable[[Linear, torch.Tensor], None]
+
+
+class Reached(Exception):
+    """Ends a run at the matrix product that was waited for."""
+
+
+class WatchedOps(EagerOps):
+    """Shows the inputs of every matrix product before it is computed."""
+
+    def __init__(self, batch: Batch, cache: PagedKVCache, model: Decoder, watch: Watch) -> None:
+        super().__init__(batch, cache, model.rope, local_rope=model.local_rope)
+        self._watch = watch
+
+    def linear(self, linear: Linear, x: torch.Tensor) -> torch.Tensor:
+        self._watch(linear, x)
+        return super().linear(linear, x)
+
+
+class _First:
+    """Stands for a model's layers: keeps what comes into the first."""
+
+    def __init__(self) -> None:
+        self.x = torch.empty(0)
+
+    def __call__(self, ops: EagerOps, x: torch.Tensor) -> torch.Tensor:
+        self.x = x
+        raise Reached
+
+
+class Walk:
+    """A model whose matrices are held as the checkpoint has them and computed with in float32.
+
+    Args:
+        length: tokens in a window. Windows know nothing of one another.
+    """
+
+    def __init__(self, directory: Path, length: int) -> None:
+        config = read_config(directory)
+        held = DTYPES[config.dtype]
+        storage = Storage(torch.float32, torch.device("cpu"), matrix_dtype=held)
+        model = load_model(directory, config, length, storage)
+        if not isinstance(model, Decoder):
+            raise TypeError(f"{config.architecture} is not walked through")
+        self.model = model
+        self._cache = PagedKVCache(config, 1, length, dtype=torch.float32, device=torch.device("cpu"))
+        self._length = length
+        block = np.zeros(1, dtype=np.int32)
+        step = SequenceStep("window", [0] * length, 0, block, samples=True)
+        metadata = MetadataBuilder(
+            length, self._cache.padding_block, torch.float32, torch.device("cpu"), config.alibi != 0
+        )
+        places = torch.arange(length)
+        self._batch = Batch(
+            token_ids=torch.zeros(length, dtype=torch.int64),
+            positions=places,
+            slots=places,
+            sampled_rows=places,
+            attention={window: metadata.build([step], window) for window in set(config.windows) or {None}},
+        )
+
+    @property
+    def layers(self) -> list[DecoderLayer]:
+        return self.model.layers
+
+    def start(self, window: list[int]) -> torch.Tensor:
+        """What comes into the first layer: [length, hidden_size] float32."""
+        layers, first = self.model.layers, _First()
+        self.model.layers = [first]  # type: ignore[list-item]
+        try:
+            self.model.hidden(WatchedOps(self._for(window), self._cache, self.model, lambda linear, x: None))
+        except Reached:
+            pass
+        finally:
+            self.model.layers = layers
+        return first.x
+
+    def run(self, layer: DecoderLayer, x: torch.Tensor, watch: Watch) -> torch.Tensor | None:
+        """A window's rows x [length, hidden_size] through one layer; None if `watch` ended it."""
+        try:
+            return layer(WatchedOps(self._batch, self._cache, self.model, watch), x)
+        except Reached:
+            return None
+
+    def _for(self, window: list[int]) -> Batch:
+        return replace(self._batch, token_ids=torch.tensor(window, dtype=torch.int64))

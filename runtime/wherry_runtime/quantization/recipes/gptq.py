@@ -1,0 +1,26 @@
+"""GPTQ: the error of each column is made up for by those that follow (https://arxiv.org/abs/2210.17323)."""
+
+import torch
+
+from wherry_runtime.quantization.grouped import Grouped
+from wherry_runtime.quantization.layouts.gptq import WRITER
+from wherry_runtime.quantization.recipes.base import Recipe, Settings
+from wherry_runtime.quantization.solvers.gptq import solve
+from wherry_runtime.quantization.solvers.inputs import Inputs
+
+
+def _round(weights: torch.Tensor, inputs: Inputs, settings: Settings) -> Grouped:
+    return solve(weights, inputs, settings.grid, act_order=settings.act_order, damping=settings.damping)
+
+
+RECIPE = Recipe(
+    name="gptq",
+    summary="Columns make up for the rounding of those before them. The best in 4 and 3 bits.",
+    round=_round,
+    writer=lambda settings, shapes: WRITER,
+    bits=(4, 3, 2, 8),
+    groups=(128, 32, 64),
+    calibrates=True,
+    zero_points=True,
+    offers=(Settings(bits=3, group=32), Settings(bits=4, group=128), Settings(bits=4, group=32)),
+)

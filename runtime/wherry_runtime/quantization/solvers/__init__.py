@@ -1,0 +1,1 @@
+"""Algorithms that choose codes so that a layer's output changes least, knowing what its inputs are like."""
