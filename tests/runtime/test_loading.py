@@ -209,7 +209,7 @@ def test_broken_models(model: Path, name: str) -> None:
         ("sample://../tiny", "unsupported_uri", "named like sample://tiny"),
         ("sample://", "unsupported_uri", "named like sample://tiny"),
         ("sample://none", "model_not_found", "none: no such directory"),
-        (str(TINY / "config.json"), "model_not_found", r"is a file, a model is a directory or a \.gguf file"),
+        (str(TINY / "config.json"), "model_not_found", r"is a file, a model is a directory or a GGUF file"),
     ],
 )
 def test_uris_that_lead_nowhere(uri: str, code: str, message: str) -> None:
