@@ -60,7 +60,11 @@ def load_model(
         ModelError: what is wrong with the checkpoint; see `checkpoint`.
     """
     shard = shard or Shard()
-    cache = WeightCache(cache_root, directory, storage, shard) if cache_root is not None and storage.packs else None
+    cache = None
+    if cache_root is not None and storage.packs:
+        # Queries' and keys' order, for one, is a matter of config.json.
+        order = config.rope.order(config.head_dim) if config.rope is not None else None
+        cache = WeightCache(cache_root, directory, storage, shard, f"{config.architecture} {order}")
 
     def empty() -> Decoder:
         return Decoder(config, num_positions, storage, shard)
