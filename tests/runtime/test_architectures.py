@@ -11,7 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from tests.runtime.architectures import ARCHITECTURES, CUDA, MORE, NATIVE
-from tests.runtime.engines import VOCAB_SIZE
+from tests.runtime.engines import VOCAB_SIZE, ask_all, running
 from tests.runtime.random_models import Case
 from tests.runtime.ranks import Checkpoint, group, steps, together
 from transformers.integrations.mxfp4 import convert_moe_packed_tensors
@@ -21,8 +21,10 @@ from wherry_runtime.engine.runner import ModelRunner
 from wherry_runtime.kernels.cuda import support as cuda_support
 from wherry_runtime.kvcache.formats import FORMATS
 from wherry_runtime.loading.errors import ModelError
+from wherry_runtime.loading.loader import load_model
 from wherry_runtime.models.registry import FAMILIES, read_config
 from wherry_runtime.parallel.shard import check
+from wherry_runtime.quantization.storage import Storage
 from wherry_runtime.scheduling.plan import SequenceStep
 
 BY_NAME = {case.name: case for case in ARCHITECTURES}
@@ -146,6 +148,24 @@ def test_every_architecture_is_in_the_table() -> None:
     assert covered == set(FAMILIES)
 
 
+@pytest.mark.parametrize("name", ["gpt-oss", "gemma3", "bloom", "phi3-long"])
+async def test_the_engine_answers_as_transformers(tmp_path: Path, name: str) -> None:
+    """Three prompts at once, cut by a small budget, on whatever computes the model best."""
+    model = BY_NAME[name].build(tmp_path)
+    prompts = [text[:length] for text, length in zip(texts(), (70, 5, 33), strict=True)]
+    settings = {"block_size": 16, "max_model_len": 128, "kv_tokens": 512, "max_batched_tokens": 32}
+    async with running(tmp_path, **settings) as engine:
+        answers = await ask_all(engine, prompts, temperature=0, max_tokens=6)
+        again = await ask_all(engine, prompts, temperature=0, max_tokens=6)
+    for prompt, answer, repeated in zip(prompts, answers, again, strict=True):
+        # Beyond the original context, so that transformers takes longrope's long factors as well.
+        whole = [*prompt, *answer.ids, *texts()[0]]
+        with torch.inference_mode():
+            logits = model(torch.tensor([whole])).logits[0]
+        assert answer.ids == logits[len(prompt) - 1 : len(prompt) + 5].argmax(-1).tolist()
+        assert repeated.ids == answer.ids
+
+
 def rewrite(directory: Path, change: Callable[[dict[str, torch.Tensor]], dict[str, torch.Tensor]]) -> None:
     path = directory / "model.safetensors"
     save_file({name: tensor.contiguous() for name, tensor in change(load_file(path)).items()}, path)
@@ -195,6 +215,30 @@ def test_gpt_oss_as_it_is_published(tmp_path: Path) -> None:
         logits = [model(torch.tensor([text])).logits[0] for text in texts()]
     reference = Reference(case, tmp_path, texts(), logits)
     check_steps(reference, reference.runner())
+
+
+@pytest.mark.parametrize("name", ["qwen2-moe", "gpt-oss", "gpt-neox", "stablelm-12b"])
+def test_the_weight_cache_keeps_what_was_made_of_the_tensors(tmp_path: Path, name: str) -> None:
+    """The first time it is written, the second time read; of another order of queries and keys it has nothing."""
+
+    def state(cache: Path | None) -> dict[str, torch.Tensor]:
+        storage = Storage(torch.float32, CPU, "int8")
+        return load_model(tmp_path, read_config(tmp_path), 64, storage, cache).state()
+
+    BY_NAME[name].build(tmp_path)
+    files = []
+    for partial in (0.25, 0.5):
+        path = tmp_path / "config.json"
+        raw = json.loads(path.read_text())
+        raw["rope_parameters"]["partial_rotary_factor"] = partial
+        path.write_text(json.dumps(raw))
+        expected, cache = state(None), tmp_path / "cache"
+        for _ in range(2):
+            found = state(cache)
+            assert list(found) == list(expected)
+            assert all(torch.equal(tensor, found[key]) for key, tensor in expected.items())
+        files.append(set(cache.iterdir()))
+    assert len(files[1] - files[0]) == len(files[0]) == 1
 
 
 @pytest.mark.parametrize(

@@ -141,6 +141,16 @@ BROKEN: dict[str, tuple[Callable[[Path], None], str, str]] = {
         "bad_config",
         "3 of 2 experts",
     ),
+    "layers without number": (
+        edit_config(architectures=["MixtralForCausalLM"], num_hidden_layers=10**15),
+        "bad_config",
+        "experts in 0 of",
+    ),
+    "root of a negative size": (
+        edit_config(architectures=["GemmaForCausalLM"], hidden_act="gelu", hidden_size=-64),
+        "bad_config",
+        "complex",
+    ),
     "experts as text": (
         edit_config(architectures=["Qwen3MoeForCausalLM"], num_experts="many"),
         "bad_config",

@@ -262,7 +262,7 @@ def build_config(fields: dict[str, Any], path: Path) -> ModelConfig:
     try:
         # What families' files built is checked too.
         config = msgspec.convert(msgspec.to_builtins(fields), ModelConfig)
-    except msgspec.ValidationError as e:
+    except (msgspec.ValidationError, TypeError) as e:
         raise ModelError("bad_config", f"{path}: {e}") from e
     if config.num_heads % config.num_kv_heads:
         raise ModelError("bad_config", f"{path}: {config.num_heads} heads do not divide by {config.num_kv_heads}")
@@ -279,6 +279,8 @@ def build_config(fields: dict[str, Any], path: Path) -> ModelConfig:
                 "bad_config", f"{path}: rope: {len(rope.short_factor)} factors where {rotary // 2} are needed"
             )
     experts = config.experts
+    if experts is not None and len(experts.layers) != config.num_layers:
+        raise ModelError("bad_config", f"{path}: experts in {len(experts.layers)} of {config.num_layers} layers")
     if experts is not None and experts.experts_per_token > experts.num_experts:
         raise ModelError(
             "bad_config", f"{path}: {experts.experts_per_token} of {experts.num_experts} experts cannot be chosen"

@@ -72,7 +72,11 @@ def load_model(
     quantized = _quantized(directory, config)
     if quantized is not None:
         storage = _keeping(storage, quantized, config, directory)
-    cache = WeightCache(cache_root, directory, storage, shard) if cache_root is not None and storage.packs else None
+    cache = None
+    if cache_root is not None and storage.packs:
+        # Queries' and keys' order, for one, is a matter of config.json.
+        order = config.rope.order(config.head_dim) if config.rope is not None else None
+        cache = WeightCache(cache_root, directory, storage, shard, f"{config.architecture} {order}")
 
     def empty() -> AnyDecoder:
         if config.recurrent is not None:

@@ -49,13 +49,14 @@ class WeightCache:
         directory: the checkpoint.
         storage: how its weights are held.
         shard: which part of them.
+        arrangement: what else the bytes depend on: how the model has its checkpoint's tensors cut and ordered.
 
     Raises:
         ModelError: what is wrong with the checkpoint's files.
     """
 
-    def __init__(self, root: Path, directory: Path, storage: Storage, shard: Shard) -> None:
-        self._key = _digest(directory, storage, shard)
+    def __init__(self, root: Path, directory: Path, storage: Storage, shard: Shard, arrangement: str = "") -> None:
+        self._key = _digest(directory, storage, shard, arrangement)
         name = re.sub(r"[^A-Za-z0-9._-]", "_", directory.resolve().name)[:64]
         self.path = root / f"{name}-{storage}-{self._key[:16]}.safetensors"
 
@@ -146,10 +147,10 @@ class WeightCache:
         return header
 
 
-def _digest(directory: Path, storage: Storage, shard: Shard) -> str:
-    """What the packed bytes depend on: the checkpoint's files (name, size, time, header), how they are held, and which
-    part of them."""
-    parts = [f"layout {LAYOUT}", storage.describe(), f"rank {shard.rank} of {shard.size}"]
+def _digest(directory: Path, storage: Storage, shard: Shard, arrangement: str) -> str:
+    """What the packed bytes depend on: the checkpoint's files (name, size, time, header), how they are held, in which
+    order, and which part of them."""
+    parts = [f"layout {LAYOUT}", storage.describe(), f"rank {shard.rank} of {shard.size}", arrangement]
     for path in shard_files(directory):
         stat = path.stat()
         parts.append(f"{path.name} {stat.st_size} {stat.st_mtime_ns} {hashlib.sha256(read_header(path)).hexdigest()}")

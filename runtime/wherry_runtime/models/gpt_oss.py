@@ -3,7 +3,7 @@
 
 from typing import Any
 
-from wherry_runtime.loading.config import ExpertsConfig, Layout
+from wherry_runtime.loading.config import ExpertsConfig, Layout, count
 from wherry_runtime.models.family import Family, Fields, flag, refuse
 from wherry_runtime.models.qwen2 import typed_windows
 
@@ -17,7 +17,7 @@ def fields(raw: dict[str, Any]) -> Fields:
         refuse(raw.get(name, known) != known, f"{name} {raw.get(name)}")
     refuse(packed and raw["hidden_size"] % 32 + raw["intermediate_size"] % 32 != 0, "MXFP4 of an odd width")
     experts = ExpertsConfig(
-        layers=(True,) * raw["num_hidden_layers"],
+        layers=(True,) * count(raw, "num_hidden_layers"),
         num_experts=raw["num_local_experts"],
         experts_per_token=raw["num_experts_per_tok"],
         intermediate_size=raw["intermediate_size"],

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from wherry_runtime.loading.config import ExpertsConfig, Layout
+from wherry_runtime.loading.config import ExpertsConfig, Layout, count
 from wherry_runtime.models import mistral
 from wherry_runtime.models.family import Family, Fields
 
@@ -19,7 +19,7 @@ LAYOUT = Layout(
 def fields(raw: dict[str, Any]) -> Fields:
     """The window and the experts, in every layer."""
     experts = ExpertsConfig(
-        layers=(True,) * raw["num_hidden_layers"],
+        layers=(True,) * count(raw, "num_hidden_layers"),
         num_experts=raw["num_local_experts"],
         experts_per_token=raw["num_experts_per_tok"],
         intermediate_size=raw["intermediate_size"],

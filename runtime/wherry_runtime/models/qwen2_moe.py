@@ -3,7 +3,7 @@
 
 from typing import Any
 
-from wherry_runtime.loading.config import ExpertsConfig
+from wherry_runtime.loading.config import ExpertsConfig, count
 from wherry_runtime.models.family import Family, Fields, flag
 from wherry_runtime.models.qwen2 import typed_windows
 
@@ -23,7 +23,7 @@ def experts(raw: dict[str, Any], *, shared_intermediate_size: int = 0) -> Expert
     """In every so many layers, but for those that are listed."""
     step, plain = raw["decoder_sparse_step"], raw.get("mlp_only_layers") or []
     return ExpertsConfig(
-        layers=tuple(i not in plain and (i + 1) % step == 0 for i in range(raw["num_hidden_layers"])),
+        layers=tuple(i not in plain and (i + 1) % step == 0 for i in range(count(raw, "num_hidden_layers"))),
         num_experts=raw["num_experts"],
         experts_per_token=raw["num_experts_per_tok"],
         intermediate_size=raw["moe_intermediate_size"],
