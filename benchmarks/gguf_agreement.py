@@ -1,9 +1,10 @@
-"""Files that Wherry writes, in llama.cpp and in Wherry: the same greedy tokens?
+"""The same GGUF file in llama.cpp and in Wherry: the same greedy tokens?
 
 `python -m benchmarks.gguf_agreement [MODEL]`, after `python -m benchmarks.engine.peers llamacpp`. For each type MODEL
-(by default examples/models/tiny) is converted; then both continue the same prompts greedily from the same file. Wherry
-computes in float32. llama.cpp rounds activations to 8 bits where weights have a block type, so there tokens may part
-where two candidates are nearly equal; the table says how many agree before the first difference.
+(by default examples/models/tiny) is converted, by Wherry or by llama.cpp; then both continue the same prompts greedily
+from the same file. Wherry computes in float32. llama.cpp rounds activations to 8 bits where weights have a block type,
+and to bfloat16 where they are that, so there tokens may part where two candidates are nearly equal. So it gets the file
+once more after Wherry converted it to float32: then nothing but the values of the blocks is left to differ.
 """
 
 import asyncio
@@ -27,9 +28,13 @@ NEW_TOKENS = 64
 PROMPTS = 8
 
 
-def peer(file: Path, prompts: list[list[int]]) -> list[list[int]]:
+# What llama.cpp's own quantizer makes of the float32 file (`llama_ftype`).
+THEIRS = {"Q5_1": 9, "Q2_K": 10, "Q3_K_M": 12, "Q4_K_M": 15, "IQ4_NL": 25, "IQ4_XS": 30}
+
+
+def peer(file: Path, prompts: list[list[int]], **more: object) -> list[list[int]]:
     """What llama.cpp makes of them."""
-    job = {"file": str(file), "prompts": prompts, "new_tokens": NEW_TOKENS, "texts": []}
+    job = {"file": str(file), "prompts": prompts, "new_tokens": NEW_TOKENS, "texts": [], **more}
     command = [python("llamacpp"), ROOT / "benchmarks" / "gguf_peer.py"]
     done = subprocess.run(command, input=json.dumps(job), capture_output=True, text=True, check=True)
     answers: list[list[int]] = json.loads(done.stdout)["answers"]
@@ -54,16 +59,31 @@ def main(model: Path) -> None:
     parts = [text[i * 3000 : i * 3000 + 160] for i in range(PROMPTS)]
     tokenizer = Tokenizer(model)
     prompts = [tokenizer.encode(part, special_tokens=False) for part in parts]
-    print("| type | greedy tokens that agree | prompts that agree to the end |")
-    print("|---|---|---|")
-    for name in TYPES:
-        with tempfile.TemporaryDirectory() as directory:
+    print("| type | written by | greedy tokens that agree (whole prompts) | with llama.cpp in float32 |")
+    print("|---|---|---|---|")
+    with tempfile.TemporaryDirectory() as directory:
+        for name in TYPES:
             file = Path(directory) / f"{name}.gguf"
             to_gguf(open_source(model), file, type_named(name), lambda _: None)
-            theirs, mine = peer(file, prompts), asyncio.run(ours(file, prompts))
-        same = [agreeing(a, b) for a, b in zip(mine, theirs, strict=True)]
-        whole = sum(s == NEW_TOKENS for s in same)
-        print(f"| {name} | {sum(same)} of {NEW_TOKENS * PROMPTS} | {whole} of {PROMPTS} |", flush=True)
+            row(name, "Wherry", file, prompts, peer(file, prompts))
+        for name, file_type in THEIRS.items():
+            file = Path(directory) / f"theirs-{name}.gguf"
+            theirs = peer(Path(directory) / "F32.gguf", prompts, quantize=[str(file), file_type])
+            row(name, "llama.cpp", file, prompts, theirs)
+
+
+def row(name: str, writer: str, file: Path, prompts: list[list[int]], theirs: list[list[int]]) -> None:
+    """A line of the table about one file."""
+    plain = file.with_suffix(".float.gguf")
+    to_gguf(open_source(file), plain, type_named("F32"), lambda _: None)
+    mine = asyncio.run(ours(file, prompts))
+    columns = (told(mine, theirs), told(mine, peer(plain, prompts)))
+    print(f"| {name} | {writer} | {' | '.join(columns)} |", flush=True)
+
+
+def told(mine: list[list[int]], theirs: list[list[int]]) -> str:
+    same = [agreeing(a, b) for a, b in zip(mine, theirs, strict=True)]
+    return f"{sum(same)} of {NEW_TOKENS * PROMPTS} ({sum(s == NEW_TOKENS for s in same)} of {PROMPTS})"
 
 
 if __name__ == "__main__":

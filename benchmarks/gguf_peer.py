@@ -1,6 +1,7 @@
 """llama.cpp on a GGUF file, in its own environment (see `benchmarks.gguf_agreement`): JSON in, JSON out.
 
-stdin: {"file", "prompts": [[ids]], "new_tokens", "texts": [str]}
+stdin: {"file", "prompts": [[ids]], "new_tokens", "texts": [str]}; with "quantize": [to, file type] the file is first
+quantized by llama.cpp, and what came of it is used.
 stdout: {"answers": [[ids]], "ids": [[ids]]}, greedy continuations and how the texts are tokenized.
 """
 
@@ -40,6 +41,13 @@ def main() -> None:
     log = llama_cpp.llama_log_callback(lambda level, text, data: None)
     llama_cpp.llama_log_set(log, ctypes.c_void_p(0))
     llama_cpp.llama_backend_init()
+    if "quantize" in job:
+        target, file_type = job["quantize"]
+        params = llama_cpp.llama_model_quantize_default_params()
+        params.ftype, params.nthread = file_type, 1
+        if llama_cpp.llama_model_quantize(os.fsencode(job["file"]), os.fsencode(target), ctypes.byref(params)):
+            raise SystemExit(f"llama.cpp could not quantize {job['file']}")
+        job["file"] = target
     wanted = llama_cpp.llama_model_default_params()
     wanted.vocab_only = not job["prompts"]
     model = llama_cpp.llama_model_load_from_file(os.fsencode(job["file"]), wanted)

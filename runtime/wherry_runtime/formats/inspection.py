@@ -10,6 +10,7 @@ import numpy as np
 
 from wherry_runtime.formats.conversion.output import checksum_of
 from wherry_runtime.formats.conversion.to_gguf import CHECKSUMS as GGUF_CHECKSUMS
+from wherry_runtime.formats.conversion.to_gguf import LAYOUT, layout_of
 from wherry_runtime.formats.conversion.to_safetensors import CHECKSUMS
 from wherry_runtime.formats.detect import gguf_files, kind_of
 from wherry_runtime.formats.gguf.cursor import Value
@@ -72,7 +73,8 @@ def _file(path: Path) -> File:
         header = gguf.header
         tensors = [Tensor(t.name, t.type.name, t.shape, t.nbytes) for t in header.tensors.values()]
         sums = header.metadata.get(GGUF_CHECKSUMS)
-        recorded = dict(zip(header.tensors, sums, strict=False)) if isinstance(sums, list) else {}
+        own = header.metadata.get(LAYOUT) == layout_of(header.tensors.values(), header.data_start)
+        recorded = dict(zip(header.tensors, sums, strict=False)) if own and isinstance(sums, list) else {}
         return File(path, f"GGUF v{header.version}", header.metadata, tensors, recorded, gguf)
     if kind == "torch":
         raise ModelError("pickle_not_read", f"{path}: is a PyTorch pickle; wherry convert --allow-pickle reads it")

@@ -7,6 +7,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import tracemalloc
 from pathlib import Path
 from typing import Any
 
@@ -20,17 +21,24 @@ from tests.runtime.random_models import CASES
 from typer.testing import CliRunner
 
 from wherry_cli.main import app
-from wherry_runtime.formats.conversion.source import open_source
+from wherry_protocol.worker import ChatMessage, Prompt
+from wherry_runtime.formats.conversion.source import Source, SourceTensor, open_source
 from wherry_runtime.formats.conversion.to_gguf import to_gguf
 from wherry_runtime.formats.gguf.architectures import rows_from_neighbours, rows_to_neighbours
 from wherry_runtime.formats.gguf.model import GGUFModel
+from wherry_runtime.formats.gguf.reader import GGUFFile
 from wherry_runtime.formats.gguf.rope import inverse_frequencies, llama3_scaling
 from wherry_runtime.formats.gguf.types import type_named
 from wherry_runtime.loading.checkpoint import iterate_tensors
 from wherry_runtime.loading.errors import ModelError
 from wherry_runtime.models.registry import read_config
 
-PROMPTS = [[5, 17, 300, 41], [100, 200, 300]]
+# Ids, text and messages: tokenizer and chat template are the file's, too.
+PROMPTS: list[Any] = [
+    [5, 17, 300, 41],
+    "The kernel's scheduler",
+    Prompt(messages=[ChatMessage(role="user", content="What is a page fault?")]),
+]
 
 
 def wherry(*args: object) -> Any:
@@ -51,9 +59,9 @@ def same_tensors(a: Path, b: Path) -> bool:
     )
 
 
-async def greedy(model: Path, prompts: list[list[int]] = PROMPTS) -> list[list[int]]:
+async def greedy(model: Path) -> list[list[int]]:
     async with running(model, backend="pytorch", threads=1) as engine:
-        return [(await ask(engine, p, max_tokens=12, temperature=0.0, ignore_eos=True)).ids for p in prompts]
+        return [(await ask(engine, p, max_tokens=12, temperature=0.0, ignore_eos=True)).ids for p in PROMPTS]
 
 
 @pytest.fixture(scope="module")
@@ -198,6 +206,22 @@ def test_checksums_tell_what_a_header_cannot(tmp_path: Path, tiny_gguf: Path) ->
     assert "no checksums are recorded" in done("verify", TINY)
 
 
+def test_checksums_that_another_tool_copied_are_not_believed(tmp_path: Path, tiny_gguf: Path) -> None:
+    """llama.cpp's quantizer keeps metadata that it does not know."""
+    reader = gguf.GGUFReader(tiny_gguf)
+    writer = gguf.GGUFWriter(tmp_path / "t.gguf", "llama")
+    for name in ("wherry.sha256", "wherry.layout"):
+        field = reader.fields[name]
+        writer.add_key_value(name, field.contents(), field.types[0], field.types[-1] if len(field.types) > 1 else None)
+    for tensor in reader.tensors:
+        writer.add_tensor(tensor.name, np.zeros(tensor.shape[::-1], np.float16))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    assert "no checksums are recorded" in done("verify", tmp_path / "t.gguf")
+
+
 def test_inspect_tells_what_is_there(tmp_path: Path, tiny_gguf: Path) -> None:
     shown = done("inspect", tiny_gguf)
     for part in (
@@ -214,6 +238,12 @@ def test_inspect_tells_what_is_there(tmp_path: Path, tiny_gguf: Path) -> None:
     assert {"name": "model.norm.weight", "type": "BF16", "shape": [256], "nbytes": 512} in file["tensors"]
     renamed = Path(shutil.copy(tiny_gguf, tmp_path / "model.safetensors.txt"))
     assert "GGUF v3" in done("inspect", renamed, "--no-tensors")
+
+
+def test_looking_at_a_model_needs_no_torch() -> None:
+    """It takes seconds to import."""
+    code = "import sys, wherry_cli.inspect, wherry_cli.verify, wherry_cli.convert; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0
 
 
 REFUSED: dict[str, tuple[list[str], str]] = {
@@ -300,6 +330,23 @@ def test_what_is_interrupted_never_looks_whole(tmp_path: Path, how: signal.Signa
     assert not (tmp_path / target).exists()
     done("convert", TINY, tmp_path / target)
     assert "74 checksums hold" in done("verify", tmp_path / target)
+
+
+def test_memory_does_not_grow_with_a_tensor(tmp_path: Path) -> None:
+    """64 MiB become Q8_0 in pieces."""
+    path = tmp_path / "embedding"
+    np.random.default_rng(0).standard_normal(1 << 24, np.float32).tofile(path)
+    big = np.memmap(path, np.uint8, "r")
+    config = json.loads((TINY / "config.json").read_text())
+    tensor = SourceTensor("model.embed_tokens.weight", (1 << 16, 256), type_named("F32"), lambda: big)
+    tracemalloc.start()
+    try:
+        to_gguf(Source(TINY, config, [tensor]), tmp_path / "m.gguf", type_named("Q8_0"), lambda _: None)
+        assert tracemalloc.get_traced_memory()[1] < 40 << 20
+    finally:
+        tracemalloc.stop()
+    (info,) = GGUFFile.open(tmp_path / "m.gguf").header.tensors.values()
+    assert (info.type.name, info.shape) == ("Q8_0", (1 << 16, 256))
 
 
 def test_types_of_tensors_follow_their_rows(tmp_path: Path) -> None:

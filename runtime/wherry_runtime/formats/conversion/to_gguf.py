@@ -1,5 +1,6 @@
 """Any model into a GGUF file."""
 
+import hashlib
 import itertools
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -20,12 +21,15 @@ from wherry_runtime.formats.gguf.architectures import (
 )
 from wherry_runtime.formats.gguf.blocks.encode import ENCODE
 from wherry_runtime.formats.gguf.cursor import Value
+from wherry_runtime.formats.gguf.reader import TensorInfo
 from wherry_runtime.formats.gguf.types import BY_NAME, FILE_TYPES, GGMLType
 from wherry_runtime.formats.gguf.writer import encoded_header, pad, planned
 from wherry_runtime.loading.errors import ModelError
 from wherry_runtime.tokenization.to_gguf import tokenizer_metadata
 
 CHECKSUMS = "wherry.sha256"
+# Which tensors the sums are of: tools that make another file of this one copy what they do not know.
+LAYOUT = "wherry.layout"
 _NO_SUM = "0" * 64
 _CARRIED = ("tokenizer.", "general.")
 _FLOATS = ("F32", "F16", "BF16")
@@ -61,7 +65,7 @@ def to_gguf(source: Source, target: Path, wanted: GGMLType | None, progress: Pro
     if factors is not None:
         tensors.append((ROPE_FACTORS, factors.shape, BY_NAME["F32"]))
     infos = planned(tensors)
-    metadata[CHECKSUMS] = [_NO_SUM] * len(infos)
+    metadata |= {CHECKSUMS: [_NO_SUM] * len(infos), LAYOUT: layout_of(infos, 0)}
     start = len(encoded_header(metadata, infos))
     with appearing(target, start + infos[-1].offset + infos[-1].nbytes) as partial, partial.open("xb") as file:
         data: Iterator[Iterable[npt.NDArray[np.uint8]]] = (_bytes(p) for p in plan)
@@ -72,6 +76,12 @@ def to_gguf(source: Source, target: Path, wanted: GGMLType | None, progress: Pro
         pad(file)
         finish(file, encoded_header(metadata, infos))
     return {name: sum(i.type.name == name for i in infos) for name in dict.fromkeys(i.type.name for i in infos)}
+
+
+def layout_of(infos: Iterable[TensorInfo], data_start: int) -> str:
+    """A digest of names, types, shapes and places, in hexadecimal."""
+    lines = (f"{info.name} {info.type.name} {info.shape} {info.offset - data_start}" for info in infos)
+    return hashlib.sha256("\n".join(lines).encode()).hexdigest()
 
 
 def _plan(source: Source, wanted: GGMLType | None) -> list[_Planned]:

@@ -158,6 +158,9 @@ class _Reader:
             raise ModelError("bad_config", f"{self._prefix}.{name} is {value!r}; one positive number is expected")
         return value
 
+    def text(self, name: str, default: str) -> str:
+        return str(self._metadata.get(f"{self._prefix}.{name}", default))
+
 
 def config_of(metadata: Metadata, tensors: dict[str, TensorInfo], factors: Any, dtype: str) -> Config:
     """What config.json would say.
@@ -237,7 +240,7 @@ def _rope(read: _Reader, factors: Any, head_dim: int, context: int) -> Config:
     rope: Config = {"rope_theta": theta, "rope_type": "default"}
     if factors is not None:
         return rope | llama3_scaling(factors, theta, head_dim)
-    kind = read._metadata.get(f"{read._prefix}.rope.scaling.type", "none")
+    kind = read.text("rope.scaling.type", "none")
     if kind == "none":
         return rope
     rope |= {"rope_type": kind, "factor": read.get("rope.scaling.factor", float)}

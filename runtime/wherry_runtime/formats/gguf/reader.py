@@ -84,7 +84,7 @@ def parse_header(buffer: Buffer, size: int) -> Header:
 
 def _alignment(cursor: Cursor, metadata: dict[str, Value]) -> int:
     alignment = metadata.get(ALIGNMENT_KEY, DEFAULT_ALIGNMENT)
-    if not isinstance(alignment, int) or not 1 <= alignment <= LARGEST_ALIGNMENT or alignment & (alignment - 1):
+    if type(alignment) is not int or not 1 <= alignment <= LARGEST_ALIGNMENT or alignment & (alignment - 1):
         raise cursor.fail(f"{ALIGNMENT_KEY} is {alignment!r}; a power of two up to {LARGEST_ALIGNMENT} is expected")
     return alignment
 
