@@ -34,7 +34,8 @@ def progress_of(health: bytes) -> str:
     if download.total <= 0:
         return "its size is not known"
     percent = max(0, min(100, download.bytes * 100 // download.total))
-    return f"{percent // STEP_PERCENT * STEP_PERCENT}% of {download.total / 1e9:.1f} GB"
+    size = f"{download.total / 1e9:.1f} GB" if download.total >= 1e9 else f"{download.total / 1e6:.1f} MB"
+    return f"{percent // STEP_PERCENT * STEP_PERCENT}% of {size}"
 
 
 def with_downloads(observed: Observed, downloads: Mapping[str, str]) -> Observed:

@@ -18,7 +18,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from importlib.metadata import version
 from typing import TypeVar
-from urllib.parse import urljoin, urlsplit
+from urllib.parse import unquote, urljoin, urlsplit
 from urllib.request import getproxies, proxy_bypass
 
 import certifi
@@ -116,7 +116,10 @@ class Http:
         if not proxy or proxy_bypass(parts.hostname or ""):
             return self._direct
         if proxy not in self._through:
-            self._through[proxy] = urllib3.ProxyManager(proxy, **self._options)  # type: ignore[arg-type]
+            at = urlsplit(proxy)
+            login = f"{unquote(at.username)}:{unquote(at.password or '')}" if at.username else None
+            headers = urllib3.make_headers(proxy_basic_auth=login)
+            self._through[proxy] = urllib3.ProxyManager(proxy, proxy_headers=headers, **self._options)  # type: ignore[arg-type]
         return self._through[proxy]
 
     @contextlib.contextmanager

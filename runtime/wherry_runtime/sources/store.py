@@ -108,6 +108,7 @@ class Store:
             if damaged.is_dir():
                 shutil.rmtree(partial, ignore_errors=True)
                 damaged.rename(partial)
+                _forget_damaged(partial)
             partial.mkdir(parents=True, exist_ok=True)
         return partial
 
@@ -197,6 +198,14 @@ def cached(root: Path) -> Iterator[Cached]:
     for directory in sorted(root.glob("*/snapshots/*")):
         if (found := read(directory)) is not None:
             yield found
+
+
+def _forget_damaged(directory: Path) -> None:
+    """Removes the files of what was a whole model that no longer have the size that they had."""
+    for file in _load(directory / RECORD).get("files") or []:
+        path = directory / file["path"]
+        if path.is_file() and path.stat().st_size != file["size"]:
+            path.unlink()
 
 
 def _load(path: Path) -> dict[str, Any]:

@@ -1,12 +1,14 @@
 """What is special about each source: how it names, signs and checks."""
 
 import logging
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 from tests.runtime.sources.servers import (
+    Answer,
     Files,
     ObjectStore,
     Registry,
@@ -17,6 +19,7 @@ from tests.runtime.sources.servers import (
     wrong_bytes,
 )
 
+from wherry_cli.serve import default_name
 from wherry_runtime.loading.errors import ModelError
 from wherry_runtime.loading.locate import local_uri, locate
 from wherry_runtime.sources import http
@@ -140,6 +143,16 @@ def test_a_file_of_a_web_server(cache: Path, monkeypatch: pytest.MonkeyPatch) ->
         with pytest.raises(ModelError, match="its sha256 is") as failure:
             fetch(f"{url}/m/a.gguf#sha256={'0' * 64}", cache)
         assert failure.value.code == "corrupt_download"
+
+
+def test_a_damaged_file_of_a_server_that_tells_no_sizes(cache: Path) -> None:
+    server = Files({"/a.gguf": GGUF})
+    with server.running() as url:
+        uri = f"{url}/a.gguf#sha256={sha256(GGUF)}"
+        found = fetch(uri, cache)
+        os.truncate(found, 10)
+        server.faults["/a.gguf"] = [lambda _: Answer(206)]  # to the question for the size
+        assert fetch(uri, cache).read_bytes() == GGUF
 
 
 def test_a_list_of_checksums_on_a_web_server(cache: Path) -> None:
@@ -279,6 +292,35 @@ def test_redirects(monkeypatch: pytest.MonkeyPatch, url: str, location: str, ref
 )
 def test_how_long_a_server_wants_to_be_left_alone(headers: dict[str, str], seconds: float | None) -> None:
     assert retry_after(headers) == seconds
+
+
+def test_a_proxy_is_used_and_gets_its_login(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A proxy of plain HTTP is a server that is asked for whole URLs."""
+    proxy = Files({"/a.gguf": GGUF})
+    with proxy.running() as url:
+        monkeypatch.setenv("http_proxy", url.replace("http://", "http://user:pass%40word@"))
+        uri = f"http://files.example/a.gguf#sha256={sha256(GGUF)}"
+        assert fetch(uri, cache).read_bytes() == GGUF
+    assert proxy.asked[0].headers["host"] == "files.example"
+    assert proxy.asked[0].headers["proxy-authorization"] == f"Basic {basic('user', 'pass@word')}"
+
+
+@pytest.mark.parametrize(
+    ("model", "name"),
+    [
+        ("hf://org/name", "name"),
+        ("hf://org/name@main", "name"),
+        ("hf://org/name@main/a-Q4.gguf", "a-Q4.gguf"),
+        ("oci://localhost:5000/a/tiny:v1", "tiny"),
+        (f"oci://host/a/tiny@sha256:{'0' * 64}", "tiny"),
+        ("https://host/a.gguf?x=1#sha256=00", "a.gguf"),
+        ("s3://bucket/models/tiny/", "tiny"),
+        ("sample://tiny", "tiny"),
+        ("/models/tiny/", "tiny"),
+    ],
+)
+def test_what_a_served_model_is_called(model: str, name: str) -> None:
+    assert default_name(model) == name
 
 
 def test_nobody_answers(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:

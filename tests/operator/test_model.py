@@ -1,0 +1,90 @@
+"""Models that are downloaded: what their pods get, and what the operator makes of their workers' answers."""
+
+from typing import Any
+
+import pytest
+from tests.operator.pods import loading, owner
+
+from wherry_operator.desired.access import needed_secrets
+from wherry_operator.desired.common import RenderSettings
+from wherry_operator.desired.runtime import pod_template
+from wherry_operator.planning.causes import cause_of
+from wherry_operator.planning.downloads import progress_of
+
+CACHE = {"name": "WHERRY_MODEL_CACHE", "value": "/var/cache/wherry/models"}
+SECRET = {"name": "WHERRY_MODEL_SECRET", "value": "/etc/wherry/model-secret"}
+
+
+def rendered(uri: str, secret: str | None = None, cache: dict[str, Any] | None = None) -> dict[str, Any]:
+    who = owner({"model": {"name": "a", "uri": uri, "secretName": secret}, "modelCache": cache})
+    assert who.spec is not None
+    assert [need.name for need in needed_secrets(who.spec)] == ([secret] if secret else [])
+    return dict(pod_template(who, who.spec, RenderSettings(), "token")["spec"])
+
+
+CACHES = {
+    "an emptyDir": (None, {"emptyDir": {}}, {}),
+    "an emptyDir with a bound": ({"sizeLimit": "50Gi"}, {"emptyDir": {"sizeLimit": "50Gi"}}, {}),
+    "a claim": (
+        {"claimName": "c"},
+        {"persistentVolumeClaim": {"claimName": "c"}},
+        {"fsGroup": 65532, "fsGroupChangePolicy": "OnRootMismatch"},
+    ),
+    "a node's directory": ({"hostPath": "/m"}, {"hostPath": {"path": "/m", "type": "Directory"}}, {}),
+}
+
+
+@pytest.mark.parametrize("cache, volume, security", CACHES.values(), ids=CACHES)
+def test_the_cache(cache: dict[str, Any] | None, volume: dict[str, Any], security: dict[str, Any]) -> None:
+    found = rendered("hf://org/name", None, cache)
+    [container] = found["containers"]
+    assert {"name": "model-cache", **volume} in found["volumes"]
+    assert {"name": "model-cache", "mountPath": CACHE["value"]} in container["volumeMounts"]
+    assert CACHE in container["env"]
+    assert SECRET not in container["env"]
+    assert "--model-uri=hf://org/name" in container["args"]
+    assert {k: v for k, v in found["securityContext"].items() if k.startswith("fsGroup")} == security
+
+
+@pytest.mark.parametrize("uri", ["s3://bucket/x", f"https://h/a.gguf#sha256={'0' * 64}", "oci://r/m:v1"])
+def test_the_secret_is_mounted_and_in_no_variable(uri: str) -> None:
+    found = rendered(uri, "keys")
+    [container] = found["containers"]
+    assert {"name": "model-secret", "secret": {"secretName": "keys", "defaultMode": 0o444}} in found["volumes"]
+    assert {"name": "model-secret", "mountPath": SECRET["value"], "readOnly": True} in container["volumeMounts"]
+    assert SECRET in container["env"]
+    names = [
+        e["valueFrom"]["secretKeyRef"]["name"] for e in container["env"] if "secretKeyRef" in e.get("valueFrom", {})
+    ]
+    assert names == ["chat-worker-token"]
+
+
+@pytest.mark.parametrize("uri", ["sample://tiny", "file:///m", "pvc://claim/m"])
+def test_models_that_are_here_need_no_cache(uri: str) -> None:
+    found = rendered(uri)
+    assert "model-cache" not in str(found)
+    assert CACHE not in found["containers"][0]["env"]
+
+
+@pytest.mark.parametrize(
+    ("health", "text"),
+    [
+        (b'{"state":"downloading","download":{"bytes":6400000000,"total":15200000000}}', "40% of 15.2 GB"),
+        (b'{"state":"downloading","download":{"bytes":99,"total":100,"text":"x"}}', "95% of 0.0 MB"),
+        (b'{"state":"downloading","download":{"bytes":5,"total":0}}', "its size is not known"),
+        (b'{"state":"downloading","download":{"bytes":-5,"total":2000000}}', "0% of 2.0 MB"),
+        (b'{"state":"ready","heartbeat_age_s":0.1}', ""),
+        (b'{"download":"all of it"}', ""),
+        (b'{"state":"downloa', ""),
+        (b"", ""),
+    ],
+)
+def test_what_a_worker_says_of_its_download(health: bytes, text: str) -> None:
+    assert progress_of(health) == text
+
+
+def test_a_pod_that_downloads_says_so_as_its_cause() -> None:
+    found = cause_of(loading("a", downloading="40% of 15.2 GB"))
+    assert found is not None
+    assert (found.reason, found.severity) == ("Downloading", "waiting")
+    assert found.message == "pod a is downloading the model, 40% of 15.2 GB"
