@@ -36,7 +36,8 @@ def model_volumes(spec: LLMDeploymentSpec) -> list[tuple[dict[str, Any], dict[st
         return [(volume, {"name": "model", "mountPath": f"{MODELS_DIR}/{claim[0]}", "readOnly": True})]
     if not spec.model.uri.startswith(DOWNLOADED):
         return []
-    found = [({"name": "model-cache", **_cache(spec)}, {"name": "model-cache", "mountPath": CACHE_DIR})]
+    found: list[tuple[dict[str, Any], dict[str, Any]]] = []
+    found.append(({"name": "model-cache", **_cache(spec)}, {"name": "model-cache", "mountPath": CACHE_DIR}))
     if secret := spec.model.secret_name:
         volume = {"name": "model-secret", "secret": {"secretName": secret, "defaultMode": 0o444}}
         found.append((volume, {"name": "model-secret", "mountPath": SECRET_DIR, "readOnly": True}))
