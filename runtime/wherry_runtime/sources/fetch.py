@@ -111,6 +111,10 @@ class _Fetch:
         with disk_errors(staging):
             _forget_others(listing, staging)
         self._transfer(listing, staging, lock)
+        if listing.finish is not None:
+            listing = listing.finish(staging)
+            with disk_errors(staging):
+                _forget_others(listing, staging)
         found = self._store.publish(listing)
         log.info("downloaded %s: %s in %.1f s", name, size_text(found.size), time.monotonic() - began)
         return found
@@ -157,3 +161,6 @@ def _forget_others(listing: Listing, staging: Path) -> None:
     kept |= {staging / f"{file.path}{PARTIAL}" for file in listing.files}
     for path in [found for found in staging.rglob("*") if not found.is_dir() and found not in kept]:
         path.unlink()
+    for path in sorted((found for found in staging.rglob("*") if found.is_dir()), reverse=True):
+        if not any(path.iterdir()):
+            path.rmdir()

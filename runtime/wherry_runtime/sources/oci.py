@@ -1,8 +1,8 @@
 """`oci://REGISTRY/REPOSITORY[:TAG|@sha256:HEX]`: an artifact whose layers are a model's files.
 
 Spoken over the distribution spec (https://github.com/opencontainers/distribution-spec/blob/main/spec.md). A layer is a
-file, named by the annotation of ModelPack (https://github.com/modelpack/model-spec) or of ORAS. Layers that are
-archives, as of container images, are refused.
+file, named by the annotation of ModelPack (https://github.com/modelpack/model-spec) or of ORAS, or an archive of files;
+of the layers of a container image what is under /models.
 """
 
 import base64
@@ -20,10 +20,15 @@ from wherry_runtime.sources.credentials import credential
 from wherry_runtime.sources.http import Http
 from wherry_runtime.sources.select import select
 from wherry_runtime.sources.types import Checksum, Listing, RemoteFile, Request, TransferError
+from wherry_runtime.sources.unpack import unpack
 
 MAX_MANIFEST = 4 << 20
 MAX_TOKEN = 1 << 20
 NAMES = ("org.cncf.model.filepath", "org.opencontainers.image.title")
+LAYERS = ".layers"  # where archives are until they are unpacked
+IN_IMAGE = "models"
+# Kinds of ModelPack's layers that no runtime needs.
+BESIDE = (".model.doc.", ".model.code.", ".model.dataset.")
 ACCEPT = ", ".join(
     (
         "application/vnd.oci.image.manifest.v1+json",
@@ -68,18 +73,41 @@ class OciSource:
         digest, manifest = self._manifest(self._wanted)
         if "manifests" in manifest:
             _, manifest = self._manifest(self._of_platform(manifest["manifests"]))
-        layers: dict[str, dict[str, Any]] = {}
-        for layer in manifest.get("layers") or []:
-            if name := _name(layer):
-                layers[name] = layer
-        if not layers:
+        plain: dict[str, RemoteFile] = {}
+        archives: dict[str, str] = {}
+        files = []
+        for number, layer in enumerate(manifest.get("layers") or []):
+            kind = str(layer.get("mediaType"))
+            if any(word in kind for word in BESIDE):
+                continue
+            archive = bool({"tar", "tgz"} & set(re.split(r"[.+]", kind)))
+            name = f"{LAYERS}/{number:04}.tar" if archive else _name(layer)
+            if not name:
+                continue
+            file = self._file(name, layer)
+            files.append(file)
+            if archive:
+                archives[name] = IN_IMAGE if ".image." in kind else ""
+            else:
+                plain[name] = file
+        if not files:
             raise TransferError(
                 "unsupported_format",
-                "no layer has a file's name: push the model's files as they are, with `oras push` or as a ModelPack of "
-                "raw layers",
+                "no layer has a file's name: push the model's files with `oras push`, as a ModelPack, or in an image "
+                "with a /models directory",
             )
-        paths, entry = select(layers.keys())
-        return Listing(digest, tuple(self._file(path, layers[path]) for path in paths), entry)
+        if not archives:
+            paths, entry = select(plain.keys())
+            return Listing(digest, tuple(plain[path] for path in paths), entry)
+
+        def finish(directory: Path) -> Listing:
+            names = unpack(archives, directory, self._http.stop)
+            paths, entry = select({*names, *plain})
+            # What was in an archive has been checked with it.
+            found = tuple(plain.get(path) or RemoteFile(path, None, None, lambda: Request("")) for path in paths)
+            return Listing(digest, found, entry)
+
+        return Listing(digest, tuple(files), finish=finish)
 
     def _manifest(self, reference: str) -> tuple[str, dict[str, Any]]:
         """A manifest and its digest.
@@ -149,11 +177,8 @@ class OciSource:
         digest, size = str(layer.get("digest")), layer.get("size")
         if not _SHA256.fullmatch(digest) or not isinstance(size, int):
             raise TransferError("unsupported_format", f"{path}: the layer has no sha256 digest and size")
-        if "tar" in re.split(r"[.+]", str(layer.get("mediaType"))):
-            raise TransferError(
-                "unsupported_format",
-                f"{path}: the layer is an archive; push the files as they are, with `oras push` or as raw layers",
-            )
+        if "zstd" in str(layer.get("mediaType")):
+            raise TransferError("unsupported_format", f"{path}: layers of zstd are not read; use gzip or none")
         url = f"{self._base}/v2/{self._repository}/blobs/{digest}"
         checksum = Checksum("sha256", digest.removeprefix("sha256:"))
         return RemoteFile(path, size, checksum, lambda: Request(url, self._authorization()))

@@ -3,6 +3,7 @@
 import hashlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Literal, Protocol
 
 Algorithm = Literal["sha256", "git-sha1", "md5"]
@@ -84,12 +85,14 @@ class Listing:
         revision: names these very bytes: a commit, a digest.
         entry: the file that the URI names, as a GGUF; empty: the model is the directory.
         prepare: finds out what else there is to know of a file, before it is downloaded.
+        finish: makes the model out of the files once they are in the directory given, and says what it is then.
     """
 
     revision: str
     files: tuple[RemoteFile, ...]
     entry: str = ""
     prepare: Callable[[RemoteFile], RemoteFile] = lambda file: file
+    finish: "Callable[[Path], Listing] | None" = None
 
 
 class Source(Protocol):

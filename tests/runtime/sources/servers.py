@@ -242,12 +242,16 @@ class Registry(Origin):
 
     def push(self, files: dict[str, bytes], key: str, media_type: str = "application/octet-stream") -> str:
         """An artifact under the tag `v1`, with file names in the annotation `key`. Its digest."""
-        layers = []
-        for name, data in files.items():
+        return self.push_layers([(data, media_type, {key: name}) for name, data in files.items()])
+
+    def push_layers(self, layers: list[tuple[bytes, str, dict[str, str]]]) -> str:
+        """The same of layers: content, media type and annotations of each."""
+        described = []
+        for data, media_type, annotations in layers:
             digest = f"sha256:{sha256(data)}"
             self.blobs[digest] = data
-            layers.append({"mediaType": media_type, "digest": digest, "size": len(data), "annotations": {key: name}})
-        body = json.dumps({"schemaVersion": 2, "layers": layers}).encode()
+            described.append({"mediaType": media_type, "digest": digest, "size": len(data), "annotations": annotations})
+        body = json.dumps({"schemaVersion": 2, "layers": described}).encode()
         digest = f"sha256:{sha256(body)}"
         self.manifests |= {"v1": body, digest: body}
         return digest

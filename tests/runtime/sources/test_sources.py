@@ -1,7 +1,9 @@
 """What is special about each source: how it names, signs and checks."""
 
+import io
 import logging
 import os
+import tarfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -204,7 +206,8 @@ def test_a_login_of_a_docker_configuration(
 @pytest.mark.parametrize(
     ("media_type", "fault", "code"),
     [
-        ("application/vnd.oci.image.layer.v1.tar+gzip", None, "unsupported_format"),
+        ("application/vnd.oci.image.layer.v1.tar+gzip", None, "corrupt_download"),
+        ("application/vnd.oci.image.layer.v1.tar+zstd", None, "unsupported_format"),
         ("application/octet-stream", "blob", "corrupt_download"),
         ("application/octet-stream", "manifest", "corrupt_download"),
     ],
@@ -220,6 +223,76 @@ def test_artifacts_that_are_no_model(
     with pytest.raises(ModelError) as failure:
         fetch(f"oci://{registry.url.removeprefix('http://')}/models/tiny@{digest}", cache)
     assert failure.value.code == code
+
+
+IMAGE, PACK = "application/vnd.oci.image.layer.v1.tar+gzip", "application/vnd.cncf.model.weight.v1.tar"
+
+
+def archive(files: dict[str, bytes], *, gzip: bool, links: dict[str, str] | None = None) -> bytes:
+    out = io.BytesIO()
+    with tarfile.open(fileobj=out, mode="w:gz" if gzip else "w") as tar:
+        for name, target in (links or {}).items():
+            link = tarfile.TarInfo(name)
+            link.type, link.linkname = tarfile.SYMTYPE, target
+            tar.addfile(link)
+        for name, data in files.items():
+            info = tarfile.TarInfo(name)
+            info.size = len(data)
+            tar.addfile(info, io.BytesIO(data))
+    return out.getvalue()
+
+
+def test_an_image_with_a_models_directory(registry: Registry, cache: Path) -> None:
+    base = archive(
+        {"etc/passwd": b"root", "models/old.md": b"x"}, gzip=True, links={"bin": "usr/bin", "lib": "/usr/lib"}
+    )
+    layer = archive({f"./models/{name}": data for name, data in MODEL.items()}, gzip=True)
+    registry.push_layers([(base, IMAGE, {}), (layer, IMAGE, {})])
+    uri = f"oci://{registry.url.removeprefix('http://')}/models/tiny:v1"
+    registry.faults[f"/v2/models/tiny/blobs/sha256:{sha256(layer)}"] = [cut(500)]
+    found = fetch(uri, cache)
+    assert contents(found) == MODEL
+    assert not list(cache.rglob("*passwd*"))
+    assert not list(cache.rglob("*.tar"))
+    (found / "config.json").unlink()
+    assert contents(fetch(uri, cache)) == MODEL
+
+
+def test_a_model_pack_of_archives_and_files(registry: Registry, cache: Path) -> None:
+    title = "org.cncf.model.filepath"
+    weights = archive({"model.safetensors": MODEL["model.safetensors"]}, gzip=False)
+    layers = [
+        (weights, PACK, {title: "model.safetensors"}),
+        (MODEL["config.json"], "application/vnd.cncf.model.weight.config.v1.raw", {title: "config.json"}),
+        (MODEL["tokenizer.json"], "application/vnd.cncf.model.weight.config.v1.raw", {title: "tokenizer.json"}),
+        (b"# read me", "application/vnd.cncf.model.doc.v1.raw", {title: "notes.txt"}),
+    ]
+    registry.push_layers(layers)
+    assert contents(fetch(f"oci://{registry.url.removeprefix('http://')}/models/tiny:v1", cache)) == MODEL
+
+
+@pytest.mark.parametrize(
+    ("files", "links", "code"),
+    [
+        ({"models/../../evil.json": b"x"}, {}, "unsafe_name"),
+        ({"models//etc/../evil.json": b"x"}, {}, "unsafe_name"),
+        ({"models/.wherry.json": b"x"}, {}, "unsafe_name"),
+        ({"models/config.json": b"x"}, {"models/out": "/tmp"}, "unsupported_format"),
+        ({"models/out/evil.json": b"x"}, {"models/out": "/tmp"}, "unsupported_format"),
+        ({"models/.wh.config.json": b""}, {}, "unsupported_format"),
+        ({"models/config.json": b"x"}, {}, "model_not_found"),
+        ({"other/model.safetensors": b"x"}, {}, "model_not_found"),
+    ],
+)
+def test_archives_that_do_not_mean_well(
+    registry: Registry, cache: Path, files: dict[str, bytes], links: dict[str, str], code: str
+) -> None:
+    registry.push_layers([(archive(files, gzip=True, links=links), IMAGE, {})])
+    with pytest.raises(ModelError) as failure:
+        fetch(f"oci://{registry.url.removeprefix('http://')}/models/tiny:v1", cache)
+    assert failure.value.code == code
+    assert not list(cache.parent.rglob("evil*"))
+    assert not list(cache.glob("*/snapshots/*"))
 
 
 # ---- all of them
