@@ -2,7 +2,6 @@
 
 import threading
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 from rich.console import Console
@@ -34,7 +33,7 @@ def download(uri: str, cache: Path) -> str:
     worker = threading.Thread(target=run, name="wherry-pull")
     worker.start()
     try:
-        (_bar if _console.is_terminal else _lines)(progress, worker.is_alive)
+        (_bar if _console.is_terminal else _lines)(progress, worker)
     finally:
         stop.set()
         worker.join()
@@ -43,20 +42,20 @@ def download(uri: str, cache: Path) -> str:
     return found[0]
 
 
-def _bar(progress: Download, running: Callable[[], bool]) -> None:
+def _bar(progress: Download, worker: threading.Thread) -> None:
     columns = (TextColumn("Downloading"), BarColumn(), TextColumn("{task.fields[text]}"))
     with Progress(*columns, console=_console, transient=True) as bar:
         task = bar.add_task("download", total=None, text="", visible=False)
-        while running():
+        while worker.is_alive():
             at = progress.snapshot()
             bar.update(task, completed=at.done, total=at.total or None, text=str(at), visible=progress.active)
-            time.sleep(REFRESH_S)
+            worker.join(REFRESH_S)
 
 
-def _lines(progress: Download, running: Callable[[], bool]) -> None:
+def _lines(progress: Download, worker: threading.Thread) -> None:
     told = time.monotonic()
-    while running():
+    while worker.is_alive():
         if progress.active and time.monotonic() - told >= LINE_S:
             told = time.monotonic()
             _console.print(f"Downloading: {progress.snapshot()}", soft_wrap=True)
-        time.sleep(REFRESH_S)
+        worker.join(REFRESH_S)
