@@ -1,15 +1,22 @@
 """Models that are downloaded: what their pods get, and what the operator makes of their workers' answers."""
 
+import asyncio
+import contextlib
 from typing import Any
 
 import pytest
+from aiohttp import web
 from tests.operator.pods import loading, owner
 
+from wherry_operator.cluster.client import Api
+from wherry_operator.cluster.nodes import Nodes
+from wherry_operator.cluster.probes import Prober
 from wherry_operator.desired.access import needed_secrets
 from wherry_operator.desired.common import RenderSettings
 from wherry_operator.desired.runtime import pod_template
 from wherry_operator.planning.causes import cause_of
 from wherry_operator.planning.downloads import progress_of
+from wherry_protocol import naming
 
 CACHE = {"name": "WHERRY_MODEL_CACHE", "value": "/var/cache/wherry/models"}
 SECRET = {"name": "WHERRY_MODEL_SECRET", "value": "/etc/wherry/model-secret"}
@@ -88,3 +95,45 @@ def test_a_pod_that_downloads_says_so_as_its_cause() -> None:
     assert found is not None
     assert (found.reason, found.severity) == ("Downloading", "waiting")
     assert found.message == "pod a is downloading the model, 40% of 15.2 GB"
+
+
+async def test_probes_follow_a_download_and_tell_of_each_step() -> None:
+    health: dict[str, Any] = {"state": "loading"}
+
+    async def answer(_: web.Request) -> web.Response:
+        return web.json_response(health)
+
+    app = web.Application()
+    app.router.add_get("/health", answer)
+    runner = web.AppRunner(app)
+    await runner.setup()
+    address = "127.84.3.9"  # the port is every worker's
+    await web.TCPSite(runner, address, naming.WORKER_PORT).start()
+    told: list[str] = []
+    prober: Prober[str] = Prober(Api.__new__(Api), Nodes(Api.__new__(Api)), changed=told.append)
+    prober.watch("key", [loading("a", ip=address)], [], 60.0)
+    probing = asyncio.create_task(prober.run())
+
+    async def until(text: str) -> None:
+        for _ in range(1500):
+            if prober.downloads.get("uid-a", "") == text:
+                return
+            await asyncio.sleep(0.02)
+        raise AssertionError(f"not {text!r}, but {prober.downloads}")
+
+    try:
+        health |= {"state": "downloading", "download": {"bytes": 41, "total": 100}}
+        await until("40% of 0.0 MB")
+        count = len(told)
+        assert count >= 1
+        health |= {"download": {"bytes": 77, "total": 100}}
+        await until("75% of 0.0 MB")
+        del health["download"]
+        await until("")
+        assert len(told) >= count + 2
+        assert set(told) == {"key"}
+    finally:
+        probing.cancel()
+        with contextlib.suppress(asyncio.CancelledError):
+            await probing
+        await runner.cleanup()
