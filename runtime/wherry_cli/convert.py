@@ -22,7 +22,7 @@ def convert(
     type_: Annotated[
         str, typer.Option("--type", help="Of matrices: F32, F16, BF16; GGUF also Q8_0, Q6_K, Q5_K, Q5_0, Q4_K, Q4_0.")
     ] = "",
-    allow_pickle: Annotated[
+    torch_bin: Annotated[
         bool, typer.Option("--allow-pickle", help="Read PyTorch .bin files, tensors alone. Only where you trust them.")
     ] = False,
 ) -> None:
@@ -36,7 +36,7 @@ def convert(
         if to not in ("gguf", "safetensors"):
             raise ModelError("unknown_format", f"--to {to}: gguf or safetensors")
         wanted = type_named(type_) if type_ else None
-        source = open_source(src, allow_pickle=allow_pickle)
+        source = open_source(src, torch_bin=torch_bin)
         write = to_gguf if to == "gguf" else to_safetensors
         with bar("Converting", _bytes(source.tensors, wanted)) as progress:
             types = write(source, dst, wanted, progress)

@@ -47,7 +47,7 @@ class Source:
     metadata: dict[str, Value] | None = None
 
 
-def open_source(path: Path, *, allow_pickle: bool = False) -> Source:
+def open_source(path: Path, *, torch_bin: bool = False) -> Source:
     """The model at `path`: a GGUF file, or a directory with safetensors, GGUF or, if allowed, PyTorch files.
 
     Raises:
@@ -62,7 +62,7 @@ def open_source(path: Path, *, allow_pickle: bool = False) -> Source:
     if files := gguf_files(path):
         return _gguf(path, files)
     if files := _pickles(path):
-        if not allow_pickle:
+        if not torch_bin:
             raise ModelError(
                 "pickle_not_allowed",
                 f"{path}: has PyTorch pickles only ({files[0].name}). --allow-pickle reads them, tensors alone "
