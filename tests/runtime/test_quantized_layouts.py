@@ -144,6 +144,9 @@ def test_fp8_rows_and_blocks() -> None:
     expected = torch.stack([torch.stack([scales[n // 128, k // 128] for k in range(300)]) for n in range(200)])
     assert torch.equal(dequantize_blocks(values, scales), values.float() * expected)
     assert torch.equal(dequantize_blocks(values, torch.tensor(0.5)), values.float() * 0.5)
+    assert torch.equal(dequantize_blocks(values, scales[:1]), values.float() * expected[:1])
+    with pytest.raises(ValueError, match="are not those of blocks of 128"):
+        dequantize_blocks(values, torch.ones(3, 3))
 
 
 @pytest.mark.parametrize(

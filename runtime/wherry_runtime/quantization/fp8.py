@@ -5,6 +5,7 @@ from dataclasses import dataclass
 import torch
 
 LARGEST = 448.0
+BLOCK = 128
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,17 +27,21 @@ def quantize_rows(weights: torch.Tensor) -> Scaled:
 
 
 def dequantize_blocks(values: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
-    """Values [N, K] with a scale for each of equal blocks → [N, K] float32.
+    """Values [N, K] with a scale for each block → [N, K] float32.
 
     Args:
-        scales: [A, B] for blocks of 128 where N or K is no multiple, else of ⌈N / A⌉ × ⌈K / B⌉; or a number for all.
+        scales: a number for all, or [A, B], each of A and B being 1, as many as there are rows or columns, or as many
+            as there are blocks of 128 of them.
+
+    Raises:
+        ValueError: they are something else.
     """
     if scales.numel() == 1:
         return values.float() * scales.float().reshape(())
     wide = scales.float().reshape(scales.shape[0], -1)
-    for dim in (0, 1):
-        size = -(-values.shape[dim] // wide.shape[dim])
-        # A last block that is not full: blocks are a power of two then.
-        size = size if values.shape[dim] % wide.shape[dim] == 0 else 1 << (size - 1).bit_length()
-        wide = wide.repeat_interleave(size, dim)[: values.shape[0] if dim == 0 else None]
-    return values.float() * wide[:, : values.shape[1]]
+    for dim, size in enumerate(values.shape):
+        if wide.shape[dim] == -(-size // BLOCK) and size > BLOCK:
+            wide = wide.repeat_interleave(BLOCK, dim).narrow(dim, 0, size)
+        elif wide.shape[dim] not in (1, size):
+            raise ValueError(f"scales {list(scales.shape)} are not those of blocks of {BLOCK} of {list(values.shape)}")
+    return values.float() * wide
