@@ -38,21 +38,22 @@ class Failure(Exception):
 
 
 def model_uri(model: str) -> str:
-    """A directory or a URI as a URI that leads to a directory. Looked at before torch is loaded, which takes seconds.
+    """A model's directory, file or URI as a URI. Looked at before torch is loaded, which takes seconds.
 
     Raises:
-        Failure: the directory is not there.
+        Failure: it is not there, or is no model.
     """
-    if "://" in model:
-        try:
-            locate(model)
-        except ModelError as error:
-            raise Failure(error.message) from None
-        return model
-    path = Path(model).expanduser().resolve()
-    if not path.is_dir():
-        raise Failure(f"there is no directory {path}; name a model's directory, or sample://tiny to try the sample")
-    return f"file://{path}"
+    if "://" not in model:
+        path = Path(model).expanduser().resolve()
+        if not path.exists():
+            hint = "name a model's directory or GGUF file, or sample://tiny to try the sample"
+            raise Failure(f"there is no directory {path}; {hint}")
+        model = f"file://{path}"
+    try:
+        locate(model)
+    except ModelError as error:
+        raise Failure(error.message) from None
+    return model
 
 
 async def _load(engine: Engine, name: str) -> None:
@@ -111,7 +112,7 @@ def _run(config: EngineConfig) -> None:
 
 @with_engine_flags("model_uri", *WORKER_ONLY)
 def app(
-    model: Annotated[str, typer.Argument(help="A model's directory, or sample://tiny.")],
+    model: Annotated[str, typer.Argument(help="A model's directory or GGUF file, or sample://tiny.")],
     host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(help="Port to listen on; 0 picks a free one.", min=0, max=65535)] = 8080,
     model_name: Annotated[str, typer.Option(help="Name that clients ask for; default: the directory's.")] = "",
