@@ -37,7 +37,7 @@ _console = Console(stderr=True, highlight=False)
 _Model = Annotated[
     str,
     typer.Argument(
-        help="A model's directory or .gguf file, sample://tiny, or what is downloaded: hf://ORG/NAME, s3://…, "
+        help="A model's directory or GGUF file, sample://tiny, or what is downloaded: hf://ORG/NAME, s3://…, "
         "https://…#sha256=…, oci://…."
     ),
 ]
@@ -54,20 +54,21 @@ def model_uri(model: str, cache: str = "") -> str:
     Done before torch is loaded, which takes seconds.
 
     Raises:
-        Failure: it is not there, or cannot be downloaded.
+        Failure: it is not there, is no model, or cannot be downloaded.
     """
     try:
         if is_remote(model):
             return download(model, cache_root(cache))
-        if "://" in model:
-            locate(model)
-            return model
+        if "://" not in model:
+            path = Path(model).expanduser().resolve()
+            if not path.exists():
+                hint = "name a model's directory or GGUF file, or sample://tiny to try the sample"
+                raise Failure(f"there is no directory {path}; {hint}")
+            model = path.as_uri()
+        locate(model)
     except ModelError as error:
         raise Failure(error.message) from None
-    path = Path(model).expanduser().resolve()
-    if not path.is_dir() and not (path.suffix == ".gguf" and path.is_file()):
-        raise Failure(f"there is no directory {path}; name a model's directory, or sample://tiny to try the sample")
-    return path.as_uri()
+    return model
 
 
 def default_name(model: str) -> str:
