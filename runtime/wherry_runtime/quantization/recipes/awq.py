@@ -26,7 +26,7 @@ def _writer(settings: Settings, shapes: Shapes) -> Writer:
 
 RECIPE = Recipe(
     name="awq",
-    summary="Weights of large inputs get finer steps. Half of GPTQ's gain, and less bound to the calibration text.",
+    summary="Weights of large inputs get finer steps. It needs less text than GPTQ.",
     round=_round,
     writer=_writer,
     bits=(4, 3),
