@@ -131,7 +131,7 @@ REFUSED = [
     Refused("unknown quantization", {"quantization": {"method": "gptq"}}, "Unsupported value"),
     Refused("unknown KV cache", {"quantization": {"kvCache": "int4"}}, "Unsupported value"),
     Refused("unknown field", {"replica": 2}, 'unknown field "spec.replica"'),
-    Refused("field of later work", {"modelCache": {}}, 'unknown field "spec.modelCache"'),
+    Refused("field of later work", {"lora": []}, 'unknown field "spec.lora"'),
     Refused("toleration without sense", {"tolerations": [{"effect": "Sometimes"}]}, "Unsupported value"),
     Refused("pull secret twice", {"imagePullSecrets": [{"name": "a"}, {"name": "a"}]}, "Duplicate value"),
     Refused("long name", {}, "at most 40 characters", "a" * 41),

@@ -9,7 +9,7 @@ import torch
 from wherry_runtime.layers.linear import Slot, Slots
 from wherry_runtime.loading.config import ModelConfig
 from wherry_runtime.loading.errors import ModelError
-from wherry_runtime.models.mxfp4 import BLOCK, dequantize
+from wherry_runtime.quantization.fp4 import GROUP, unpack_mxfp4
 
 LAYER = re.compile(r"(model\.layers)\.(\d+)\.(.+)\.([^.]+)")
 QUERIES_AND_KEYS = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.q_norm", "self_attn.k_norm")
@@ -149,12 +149,17 @@ def _pattern(module: str) -> str:
 
 def _mxfp4(name: str, shape: tuple[int, int, int], fill: Fill) -> Slots:
     experts, outputs, inputs = shape
-    groups = math.ceil(inputs / BLOCK)
+    groups = math.ceil(inputs / GROUP)
     shapes = {
-        f"{name}_blocks": (experts, outputs, groups, BLOCK // 2),
+        f"{name}_blocks": (experts, outputs, groups, GROUP // 2),
         f"{name}_scales": (experts, outputs, groups),
     }
-    return _collected(shapes, lambda found: fill(dequantize(*found.values())))
+
+    def unpacked(found: Mapping[str, torch.Tensor]) -> object:
+        blocks, scales = found.values()
+        return fill(unpack_mxfp4(blocks.flatten(-2), scales))
+
+    return _collected(shapes, unpacked)
 
 
 def _rows(name: str, slot: Slot) -> Slots:

@@ -7,6 +7,7 @@ import torch
 from wherry_runtime.quantization.tensors import split
 
 GROUP = 32
+GROUPS_AT_ONCE = 1 << 16  # that are unpacked: bounds the memory
 VALUES = torch.tensor([0, 0.5, 1, 1.5, 2, 3, 4, 6, -0.0, -0.5, -1, -1.5, -2, -3, -4, -6])
 BIAS = 127
 TOP_EXPONENT = 2  # of the largest value, 6
@@ -21,7 +22,7 @@ class MXFP4:
 
     def dequantized(self) -> torch.Tensor:
         """[N, K] float32."""
-        return unpack_mxfp4(self.packed, self.exponents)
+        return unpack_mxfp4(self.packed, self.exponents).float()
 
 
 def quantize_mxfp4(weights: torch.Tensor) -> MXFP4:
@@ -41,7 +42,20 @@ def quantize_mxfp4(weights: torch.Tensor) -> MXFP4:
 
 
 def unpack_mxfp4(packed: torch.Tensor, exponents: torch.Tensor) -> torch.Tensor:
-    """[N, K] float32."""
-    codes = torch.stack((packed & 15, packed >> 4), dim=-1).flatten(1).long()
-    scales = torch.exp2(exponents.float() - BIAS)
-    return (split(VALUES[codes], 1, (-1, GROUP)) * scales.unsqueeze(-1)).flatten(1)
+    """Weights in bfloat16, which holds each of them exactly.
+
+    Args:
+        packed: [..., K / 2] uint8.
+        exponents: [..., K / 32] uint8.
+
+    Returns:
+        [..., K].
+    """
+    values = VALUES.bfloat16()
+    flat, powers = packed.reshape(-1, GROUP // 2), exponents.reshape(-1, 1).to(torch.int32) - BIAS
+    out = torch.empty(len(flat), GROUP, dtype=torch.bfloat16)
+    for start in range(0, len(flat), GROUPS_AT_ONCE):
+        groups = slice(start, start + GROUPS_AT_ONCE)
+        codes = torch.stack((flat[groups] & 15, flat[groups] >> 4), dim=-1).flatten(1)
+        out[groups] = torch.ldexp(values[codes.long()], powers[groups])
+    return out.view(*exponents.shape[:-1], -1)

@@ -15,6 +15,7 @@ import numpy.typing as npt
 
 from wherry_runtime.formats.gguf.cursor import LONGEST_KEY, Buffer, Cursor, Value
 from wherry_runtime.formats.gguf.types import GGMLType, type_of
+from wherry_runtime.formats.mapped import open_mapped
 from wherry_runtime.loading.errors import ModelError
 
 MAGIC = b"GGUF"
@@ -142,17 +143,7 @@ class GGUFFile:
         Raises:
             ModelError: bad_gguf or unreadable_file.
         """
-        try:
-            with path.open("rb") as file:
-                if not (size := file.seek(0, 2)):
-                    raise ModelError("bad_gguf", f"{path}: is empty")
-                data = mmap.mmap(file.fileno(), size, access=mmap.ACCESS_READ)
-        except OSError as e:
-            raise ModelError("unreadable_file", f"{path}: {e.strerror}") from e
-        try:
-            return cls(path, parse_header(data, size), data)
-        except ModelError as e:
-            raise ModelError(e.code, f"{path}: {e.message}; copy or download it again") from None
+        return cls(path, *open_mapped(path, "bad_gguf", parse_header))
 
     def raw(self, info: TensorInfo) -> npt.NDArray[np.uint8]:
         """A tensor's bytes, not copied: [nbytes] uint8."""

@@ -12,6 +12,7 @@ import msgspec
 import numpy as np
 import numpy.typing as npt
 
+from wherry_runtime.formats.mapped import open_mapped
 from wherry_runtime.loading.errors import ModelError
 
 LARGEST_HEADER = 100_000_000  # bytes; as the format says
@@ -125,17 +126,7 @@ class SafetensorsFile:
         Raises:
             ModelError: bad_safetensors or unreadable_file.
         """
-        try:
-            with path.open("rb") as file:
-                if not (size := file.seek(0, 2)):
-                    raise ModelError("bad_safetensors", f"{path}: is empty")
-                data = mmap.mmap(file.fileno(), size, access=mmap.ACCESS_READ)
-        except OSError as e:
-            raise ModelError("unreadable_file", f"{path}: {e.strerror}") from e
-        try:
-            return cls(path, parse_header(data, size), data)
-        except ModelError as e:
-            raise ModelError(e.code, f"{path}: {e.message}; copy or download it again") from None
+        return cls(path, *open_mapped(path, "bad_safetensors", parse_header))
 
     def raw(self, info: TensorInfo) -> npt.NDArray[np.uint8]:
         """A tensor's bytes, not copied: [nbytes] uint8."""

@@ -56,7 +56,7 @@ def _packed_params(parts: Parts) -> tuple[torch.Tensor, torch.Tensor, int, int, 
 
 def _read_packed(parts: Parts) -> Grouped | torch.Tensor:
     if parts["weight_packed"].dtype is torch.uint8:
-        return unpack_mxfp4(parts["weight_packed"], parts["weight_scale"])
+        return unpack_mxfp4(parts["weight_packed"], parts["weight_scale"]).float()
     scales, zeros, bits, inputs, group, groups = _packed_params(parts)
     return Grouped(unpack_bits(parts["weight_packed"], bits, inputs), scales, zeros, bits, group, groups)
 
