@@ -40,7 +40,7 @@ def test_version() -> None:
     [
         (["serve", "/no/such/dir"], "there is no directory /no/such/dir"),
         (["serve", "sample://nope"], "nope"),
-        (["serve", "hf://a/b"], "hf://"),
+        (["serve", "hf://nobody"], "hf://"),
         (["chat", "--url", "http://127.0.0.1:9"], "is the server running?"),
         (["chat", "--url", "nonsense"], "is not a URL"),
     ],

@@ -100,15 +100,14 @@ def blocked() -> Iterator[Blocked]:
 
 def test_the_higher_class_is_answered_first(blocked: Blocked) -> None:
     held = blocked.hold()
-    order: list[str] = []
     requests = []
     for name in ("low", "mid", "high"):
-        requests.append(Request(blocked.front, name, order, x_wherry_priority=name))
+        requests.append(Request(blocked.front, name, [], x_wherry_priority=name, x_correlation_id=name))
         eventually(lambda name=name: queued(blocked.front, name) == 1)
     held[0].let_go()
     assert [request.done().status_code for request in requests] == [200] * 3
     held[1].let_go()
-    assert order == ["high", "mid", "low"]
+    assert blocked.mock.state()["correlation_ids"][-3:] == ["high", "mid", "low"]
     seen = metrics(blocked.front)
     assert seen['wherry_router_queue_wait_seconds_count{class="low"}'] == 1
     assert seen['wherry_router_queue_wait_seconds_sum{class="low"}'] > 0

@@ -10,8 +10,6 @@ import msgspec
 from wherry_runtime.loading.errors import ModelError
 from wherry_runtime.loading.recurrent_config import RecurrentConfig
 from wherry_runtime.loading.rope_config import PositiveFloat, RopeConfig
-from wherry_runtime.quantization.layouts import kinds_of
-from wherry_runtime.quantization.layouts.base import UnsupportedLayoutError
 
 Positive = Annotated[int, msgspec.Meta(ge=1)]
 
@@ -203,6 +201,10 @@ def architecture_of(raw: dict[str, Any], known: list[str], path: Path) -> str:
 def common_fields(raw: dict[str, Any]) -> dict[str, Any]:
     """What every family's `config.json` says in the same words."""
     if (quantization := raw.get("quantization_config")) is not None:
+        # Imported late: layouts need torch, and whoever only looks at a model does not.
+        from wherry_runtime.quantization.layouts import kinds_of
+        from wherry_runtime.quantization.layouts.base import UnsupportedLayoutError
+
         try:
             kinds_of(quantization)
         except UnsupportedLayoutError as e:

@@ -8,7 +8,7 @@ from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from pathlib import Path
 
 from wherry_runtime.loading.errors import ModelError
-from wherry_runtime.sources.http import TRIES, Http, shown
+from wherry_runtime.sources.http import Http, shown
 from wherry_runtime.sources.lock import BEAT_S, Lock
 from wherry_runtime.sources.progress import Download, size_text
 from wherry_runtime.sources.registry import source_of
@@ -20,6 +20,8 @@ log = logging.getLogger("wherry.sources")
 
 AT_ONCE = 4  # files
 LOG_S = 10.0
+
+FIRST_TRIES = 4  # of a source that has not answered yet: a quarter of a minute
 
 
 def fetch(uri: str, root: Path, progress: Download | None = None, stop: threading.Event | None = None) -> Path:
@@ -56,7 +58,7 @@ class _Fetch:
             return found
         before = self._store.last()
         # Who has something to go on with does not wait long for a source that does not answer.
-        self._http.tries = TRIES if before is None else 2
+        self._http.tries = FIRST_TRIES if before is None else 2
         try:
             listing = self._source.resolve()
         except TransferError as error:
