@@ -96,7 +96,7 @@ def run_auto(uri: str, target: Path, flags: Flags, limit: float) -> None:
     chosen = windows(flags.calibration, Tokenizer(source), flags.windows, flags.length)
     with _progress() as progress:
         found, loss = choose(source, target, limit, chosen, lambda candidate: _layers(progress, str(candidate)))
-    Console().print(f"{found}: {loss:.4f} nats per token", highlight=False)
+    Console().print(f"{found}: {loss:.4f} nats per token", highlight=False, soft_wrap=True)
     _show(source, target)
 
 
@@ -112,4 +112,5 @@ def _layers(progress: Progress, name: str) -> Report:
 
 def _show(source: Path, target: Path) -> None:
     before, after = (sum(f.stat().st_size for f in d.glob("*.safetensors")) for d in (source, target))
-    Console().print(f"{target}: {after / 1e6:,.1f} MB, {after / before:.0%} of {before / 1e6:,.1f} MB", highlight=False)
+    sizes = f"{after / 1e6:,.1f} MB, {after / before:.0%} of {before / 1e6:,.1f} MB"
+    Console().print(f"{target}: {sizes}", highlight=False, soft_wrap=True)
