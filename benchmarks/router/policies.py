@@ -18,6 +18,7 @@ import math
 import os
 import platform
 import re
+import shutil
 import statistics
 import subprocess
 import sys
@@ -41,7 +42,8 @@ MODEL = "chat"
 REPLICAS = 8
 # A cache that holds an eighth of what the workloads come back to: which replica has what, matters.
 SHAPE = ("--kv-tokens", "100000", "--max-running", "64", "--tokens-per-event", "16", "--max-queued", "1000")
-RATES = (4, 6, 9, 13, 19, 28, 40, 57, 80, 113, 160)
+RATES = (2, 3, 4, 6, 9, 13, 19, 28, 40, 57, 80, 113, 160)
+TOKEN_BYTES = 2 * 12 * 4 * 64 * 2  # of KV cache, for a token of the real replicas' model
 BOUND_S = 2.0  # p99 of the time to the first token, of the device's time
 FILE = Path(__file__).with_name("policies.json")
 
@@ -76,13 +78,13 @@ def _peer(name: str, module: str) -> Callable[[list[str], int], list[str]]:
 
 
 STACKS = {
-    "Wherry, random": Stack("worker", _wherry("random"), 2),
-    "Wherry, least-tokens": Stack("worker", _wherry("least-tokens"), 2),
-    "Wherry, prefix-aware": Stack("worker", _wherry("prefix-aware"), 7),
+    "Wherry, random": Stack("worker", _wherry("random"), 4),
+    "Wherry, least-tokens": Stack("worker", _wherry("least-tokens"), 4),
+    "Wherry, prefix-aware": Stack("worker", _wherry("prefix-aware"), 9),
     "3 real replicas, random": Stack("real", _wherry("random"), 2),
-    "3 real replicas, prefix-aware": Stack("real", _wherry("prefix-aware"), 4),
-    "vllm-router, cache_aware": Stack("openai", _peer("vllm-router", "vllm_router.launch_router"), 5),
-    "sglang-router, cache_aware": Stack("openai", _peer("sglang-router", "sglang_router.launch_router"), 5),
+    "3 real replicas, prefix-aware": Stack("real", _wherry("prefix-aware"), 5),
+    "vllm-router, cache_aware": Stack("openai", _peer("vllm-router", "vllm_router.launch_router"), 7),
+    "sglang-router, cache_aware": Stack("openai", _peer("sglang-router", "sglang_router.launch_router"), 7),
 }
 
 
@@ -130,7 +132,8 @@ def workers(api: str, speed: float) -> Iterator[list[str]]:
     """The addresses of replicas, simulated or real."""
     if api == "real":
         with contextlib.ExitStack() as opened:
-            yield [opened.enter_context(_real()) for _ in range(3)]
+            model = _random_model(Path(opened.enter_context(tempfile.TemporaryDirectory())))
+            yield [opened.enter_context(_real(model)) for _ in range(3)]
         return
     flags = ["--replicas", str(REPLICAS), "--port", "0", "--model", MODEL, "--api", api, "--speed", str(speed), *SHAPE]
     with process([sys.executable, "-m", "wherry_cli.main", "simulate", *flags]) as child:
@@ -139,12 +142,43 @@ def workers(api: str, speed: float) -> Iterator[list[str]]:
         yield [json.loads(child.stdout.readline())["url"] for _ in range(REPLICAS)]
 
 
+def _random_model(directory: Path) -> Path:
+    """A model of 39 million random parameters with the sample's tokenizer: large enough that a prompt costs more than
+    what goes on around it, which the sample model is not."""
+    import torch
+    from safetensors.torch import save_file
+
+    from wherry_runtime.models.decoder import Decoder
+    from wherry_runtime.models.registry import read_config
+    from wherry_runtime.quantization.storage import Storage
+
+    for path in TINY.glob("tokenizer*.json"):
+        shutil.copy(path, directory)
+    size = {"hidden_size": 512, "head_dim": 64, "intermediate_size": 1408, "num_hidden_layers": 12}
+    raw = json.loads((TINY / "config.json").read_text()) | size
+    (directory / "config.json").write_text(json.dumps(raw))
+    model = Decoder(read_config(directory), 1, Storage(torch.bfloat16, torch.device("meta")))
+    generator = torch.Generator().manual_seed(1)
+    tensors = {n: torch.randn(s.shape, generator=generator).mul_(0.02).bfloat16() for n, s in model.slots().items()}
+    save_file(tensors, directory / "model.safetensors")
+    return directory
+
+
 @contextlib.contextmanager
-def _real() -> Iterator[str]:
-    """The address of a worker with the sample model and a cache of 20,000 tokens: ten of the 24 prompts."""
+def _real(directory: Path) -> Iterator[str]:
+    """The address of a worker with the model and a cache of 20,000 tokens: ten of the 24 prompts."""
     port = free_port()
-    size = ("--kv-cache-bytes", str(20_000 * 4096), "--max-queued", "1000", "--threads", "1", "--port", str(port))
-    model = ("--model-name", MODEL, "--model-uri", f"file://{TINY}")
+    size = (
+        "--kv-cache-bytes",
+        str(20_000 * TOKEN_BYTES),
+        "--max-queued",
+        "1000",
+        "--threads",
+        "1",
+        "--port",
+        str(port),
+    )
+    model = ("--model-name", MODEL, "--model-uri", f"file://{directory}")
     with process([sys.executable, "-m", "wherry_runtime", *model, *size]):
         yield f"http://127.0.0.1:{port}"
 

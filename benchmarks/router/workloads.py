@@ -111,6 +111,6 @@ WORKLOADS = {
     "multi-turn": MultiTurn(),
     "shared-prefix": SharedPrefix(),
     "nothing-shared": NothingShared(),
-    # For the sample model on this machine's cores: prompts of some 1,950 of its tokens, all but 70 of them shared.
+    # For real replicas on this machine's cores: prompts of some 1,950 of their tokens, all but 70 of them shared.
     "real": SharedPrefix(groups=24, prefix=540, question=20, output=4),
 }
