@@ -79,6 +79,7 @@ class AsyncEngine:
 
     def __init__(self, config: EngineConfig, download: Download | None = None) -> None:
         self._config = config
+        self._version = fingerprint(config)
         self._download = download
         self._loaded: Loaded | None = None
         self._core: EngineCore | None = None
@@ -269,7 +270,7 @@ class AsyncEngine:
         live = self._live(request, key, prompt, loaded)
         is_chat = request.prompt.messages is not None
         detokenizer = Detokenizer(loaded.tokenizer, request.sampling.stop, strip_leading_space=is_chat)
-        answer = Answer(request.id, live, loaded.tokenizer, detokenizer, digest, fingerprint(self._config))
+        answer = Answer(request.id, live, loaded.tokenizer, detokenizer, digest, self._version)
         if live.request.num_resumed:
             # Off the event loop, which thousands of tokens would hold up for everybody.
             over = await asyncio.to_thread(recall, live, detokenizer)

@@ -4,11 +4,11 @@ import re
 from pathlib import Path
 from typing import Literal
 
+from wherry_runtime.formats.safetensors.reader import LARGEST_HEADER
 from wherry_runtime.loading.errors import ModelError
 
 Kind = Literal["gguf", "safetensors", "torch", "unknown"]
 _SPLIT = re.compile(r"^(.*)-(\d{5})-of-(\d{5})\.gguf$")
-_LARGEST_HEADER = 100_000_000
 
 
 def kind_of(path: Path) -> Kind:
@@ -26,7 +26,7 @@ def kind_of(path: Path) -> Kind:
         return "gguf"
     if first[:4] == b"PK\x03\x04" or (first[:1] == b"\x80" and first[1:2] in b"\x02\x03\x04\x05"):
         return "torch"
-    if first[8:9] == b"{" and 2 <= int.from_bytes(first[:8], "little") <= _LARGEST_HEADER:
+    if first[8:9] == b"{" and 2 <= int.from_bytes(first[:8], "little") <= LARGEST_HEADER:
         return "safetensors"
     return "unknown"
 

@@ -8,13 +8,12 @@ from safetensors import SafetensorError, safe_open
 
 from wherry_runtime.formats.detect import gguf_files, kind_of
 from wherry_runtime.formats.gguf.reader import GGUFFile
+from wherry_runtime.formats.safetensors.reader import LARGEST_HEADER
 from wherry_runtime.formats.safetensors.shards import IGNORED, INDEX, SINGLE, safetensors_files
 from wherry_runtime.layers.linear import Slot
 from wherry_runtime.loading.errors import ModelError
 from wherry_runtime.loading.gguf import GGUFCheckpoint
 from wherry_runtime.quantization.grouped import Grouped
-
-LARGEST_HEADER = 100_000_000  # bytes; as the format says
 
 
 def shard_files(directory: Path) -> list[Path]:

@@ -93,21 +93,28 @@ def scan(
     return y, state
 
 
+def with_state(raw: dict[str, Any], shape: dict[str, Any]) -> Fields:
+    """The fields of both Mambas: `shape` is what one of them says of its state."""
+    refuse(raw.get("hidden_act", "silu") not in ("silu", "swish"), f"hidden_act {raw.get('hidden_act')!r}")
+    shared = {
+        "conv_kernel": raw.get("conv_kernel", 4),
+        "bias": flag(raw, "use_bias"),
+        "conv_bias": flag(raw, "use_conv_bias", default=True),
+        "float32_residual": flag(raw, "residual_in_fp32", default=True),
+    }
+    return {"recurrent": shape | shared, "norm_eps": raw.get("layer_norm_epsilon", 1e-5), "layout": LAYOUT}
+
+
 def fields(raw: dict[str, Any]) -> Fields:
     """Shapes that follow from the width where they are not named."""
-    refuse(raw.get("hidden_act", "silu") not in ("silu", "swish"), f"hidden_act {raw.get('hidden_act')!r}")
     hidden, rank = raw["hidden_size"], raw.get("time_step_rank", "auto")
     shape = {
         "kind": "mamba",
         "inner_size": raw.get("intermediate_size") or int(raw.get("expand", 2) * hidden),
         "state_size": raw.get("state_size", 16),
-        "conv_kernel": raw.get("conv_kernel", 4),
         "time_step_rank": math.ceil(hidden / 16) if rank == "auto" else rank,
-        "bias": flag(raw, "use_bias"),
-        "conv_bias": flag(raw, "use_conv_bias", default=True),
-        "float32_residual": flag(raw, "residual_in_fp32", default=True),
     }
-    return {"recurrent": shape, "norm_eps": raw.get("layer_norm_epsilon", 1e-5), "layout": LAYOUT}
+    return with_state(raw, shape)
 
 
 FAMILY = Family(

@@ -10,8 +10,8 @@ from wherry_runtime.layers.norm import RMSNorm
 from wherry_runtime.layers.recurrent import CausalConvolution, Kept, Parameter, Part, States, project
 from wherry_runtime.loading.config import ModelConfig
 from wherry_runtime.loading.recurrent_config import RecurrentConfig
-from wherry_runtime.models.family import RECURRENT, Family, Fields, flag, refuse
-from wherry_runtime.models.mamba import LAYOUT
+from wherry_runtime.models.family import RECURRENT, Family, Fields, refuse
+from wherry_runtime.models.mamba import with_state
 from wherry_runtime.parallel.shard import Span
 from wherry_runtime.quantization.storage import Storage
 
@@ -116,7 +116,6 @@ def _number(value: Any) -> float:
 
 def fields(raw: dict[str, Any]) -> Fields:
     """Shapes that follow from the width where they are not named."""
-    refuse(raw.get("hidden_act", "silu") not in ("silu", "swish"), f"hidden_act {raw.get('hidden_act')!r}")
     inner, heads, dim = int(raw.get("expand", 2) * raw["hidden_size"]), raw["num_heads"], raw["head_dim"]
     groups = raw.get("n_groups", 8)
     refuse(inner != heads * dim, f"{heads} heads of {dim} where {inner} channels are")
@@ -125,16 +124,12 @@ def fields(raw: dict[str, Any]) -> Fields:
         "kind": "mamba2",
         "inner_size": inner,
         "state_size": raw.get("state_size", 128),
-        "conv_kernel": raw.get("conv_kernel", 4),
         "num_heads": heads,
         "head_dim": dim,
         "num_groups": groups,
         "time_step_limit": tuple(map(_number, raw.get("time_step_limit", (0.0, "inf")))),
-        "bias": flag(raw, "use_bias"),
-        "conv_bias": flag(raw, "use_conv_bias", default=True),
-        "float32_residual": flag(raw, "residual_in_fp32", default=True),
     }
-    return {"recurrent": shape, "norm_eps": raw.get("layer_norm_epsilon", 1e-5), "layout": LAYOUT}
+    return with_state(raw, shape)
 
 
 FAMILY = Family(
