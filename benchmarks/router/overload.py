@@ -14,6 +14,7 @@ import os
 import platform
 import random
 import re
+import signal
 import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -261,6 +262,8 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=30, help="of each run (%(default)s)")
     parser.add_argument("--json", type=Path, default=Path("benchmarks/router/results/overload.json"))
     args = parser.parse_args()
+    # Told to stop, it ends what it started, as on Ctrl-C.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     console = Console()
     result = {
         "machine": {"cpus": os.cpu_count(), "python": platform.python_version(), "system": platform.system()},

@@ -19,6 +19,7 @@ import os
 import platform
 import re
 import shutil
+import signal
 import statistics
 import subprocess
 import sys
@@ -403,6 +404,8 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=24)
     parser.add_argument("--json", type=Path, default=FILE)
     args = parser.parse_args()
+    # Told to stop, it ends what it started, as on Ctrl-C.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     for name in {"vllm-router", "sglang-router"} & {stack.split(",")[0] for stack in args.stack}:
         if not installed(name):
             install(name)

@@ -1,9 +1,10 @@
-"""What the three benchmarks share: options, the machine, tables and files."""
+"""What these benchmarks share: options, the machine, tables and files."""
 
 import argparse
 import json
 import os
 import platform
+import signal
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -27,7 +28,8 @@ def options(doc: str | None, name: str) -> argparse.ArgumentParser:
 
 
 def prepare(names: list[str]) -> None:
-    """Installs what is missing, before anything is timed."""
+    """Installs what is missing, before anything is timed. Told to stop, what was started ends too, as on Ctrl-C."""
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     install(names)
 
 
