@@ -17,6 +17,7 @@ from wherry_runtime.formats.gguf.blocks.parts import HELD
 from wherry_runtime.formats.gguf.types import type_named
 from wherry_runtime.kernels.cpu import library
 from wherry_runtime.layers.linear import Linear
+from wherry_runtime.loading.checkpoint import iterate_tensors
 from wherry_runtime.loading.gguf import BlockRows
 from wherry_runtime.loading.loader import load_model
 from wherry_runtime.models.decoder import Decoder
@@ -168,6 +169,20 @@ def test_a_model_computes_with_its_blocks(tmp_path: Path, name: str, caplog: pyt
         assert torch.nn.functional.cosine_similarity(got, want, dim=-1).min() > 0.995
         # Sums in another order now and then round an activation to the next step.
         assert torch.nn.functional.cosine_similarity(together(two, sequences), got, dim=-1).min() > 0.999
+
+
+@pytest.mark.skipif(not library.available(), reason="there are no native kernels on this machine")
+def test_matrices_that_are_fused_in_the_file_are_held_too(tmp_path: Path) -> None:
+    Case("phi3", "Phi3", {"hidden_size": 256, "intermediate_size": 512, "sliding_window": None}).build(
+        tmp_path / "source"
+    )
+    file = converted(tmp_path / "source", tmp_path / "q.gguf", "Q4_K")
+    model = load_model(file.directory, file.config, 64, file.storage("shared"))
+    assert isinstance(model, Decoder)
+    tensors = dict(iterate_tensors(file.directory))
+    for name, layer in (("self_attn.qkv_proj", model.layers[0].qkv), ("mlp.gate_up_proj", model.layers[0].gate_up)):
+        assert packed(layer).format == HELD["Q4_K"]
+        assert torch.equal(packed(layer).dequantized(), tensors[f"model.layers.0.{name}.weight"])
 
 
 @pytest.mark.skipif(not library.available(), reason="there are no native kernels on this machine")

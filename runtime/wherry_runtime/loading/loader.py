@@ -1,11 +1,12 @@
 """From a model directory to a model in memory."""
 
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 
 import torch
+from msgspec.structs import replace as replace_field
 
 from wherry_protocol.engine_config import Dtype
 from wherry_runtime.formats.detect import kind_of
@@ -19,6 +20,7 @@ from wherry_runtime.loading.weight_cache import WeightCache, WeightCacheError
 from wherry_runtime.models.decoder import Decoder
 from wherry_runtime.models.recurrent import RecurrentDecoder
 from wherry_runtime.parallel.shard import Shard
+from wherry_runtime.quantization.formats import Format
 from wherry_runtime.quantization.packed import Rows
 from wherry_runtime.quantization.storage import Storage
 
@@ -119,9 +121,14 @@ def _tensors(
             yield name, tensor
 
 
-def as_stored(config: ModelConfig) -> bool:
-    """Whether matrices are held as the checkpoint has them: none is cut, turned or put in another order."""
-    return config.layout == Layout() and (config.rope is None or config.rope.order(config.head_dim) is None)
+def as_stored(config: ModelConfig, *, fused: bool = False) -> bool:
+    """Whether matrices are held as the checkpoint has them: none is cut, turned or put in another order.
+
+    Args:
+        fused: that several lie in one, one after another, does not count.
+    """
+    layout = replace_field(config.layout, fused={}) if fused and not config.layout.grouped else config.layout
+    return layout == Layout() and (config.rope is None or config.rope.order(config.head_dim) is None)
 
 
 def _quantized(directory: Path, config: ModelConfig) -> QuantizedCheckpoint | GGUFCheckpoint | None:
@@ -159,13 +166,23 @@ def _keeping(storage: Storage, quantized: QuantizedCheckpoint, config: ModelConf
 
 def _keeping_blocks(storage: Storage, model: GGUFCheckpoint, config: ModelConfig, directory: Path) -> Storage:
     """`storage` for a model in GGUF: blocks that our kernels can compute with stay as they are."""
-    held = model.formats() if as_stored(config) else {}
+    held = model.formats() if as_stored(config, fused=True) else {}
     if storage.device.type == "cuda":
         held = {name: format_ for name, format_ in held.items() if not format_.two_level}
     elif not storage.native:
         held = {}  # PyTorch on CPU would unpack them anew for every step
     log.info("%s: %s", directory, model.describe(held, storage.dtype))
-    return replace(storage, held=held)
+    return replace(storage, held=held | _parts(held, config.layout.fused))
+
+
+def _parts(held: Mapping[str, Format], fused: Mapping[str, tuple[str, ...]]) -> dict[str, Format]:
+    """Of fused matrices, the formats of those that they hold."""
+    found: dict[str, Format] = {}
+    for name, format_ in held.items():
+        for whole, modules in fused.items():
+            if name.endswith(f".{whole}"):
+                found |= {f"{name.removesuffix(whole)}{module}": format_ for module in modules}
+    return found
 
 
 def _from_cache(cache: WeightCache, empty: Callable[[], AnyDecoder]) -> AnyDecoder | None:
