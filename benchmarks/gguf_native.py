@@ -19,9 +19,9 @@ from wherry_runtime.formats.conversion.source import open_source
 from wherry_runtime.formats.conversion.to_gguf import to_gguf
 
 NAME = "8-layers"
-TYPES = {"Q8_0": 7, "Q4_0": 2, "Q4_K_M": 15, "Q5_K_M": 17, "Q6_K": 18}  # llama_ftype
+TYPES = {"Q8_0": 7, "Q4_0": 2, "Q4_K_M": 15, "Q6_K": 18}  # llama_ftype
 BATCHES = (1, 8)
-ROUNDS = 5
+ROUNDS = 3
 OWN = {"bf16": "none", "int8": "int8", "int4": "int4"}
 
 

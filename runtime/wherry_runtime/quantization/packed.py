@@ -170,9 +170,13 @@ class PackedMatrix:
 
     def _set_codes(self, panels: slice, inside: slice, codes: torch.Tensor) -> None:
         packing = PACKINGS[self.format.method]
-        whole = packing.unpack(self._elements()[panels]).clone()
-        whole[inside] = codes + self.format.zero if self.format.zero else codes
-        self._elements()[panels] = packing.pack(whole)
+        if self.format.zero:
+            codes = codes + self.format.zero
+        if len(codes) < (panels.stop - panels.start) * PANEL:  # others' rows are in these panels
+            whole = packing.unpack(self._elements()[panels]).clone()
+            whole[inside] = codes
+            codes = whole
+        self._elements()[panels] = packing.pack(codes)
 
     def _chunks(self) -> Iterator[slice]:
         return (slice(p, min(p + PANELS_AT_ONCE, self.num_panels)) for p in range(0, self.num_panels, PANELS_AT_ONCE))
