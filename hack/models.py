@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from wherry_runtime.attention.native import unsupported as not_native
+from wherry_runtime.formats.gguf.architectures import ARCHITECTURES, MIXTRAL
 from wherry_runtime.kernels.cuda.support import unsupported as not_cuda
 from wherry_runtime.kvcache.formats import FORMATS
 from wherry_runtime.loading.config import ModelConfig, build_config
@@ -42,10 +43,11 @@ token by token, and on two ranks those of one. `test_recurrent.py` does it for t
 
 PyTorch computes all of them, on CPUs and GPUs. **CPU** and **CUDA** say where Wherry's own kernels do; where they
 cannot, PyTorch takes over with a line in the log, and `--backend native` is refused with the reason. **Tensor** is
-`spec.parallelism.tensor`; `--quantization int8` and `int4` work with every architecture.
+`spec.parallelism.tensor`; `--quantization int8` and `int4` work with every architecture. **GGUF** is what GGUF files
+call those that are [read from them and written to them](formats.md).
 
-| architecture | models | CPU | CUDA | tensor | paper |
-|---|---|---|---|---|---|
+| architecture | models | CPU | CUDA | tensor | GGUF | paper |
+|---|---|---|---|---|---|---|
 """
 NOTES = """
 A setting that some models of an architecture have can change that: norms of heads with weights of their own
@@ -105,7 +107,13 @@ def _rows() -> Iterator[str]:
         config = usual_config(module.FAMILY.architecture)
         reasons = (not_native(config), not_cuda(config, FORMATS["float32"]), unsplittable(config))
         cells = " | ".join("yes" if reason is None else _short(reason) for reason in reasons)
-        yield f"| `{module.FAMILY.architecture}` | {models} | {cells} | {papers} |"
+        gguf = _gguf(module.FAMILY.architecture)
+        yield f"| `{module.FAMILY.architecture}` | {models} | {cells} | {gguf} | {papers} |"
+
+
+def _gguf(architecture: str) -> str:
+    """What GGUF files call it."""
+    return next((f"`{a.name}`" for a in (*ARCHITECTURES.values(), MIXTRAL) if architecture in a.models), "no")
 
 
 def _short(reason: str) -> str:

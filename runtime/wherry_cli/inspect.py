@@ -12,6 +12,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from wherry_cli.model_files import explained, size
+from wherry_runtime.formats.gguf.blocks.parts import HELD
 from wherry_runtime.formats.inspection import File, as_json, inspect, shown, total_bytes
 
 out = Console(highlight=False)
@@ -65,10 +66,13 @@ def _table(*columns: str) -> Table:
 
 
 def _types(file: File) -> Table:
-    table = _table("type", "tensors", "size")
+    """Of GGUF files also how matrices in blocks are held on the native kernels."""
+    blocks = file.format.startswith("GGUF")
+    table = _table("type", "tensors", "size", *(["held as"] if blocks else []))
     for name in sorted({t.type for t in file.tensors}):
         of = [t for t in file.tensors if t.type == name]
-        table.add_row(name, str(len(of)), size(sum(t.nbytes for t in of)))
+        held = str(HELD.get(name, "floats"))
+        table.add_row(name, str(len(of)), size(sum(t.nbytes for t in of)), *([held] if blocks else []))
     return table
 
 

@@ -9,9 +9,10 @@ from torch.nn import functional
 
 from wherry_runtime.parallel.shard import Span
 from wherry_runtime.quantization.formats import PANEL
-from wherry_runtime.quantization.grouped import Grouped
-from wherry_runtime.quantization.packed import PackedMatrix, linear
+from wherry_runtime.quantization.packed import PackedMatrix, Rows, linear
 from wherry_runtime.quantization.storage import Role, Storage
+
+ROWS_AT_ONCE = 1024
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,8 +83,8 @@ class Linear:
         self._shared = shared is not None
         self._dtype = storage.dtype
         kept = storage.kept(name for name, _ in parts)
-        if kept is not None and inputs.start % kept.group:
-            kept = None  # this rank's columns begin inside a group
+        if kept is not None:
+            kept = kept.cut_at(inputs.start)
         if (format_ := kept or storage.format(role, first_layer=first_layer)) is not None:
             self.packed = PackedMatrix(format_, self.num_outputs, num_inputs, storage.allocate)
             if bias:
@@ -111,7 +112,7 @@ class Linear:
             if self.packed is not None:
                 slots[f"{name}.weight"] = Slot.part(span, self._inputs, _filler(self.packed, row))
             elif self.weight is not None and not self._shared:
-                slots[f"{name}.weight"] = Slot.part(span, self._inputs, _copier(self.weight[row:end]))
+                slots[f"{name}.weight"] = Slot.part(span, self._inputs, copier(self.weight[row:end]))
             if self.bias is not None:
                 slots[f"{name}.bias"] = Slot.part(span, None, self.bias[row:end].copy_)
             elif self._skips_bias:
@@ -143,13 +144,20 @@ class Linear:
         return project(x, self.weight, self.bias)
 
 
-def _filler(matrix: PackedMatrix, row: int) -> Callable[[torch.Tensor | Grouped], None]:
-    return lambda tensor: matrix.fill(row, tensor)
+def _filler(matrix: PackedMatrix, row: int) -> Callable[[Rows], None]:
+    return lambda rows: matrix.fill(row, rows)
 
 
-def _copier(target: torch.Tensor) -> Callable[[torch.Tensor | Grouped], None]:
-    def fill(rows: torch.Tensor | Grouped) -> None:
-        target.copy_(rows.dequantized() if isinstance(rows, Grouped) else rows)
+def copier(target: torch.Tensor) -> Callable[[Rows], None]:
+    """Puts rows into `target`, dequantized if they are packed: some at a time, as they are far larger then."""
+
+    def fill(rows: Rows) -> None:
+        if isinstance(rows, torch.Tensor):
+            target.copy_(rows)
+            return
+        for start in range(0, len(target), ROWS_AT_ONCE):
+            part = slice(start, start + ROWS_AT_ONCE)
+            target[part].copy_(rows[part, :].dequantized())
 
     return fill
 

@@ -13,7 +13,7 @@ from wherry_runtime.formats.safetensors.shards import IGNORED, INDEX, SINGLE, sa
 from wherry_runtime.layers.linear import Slot
 from wherry_runtime.loading.errors import ModelError
 from wherry_runtime.loading.gguf import GGUFCheckpoint
-from wherry_runtime.quantization.grouped import Grouped
+from wherry_runtime.quantization.packed import Rows
 
 
 def shard_files(directory: Path) -> list[Path]:
@@ -67,7 +67,7 @@ def iterate_tensors(directory: Path) -> Iterator[tuple[str, torch.Tensor]]:
             ) from e
 
 
-def fill(slots: Mapping[str, Slot], tensors: Iterator[tuple[str, torch.Tensor | Grouped]], directory: Path) -> None:
+def fill(slots: Mapping[str, Slot], tensors: Iterator[tuple[str, Rows]], directory: Path) -> None:
     """Puts each tensor into the slot of its name, which converts it to how it is held.
 
     Raises:
@@ -92,7 +92,7 @@ def fill(slots: Mapping[str, Slot], tensors: Iterator[tuple[str, torch.Tensor | 
         )
 
 
-def _fill(slot: Slot, tensor: torch.Tensor | Grouped, what: str) -> None:
+def _fill(slot: Slot, tensor: Rows, what: str) -> None:
     try:
         slot.fill(tensor)
     except ValueError as e:

@@ -1,23 +1,27 @@
 """From a model directory to a model in memory."""
 
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 
 import torch
+from msgspec.structs import replace as replace_field
 
 from wherry_protocol.engine_config import Dtype
+from wherry_runtime.formats.detect import kind_of
 from wherry_runtime.layers.linear import Slots
-from wherry_runtime.loading.checkpoint import fill, iterate_tensors
+from wherry_runtime.loading.checkpoint import fill, iterate_tensors, shard_files
 from wherry_runtime.loading.config import Layout, ModelConfig
 from wherry_runtime.loading.errors import ModelError
+from wherry_runtime.loading.gguf import GGUFCheckpoint
 from wherry_runtime.loading.quantized import QuantizedCheckpoint
 from wherry_runtime.loading.weight_cache import WeightCache, WeightCacheError
 from wherry_runtime.models.decoder import Decoder
 from wherry_runtime.models.recurrent import RecurrentDecoder
 from wherry_runtime.parallel.shard import Shard
-from wherry_runtime.quantization.grouped import Grouped
+from wherry_runtime.quantization.formats import Format
+from wherry_runtime.quantization.packed import Rows
 from wherry_runtime.quantization.storage import Storage
 
 log = logging.getLogger(__name__)
@@ -70,8 +74,10 @@ def load_model(
     """
     shard = shard or Shard()
     quantized = _quantized(directory, config)
-    if quantized is not None:
+    if isinstance(quantized, QuantizedCheckpoint):
         storage = _keeping(storage, quantized, config, directory)
+    elif quantized is not None and storage.quantization == "none":
+        storage = _keeping_blocks(storage, quantized, config, directory)
     cache = None
     if cache_root is not None and storage.packs:
         # Queries' and keys' order, for one, is a matter of config.json.
@@ -88,39 +94,53 @@ def load_model(
             return cached
         model = empty()
         slots = model.slots()
-        fill(slots, as_named(_tensors(directory, config, slots, quantized), slots, config), directory)
+        tensors = _tensors(directory, config, slots, quantized, storage)
+        fill(slots, as_named(tensors, slots, config), directory)
         if cache is not None:
             cache.write(model.state())
     return model
 
 
 def _tensors(
-    directory: Path, config: ModelConfig, slots: Slots, quantized: QuantizedCheckpoint | None
-) -> Iterator[tuple[str, torch.Tensor | Grouped]]:
+    directory: Path,
+    config: ModelConfig,
+    slots: Slots,
+    quantized: QuantizedCheckpoint | GGUFCheckpoint | None,
+    storage: Storage,
+) -> Iterator[tuple[str, Rows]]:
     if quantized is None:
         yield from iterate_tensors(directory)
         return
+    if isinstance(quantized, GGUFCheckpoint):
+        yield from quantized.rows(storage.held)
+        return
     for name, tensor in quantized.tensors(slots):
-        if isinstance(tensor, Grouped) and not as_stored(config):
+        if not isinstance(tensor, torch.Tensor) and not as_stored(config):
             yield name, tensor.dequantized()
         else:
             yield name, tensor
 
 
-def as_stored(config: ModelConfig) -> bool:
-    """Whether matrices are held as the checkpoint has them: none is cut, turned or put in another order."""
-    return config.layout == Layout() and (config.rope is None or config.rope.order(config.head_dim) is None)
+def as_stored(config: ModelConfig, *, fused: bool = False) -> bool:
+    """Whether matrices are held as the checkpoint has them: none is cut, turned or put in another order.
+
+    Args:
+        fused: that several lie in one, one after another, does not count.
+    """
+    layout = replace_field(config.layout, fused={}) if fused and not config.layout.grouped else config.layout
+    return layout == Layout() and (config.rope is None or config.rope.order(config.head_dim) is None)
 
 
-def _quantized(directory: Path, config: ModelConfig) -> QuantizedCheckpoint | None:
-    """The checkpoint, if it was quantized in a way that its architecture does not read by itself."""
+def _quantized(directory: Path, config: ModelConfig) -> QuantizedCheckpoint | GGUFCheckpoint | None:
+    """The checkpoint, if it is in GGUF, or was quantized in a way that its architecture does not read by itself."""
     packed = config.experts is not None and config.experts.packed
-    return None if packed else QuantizedCheckpoint.of(directory)
+    if packed:
+        return None
+    files = shard_files(directory)
+    return GGUFCheckpoint.open(files) if kind_of(files[0]) == "gguf" else QuantizedCheckpoint.of(directory)
 
 
-def as_named(
-    tensors: Iterator[tuple[str, torch.Tensor | Grouped]], slots: Slots, config: ModelConfig
-) -> Iterator[tuple[str, torch.Tensor | Grouped]]:
+def as_named(tensors: Iterator[tuple[str, Rows]], slots: Slots, config: ModelConfig) -> Iterator[tuple[str, Rows]]:
     """Tensors by the names of `slots`: with the prefix that some checkpoints leave out, and without the head that is
     kept twice where it is tied."""
     prefix, tied_head = config.layout.prefix, config.layout.names.get("lm_head", "lm_head") + ".weight"
@@ -142,6 +162,27 @@ def _keeping(storage: Storage, quantized: QuantizedCheckpoint, config: ModelConf
     held = quantized.formats() if computed and as_stored(config) else {}
     log.info("%s: %s", directory, quantized.describe(held, storage.dtype))
     return replace(storage, held=held)
+
+
+def _keeping_blocks(storage: Storage, model: GGUFCheckpoint, config: ModelConfig, directory: Path) -> Storage:
+    """`storage` for a model in GGUF: blocks that our kernels can compute with stay as they are."""
+    held = model.formats() if as_stored(config, fused=True) else {}
+    if storage.device.type == "cuda":
+        held = {name: format_ for name, format_ in held.items() if not format_.two_level}
+    elif not storage.native:
+        held = {}  # PyTorch on CPU would unpack them anew for every step
+    log.info("%s: %s", directory, model.describe(held, storage.dtype))
+    return replace(storage, held=held | _parts(held, config.layout.fused))
+
+
+def _parts(held: Mapping[str, Format], fused: Mapping[str, tuple[str, ...]]) -> dict[str, Format]:
+    """Of fused matrices, the formats of those that they hold."""
+    found: dict[str, Format] = {}
+    for name, format_ in held.items():
+        for whole, modules in fused.items():
+            if name.endswith(f".{whole}"):
+                found |= {f"{name.removesuffix(whole)}{module}": format_ for module in modules}
+    return found
 
 
 def _from_cache(cache: WeightCache, empty: Callable[[], AnyDecoder]) -> AnyDecoder | None:

@@ -7,7 +7,7 @@ import torch
 
 from wherry_runtime.layers.activation import Activation
 from wherry_runtime.layers.experts import Experts
-from wherry_runtime.layers.linear import Linear, Slot, Slots, State, merged
+from wherry_runtime.layers.linear import Linear, Slot, Slots, State, copier, merged
 from wherry_runtime.layers.norm import LayerNorm, Norm, RMSNorm, WholeRMSNorm
 from wherry_runtime.layers.rope import Rope
 from wherry_runtime.loading.config import ModelConfig
@@ -45,7 +45,7 @@ class Embedding:
 
     def slots(self) -> Slots:
         columns = Span.all(self.weight.shape[1])
-        return {f"{self._name}.weight": Slot.part(self.tokens, columns, self.weight.copy_)}
+        return {f"{self._name}.weight": Slot.part(self.tokens, columns, copier(self.weight))}
 
     def state(self) -> State:
         return {f"{self._name}.weight": self.weight}

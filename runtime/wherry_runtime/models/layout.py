@@ -1,8 +1,9 @@
 """From our slots, named and cut as Llama's tensors, to those of a checkpoint that has them otherwise."""
 
+import itertools
 import math
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 
 import torch
 
@@ -10,6 +11,7 @@ from wherry_runtime.layers.linear import Slot, Slots
 from wherry_runtime.loading.config import ModelConfig
 from wherry_runtime.loading.errors import ModelError
 from wherry_runtime.quantization.fp4 import GROUP, unpack_mxfp4
+from wherry_runtime.quantization.packed import Rows
 
 LAYER = re.compile(r"(model\.layers)\.(\d+)\.(.+)\.([^.]+)")
 QUERIES_AND_KEYS = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.q_norm", "self_attn.k_norm")
@@ -91,11 +93,16 @@ class _Layer:
             return {}
         held = [slot for slot in slots if slot is not None]
         sizes = [slot.shape[0] for slot in held]
-        cut = self._grouped if self._layout.grouped and len(held) == len(QKV) else lambda t: t.split(sizes)
 
-        def fill(tensor: torch.Tensor) -> None:
-            for slot, part in zip(held, cut(tensor), strict=True):
+        def fill(rows: Rows) -> None:
+            for slot, part in zip(held, cut(rows), strict=True):
                 slot.fill(part)
+
+        def cut(rows: Rows) -> Iterable[Rows]:
+            if not isinstance(rows, torch.Tensor):
+                ends = list(itertools.accumulate(sizes))
+                return [rows[end - size : end, :] for end, size in zip(ends, sizes, strict=True)]
+            return self._grouped(rows) if self._layout.grouped and len(held) == len(QKV) else torch.split(rows, sizes)
 
         return {name: self._turned(Slot((sum(sizes), *held[0].shape[1:]), fill))}
 

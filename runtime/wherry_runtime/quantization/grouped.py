@@ -50,8 +50,15 @@ class Grouped:
         """The engine's own format that holds exactly this, with fewest bits; None if none does."""
         return packed_format(self.scales, self.zeros, self.bits, self.group, self.groups)
 
-    def signed(self, format_: Format) -> tuple[torch.Tensor, torch.Tensor]:
-        """As the engine packs it: [N, Kp] int8 and [N, Kp / format's group] float16, of a format that is `packable`."""
+    def fits(self, format_: Format) -> bool:
+        """Whether a matrix in `format_` holds exactly this."""
+        own = self.packable()
+        if own is None or format_.two_level or not format_.quantized:
+            return False
+        return own.group == format_.group and own.bits <= format_.bits
+
+    def packed(self, format_: Format) -> tuple[torch.Tensor, torch.Tensor]:
+        """As the engine packs it: [N, Kp] int8 and [N, Kp / format's group] float16, of a format that it `fits`."""
         width = padded_inputs(self.shape[1])
         codes = (self.codes.to(torch.int16) - self.zeros[:, self._columns()]).to(torch.int8)
         first = torch.arange(0, width, format_.group).clamp(max=self.shape[1] - 1) // self.group

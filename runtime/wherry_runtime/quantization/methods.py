@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 import torch
 
-from wherry_runtime.quantization import floats, int4, int8
+from wherry_runtime.quantization import floats, int4, int8, super_blocks
 from wherry_runtime.quantization.formats import PANEL, Format, Method
 
 Quantized = tuple[torch.Tensor, torch.Tensor]
@@ -21,6 +21,20 @@ class Packing:
     shape: Callable[[int, int], tuple[int, ...]]  # of the packed elements: panels, Kp → shape
     zero: int  # the byte that memory of zero weights is made of
     quantize: Callable[[torch.Tensor, int], Quantized] | None = None  # [N, Kp] float32, group → codes, scales
+
+
+_K_BITS: dict[Method, int] = {"k4": 4, "k5": 5, "k6": 6}
+
+
+def _two_level(bits: int) -> Packing:
+    words = 8 if bits == 5 else 4  # inputs whose bits lie together
+    return Packing(
+        torch.uint8,
+        lambda codes: super_blocks.pack(codes, bits),
+        lambda data: super_blocks.unpack(data, bits),
+        lambda panels, depth: (panels, depth // words, PANEL * words * bits // 8),
+        0,
+    )
 
 
 PACKINGS: dict[Method, Packing] = {
@@ -39,6 +53,7 @@ PACKINGS: dict[Method, Packing] = {
         *(torch.uint8, int4.pack, int4.unpack, lambda panels, depth: (panels, depth // 4, PANEL // 2, 4), 0x88),
         quantize=int4.quantize,
     ),
+    **{method: _two_level(bits) for method, bits in _K_BITS.items()},
 }
 
 

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable, Iterator
+from typing import Protocol
 
 import torch
 from torch.nn import functional
@@ -9,12 +10,35 @@ from torch.nn import functional
 from wherry_runtime.quantization import native
 from wherry_runtime.quantization.activations import quantize_activations
 from wherry_runtime.quantization.formats import PANEL, Format, padded_inputs
-from wherry_runtime.quantization.grouped import Grouped
 from wherry_runtime.quantization.methods import PACKINGS, quantize
+from wherry_runtime.quantization.super_blocks import Scales, SuperBlocks, put_rows, rows_of
 from wherry_runtime.quantization.tensors import split
 
 Allocate = Callable[[int], torch.Tensor]
 PANELS_AT_ONCE = 32  # that the PyTorch reference unpacks: bounds its memory
+
+
+class Codes(Protocol):
+    """Rows of a matrix that are whole numbers with scales already, however their bits lie."""
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """N, K."""
+
+    def __getitem__(self, index: tuple[slice, slice]) -> "Codes":
+        """Some rows and columns."""
+
+    def dequantized(self) -> torch.Tensor:
+        """[N, K] float32."""
+
+    def fits(self, format_: Format) -> bool:
+        """Whether a matrix in `format_` holds exactly this."""
+
+    def packed(self, format_: Format) -> tuple[torch.Tensor, torch.Tensor | SuperBlocks]:
+        """Codes [N, Kp] int8 and scales: float16 [N, Kp / group], or those of super-blocks."""
+
+
+Rows = torch.Tensor | Codes
 
 
 class PackedMatrix:
@@ -25,11 +49,14 @@ class PackedMatrix:
         int8      [P][Kp / 4][64][4] uint8: q + 128; q in [-127, 127] where it was rounded here
         int4      [P][Kp / 4][32][4] uint8: q + 8, q in [-8, 7]; column c in the low half of a byte, c + 32 in the high
 
-    P = ⌈N / 64⌉ panels; Kp is K rounded up to a multiple of 128. Quantized weights are q · scale.
+        k4, k5, k6  see super_blocks: q + zero
+
+    P = ⌈N / 64⌉ panels; Kp is K rounded up to a multiple of 128. Quantized weights are q · scale; those of k4 … k6 have
+    minima, too.
 
     Attributes:
         data: flat uint8, aligned to 64 bytes on CPU.
-        scales: [P, Kp / group, 64] float16, or None.
+        scales: [P, Kp / group, 64] float16, [P, ⌈Kp / block⌉, bytes] uint8 of k4 … k6 (see `Scales`), or None.
     """
 
     def __init__(self, format_: Format, num_outputs: int, num_inputs: int, allocate: Allocate) -> None:
@@ -42,7 +69,11 @@ class PackedMatrix:
         weights = self.padded_outputs * self.padded_inputs
         self.data = allocate(weights * format_.bits // 8)
         self.scales: torch.Tensor | None = None
-        if format_.group:
+        if format_.two_level:
+            shape = (self.num_panels, -(-self.padded_inputs // format_.block), Scales.nbytes(format_))
+            self.scales = allocate(math.prod(shape)).view(shape)
+            self.scales.zero_()  # a rank's part may end inside a super-block
+        elif format_.group:
             scales = allocate(2 * weights // format_.group).view(torch.float16)
             self.scales = scales.view(self.num_panels, self.padded_inputs // format_.group, PANEL)
         if num_outputs % PANEL:  # `fill` writes the padding of inputs, but no row beyond its own
@@ -50,7 +81,7 @@ class PackedMatrix:
             if self.scales is not None:
                 self.scales[-1].zero_()
 
-    def fill(self, first_row: int, rows: torch.Tensor | Grouped) -> None:
+    def fill(self, first_row: int, rows: Rows) -> None:
         """Rounds and packs rows [n, K] of any float dtype to where rows `first_row` … first_row + n - 1 are.
 
         Rows that are whole numbers already are taken as they are, if this matrix's format has room for them.
@@ -60,17 +91,13 @@ class PackedMatrix:
         """
         if rows.shape[1] != self.num_inputs or not 0 <= first_row <= self.num_outputs - rows.shape[0]:
             raise ValueError(f"rows {list(rows.shape)} from {first_row} on, of [{self.num_outputs}, {self.num_inputs}]")
-        if isinstance(rows, Grouped):
-            own = rows.packable()
-            if (
-                own is not None
-                and self.format.quantized
-                and own.group == self.format.group
-                and own.bits <= self.format.bits
-            ):
+        if not isinstance(rows, torch.Tensor):
+            if rows.fits(self.format):
                 self._fill_codes(first_row, rows)
                 return
             rows = rows.dequantized()
+        if self.format.two_level:
+            raise ValueError(f"{self.format} takes what was quantized that way, and no other weights")
         # One sum sees any of them, at the speed of memory.
         if self.format.quantized and not math.isfinite(float(rows.sum(dtype=torch.float32))):
             raise ValueError(f"a weight is infinite or not a number, which {self.format} cannot hold")
@@ -89,34 +116,51 @@ class PackedMatrix:
                 slice(start, stop), slice(top - start * PANEL, bottom - start * PANEL), *quantize(padded, self.format)
             )
 
-    def _fill_codes(self, first_row: int, rows: Grouped) -> None:
+    def _fill_codes(self, first_row: int, rows: Codes) -> None:
         end = first_row + rows.shape[0]
         for start in range(first_row // PANEL, -(-end // PANEL), PANELS_AT_ONCE):
             stop = min(start + PANELS_AT_ONCE, -(-end // PANEL))
             top, bottom = max(first_row, start * PANEL), min(end, stop * PANEL)
-            part = rows[top - first_row : bottom - first_row, :]
-            codes, scales = (t.to(self.data.device) for t in part.signed(self.format))
+            codes, scales = rows[top - first_row : bottom - first_row, :].packed(self.format)
+            if isinstance(scales, torch.Tensor):
+                codes, scales = codes.to(self.data.device), scales.to(self.data.device)
             self._set(slice(start, stop), slice(top - start * PANEL, bottom - start * PANEL), codes, scales)
 
-    def _set(self, panels: slice, inside: slice, codes: torch.Tensor, scales: torch.Tensor | None) -> None:
+    def _set(
+        self, panels: slice, inside: slice, codes: torch.Tensor, scales: torch.Tensor | SuperBlocks | None
+    ) -> None:
         self._set_codes(panels, inside, codes)
-        if self.scales is not None and scales is not None:
-            whole = self.scales[panels].transpose(1, 2).flatten(0, 1).clone()
-            whole[inside] = scales
-            self.scales[panels] = split(whole, 0, (-1, PANEL)).transpose(1, 2)
+        if self.scales is None or scales is None:
+            return
+        if isinstance(scales, SuperBlocks):
+            Scales(self.scales, self.format).set(panels, inside, scales)
+        else:
+            put_rows(self.scales, panels, inside, scales)
 
     def codes(self, panels: slice) -> torch.Tensor:
         """The elements of some panels, unpacked: [64 · panels, Kp], int8 of quantized formats, floats of the others."""
-        return PACKINGS[self.format.method].unpack(self._elements()[panels])
+        codes = PACKINGS[self.format.method].unpack(self._elements()[panels])
+        return codes - self.format.zero if self.format.zero else codes
+
+    def group_scales(self, panels: slice) -> tuple[torch.Tensor, torch.Tensor | None] | None:
+        """Scales and minima of some panels: [64 · panels, groups] float32 each; None where weights have none."""
+        if self.scales is None:
+            return None
+        if self.format.two_level:
+            groups = self.padded_inputs // self.format.group
+            scales, minima = Scales(self.scales, self.format).get(panels)
+            return scales[:, :groups], None if minima is None else minima[:, :groups]
+        return rows_of(self.scales[panels]).float(), None
 
     def dequantized(self) -> torch.Tensor:
         """[N, K] float32."""
         parts = []
         for panels in self._chunks():
             codes = self.codes(panels).float()
-            if self.scales is not None:
-                scales = self.scales[panels].float().transpose(1, 2).flatten(0, 1)
-                codes = (split(codes, 1, (-1, self.format.group)) * scales.unsqueeze(-1)).flatten(1)
+            if (found := self.group_scales(panels)) is not None:
+                scales, minima = found
+                codes = split(codes, 1, (-1, self.format.group)) * scales.unsqueeze(-1)
+                codes = (codes if minima is None else codes - minima.unsqueeze(-1)).flatten(1)
             parts.append(codes)
         return torch.cat(parts)[: self.num_outputs, : self.num_inputs]
 
@@ -126,9 +170,13 @@ class PackedMatrix:
 
     def _set_codes(self, panels: slice, inside: slice, codes: torch.Tensor) -> None:
         packing = PACKINGS[self.format.method]
-        whole = packing.unpack(self._elements()[panels]).clone()
-        whole[inside] = codes
-        self._elements()[panels] = packing.pack(whole)
+        if self.format.zero:
+            codes = codes + self.format.zero
+        if len(codes) < (panels.stop - panels.start) * PANEL:  # others' rows are in these panels
+            whole = packing.unpack(self._elements()[panels]).clone()
+            whole[inside] = codes
+            codes = whole
+        self._elements()[panels] = packing.pack(codes)
 
     def _chunks(self) -> Iterator[slice]:
         return (slice(p, min(p + PANELS_AT_ONCE, self.num_panels)) for p in range(0, self.num_panels, PANELS_AT_ONCE))
@@ -138,7 +186,8 @@ def linear(x: torch.Tensor, matrix: PackedMatrix) -> torch.Tensor:
     """y = x Wᵀ in PyTorch: the reference of the native kernels, and what runs where there are none.
 
     Quantized formats take x as int8 too, in the same groups: y[n] = Σ_g scale[n, g] · scale_x[g] · Σ_k q[n, k] q_x[k],
-    where the inner sum is exact (it is below 2²⁴, so float32 holds it) and the outer goes up in float32.
+    where the inner sum is exact (it is below 2²⁴, so float32 holds it) and the outer goes up in float32. Where there
+    are minima, minimum[n, g] · scale_x[g] · Σ_k q_x[k] is taken away.
 
     Args:
         x: [T, K], any float dtype.
@@ -158,11 +207,14 @@ def linear(x: torch.Tensor, matrix: PackedMatrix) -> torch.Tensor:
 
 def _grouped(q: torch.Tensor, x_scales: torch.Tensor, matrix: PackedMatrix, panels: slice) -> torch.Tensor:
     codes = split(matrix.codes(panels).float(), 1, (-1, matrix.format.group))
-    if matrix.scales is None:
+    found = matrix.group_scales(panels)
+    if found is None:
         raise TypeError(f"{matrix.format} has no scales")
-    scales = matrix.scales[panels].float().transpose(1, 2).flatten(0, 1)
+    scales, minima = found
     total = q.new_zeros(q.shape[0], codes.shape[0])
     for g in range(codes.shape[1]):
         exact = q[:, g] @ codes[:, g].T
         total += exact * (x_scales[:, g : g + 1] * scales[:, g])
+        if minima is not None:
+            total -= (x_scales[:, g : g + 1] * q[:, g].sum(-1, keepdim=True)) * minima[:, g]
     return total

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Literal, get_args
 
 import torch
 
-from wherry_runtime.quantization.formats import GROUPS, Format
+from wherry_runtime.quantization.formats import GROUPS, Format, joined
 from wherry_runtime.quantization.huge_pages import Arena
 
 if TYPE_CHECKING:  # a name of strings; the settings around it are nothing that weights are made of
@@ -70,9 +70,7 @@ class Storage:
         """The format that these matrices, which are held as one, have in the checkpoint, or fit into; or None."""
         formats = [self.held.get(name) for name in names]
         known = [format_ for format_ in formats if format_ is not None]
-        if len(known) < len(formats) or len({format_.group for format_ in known}) != 1:
-            return None
-        return max(known, key=lambda format_: format_.bits)
+        return joined(known) if known and len(known) == len(formats) else None
 
     def allocate(self, num_bytes: int) -> torch.Tensor:
         """[num_bytes] uint8 on the device, aligned to 64 bytes; on CPU zeros, in huge pages where allowed."""

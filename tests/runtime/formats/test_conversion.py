@@ -3,6 +3,7 @@
 import asyncio
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -236,6 +237,8 @@ def test_inspect_tells_what_is_there(tmp_path: Path, tiny_gguf: Path) -> None:
     (file,) = json.loads(done("inspect", "--json", TINY))
     assert file["format"] == "safetensors"
     assert {"name": "model.norm.weight", "type": "BF16", "shape": [256], "nbytes": 512} in file["tensors"]
+    done("convert", TINY, tmp_path / "q.gguf", "--type", "Q8_0")
+    assert re.search(r"Q8_0 +57 .+ int8-g32\n", done("inspect", tmp_path / "q.gguf"))
     renamed = Path(shutil.copy(tiny_gguf, tmp_path / "model.safetensors.txt"))
     assert "GGUF v3" in done("inspect", renamed, "--no-tensors")
 

@@ -1,7 +1,5 @@
-"""What GGUF files say of each architecture, and what Hugging Face's config.json and tensor names say of the same.
-
-An architecture is a line of `ARCHITECTURES`. Names of tensors are those of `TENSORS`, the same for all of them so far.
-"""
+"""The architectures of GGUF files, and what a checkpoint calls their tensors. Names and meanings: llama.cpp's
+gguf-py/gguf/constants.py and src/llama-model.cpp. What they are configured with is in `config`."""
 
 import difflib
 import re
@@ -11,11 +9,30 @@ import numpy as np
 
 from wherry_runtime.formats.gguf.cursor import Value
 from wherry_runtime.formats.gguf.reader import TensorInfo
-from wherry_runtime.formats.gguf.rope import inverse_frequencies, llama3_scaling
 from wherry_runtime.loading.errors import ModelError
 
 Metadata = dict[str, Value]
 Config = dict[str, Any]
+
+
+class Experts(NamedTuple):
+    """What a checkpoint calls the experts of a layer.
+
+    Attributes:
+        module: that the router and they are in.
+        gate, up, down: of an expert.
+        inner: field of config.json with an expert's width; None: the MLP's.
+        normalized: whether llama.cpp makes the chosen experts' weights sum to one.
+        shared: whether there is one for every token.
+    """
+
+    module: str = "mlp"
+    gate: str = "gate_proj"
+    up: str = "up_proj"
+    down: str = "down_proj"
+    inner: str | None = "moe_intermediate_size"
+    normalized: bool = True
+    shared: bool = False
 
 
 class Architecture(NamedTuple):
@@ -26,22 +43,79 @@ class Architecture(NamedTuple):
         models: what config.json calls it, the usual one first.
         model_type: of config.json.
         neighbours: rotary dimensions i and i + n/2 of a head of queries and keys lie side by side in GGUF.
+        names: of a layer's modules, in GGUF and in a checkpoint, where they are not as in most.
+        activation: `hidden_act`
+        offset: added to the weights of norms in GGUF.
+        period: of every so many layers all but the last have the window; 0: all of them have it.
+        head_dim: where config.json does not say; 0: the share of a head.
+        numbers: keys of GGUF → fields of config.json that say the same.
+        tied: the head is always the embedding.
+        experts: None: it never has any.
     """
 
     name: str
     models: tuple[str, ...]
     model_type: str
     neighbours: bool = False
+    names: dict[str, str] = {}  # noqa: RUF012 - a NamedTuple's default
+    activation: str = "silu"
+    offset: float = 0.0
+    period: int = 0
+    head_dim: int = 0
+    numbers: dict[str, str] = {}  # noqa: RUF012
+    tied: bool = False
+    experts: Experts | None = None
 
 
+_AROUND = {
+    "post_attention_norm": "post_attention_layernorm",
+    "ffn_norm": "pre_feedforward_layernorm",
+    "post_ffw_norm": "post_feedforward_layernorm",
+}
+_GELU = "gelu_pytorch_tanh"
+_CAPS = {"attn_logit_softcapping": "attn_logit_softcapping", "final_logit_softcapping": "final_logit_softcapping"}
+_FACTORS = {
+    "attention.scale": "attention_multiplier",
+    "embedding_scale": "embedding_multiplier",
+    "residual_scale": "residual_multiplier",
+    "logit_scale": "logits_scaling",
+}
 ARCHITECTURES = {
     a.name: a
     for a in (
         Architecture("llama", ("LlamaForCausalLM", "MistralForCausalLM"), "llama", neighbours=True),
         Architecture("qwen2", ("Qwen2ForCausalLM",), "qwen2"),
-        Architecture("qwen3", ("Qwen3ForCausalLM",), "qwen3"),
+        Architecture("qwen3", ("Qwen3ForCausalLM",), "qwen3", head_dim=128),
+        Architecture("gemma", ("GemmaForCausalLM",), "gemma", activation=_GELU, offset=1.0, head_dim=256, tied=True),
+        Architecture(
+            *("gemma2", ("Gemma2ForCausalLM",), "gemma2"),
+            names=_AROUND, activation=_GELU, offset=1.0, period=2, head_dim=256, numbers=_CAPS, tied=True,
+        ),
+        Architecture(
+            *("gemma3", ("Gemma3ForCausalLM",), "gemma3_text"),
+            names=_AROUND, activation=_GELU, offset=1.0, period=6, head_dim=256,
+        ),
+        Architecture(
+            *("phi3", ("Phi3ForCausalLM",), "phi3"),
+            names={"attn_qkv": "self_attn.qkv_proj", "ffn_up": "mlp.gate_up_proj"},
+        ),
+        Architecture(
+            *("qwen2moe", ("Qwen2MoeForCausalLM",), "qwen2_moe"), experts=Experts(normalized=False, shared=True)
+        ),
+        Architecture("qwen3moe", ("Qwen3MoeForCausalLM",), "qwen3_moe", experts=Experts()),
+        Architecture("granite", ("GraniteForCausalLM",), "granite", neighbours=True, numbers=_FACTORS),
+        Architecture(
+            *("olmo2", ("Olmo2ForCausalLM",), "olmo2"),
+            names={"post_attention_norm": "post_attention_layernorm", "post_ffw_norm": "post_feedforward_layernorm"},
+        ),
     )
-}
+}  # fmt: skip
+# Of Llama's architecture in GGUF, too.
+MIXTRAL = Architecture(
+    *("llama", ("MixtralForCausalLM",), "mixtral"),
+    neighbours=True,
+    experts=Experts("block_sparse_moe", "w1", "w3", "w2", inner=None),
+)
 _OUTSIDE = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"}
 _INSIDE = {
     "attn_norm": "input_layernorm",
@@ -57,10 +131,13 @@ _INSIDE = {
     "ffn_down": "mlp.down_proj",
 }
 _OUTSIDE_BACK = {theirs: ours for ours, theirs in _OUTSIDE.items()}
-_INSIDE_BACK = {theirs: ours for ours, theirs in _INSIDE.items()}
 _LAYER = re.compile(r"blk\.(\d+)\.(\w+)\.(weight|bias)")
 _LAYER_BACK = re.compile(r"model\.layers\.(\d+)\.([\w.]+)\.(weight|bias)")
+_EXPERT = re.compile(r"(\w+)\.experts\.(\d+)\.(\w+)")
+# What frequencies are divided by, each [rotated / 2] float32: Llama 3's, and of long and short contexts.
 ROPE_FACTORS = "rope_freqs.weight"
+LONG_FACTORS, SHORT_FACTORS = "rope_factors_long.weight", "rope_factors_short.weight"
+FACTORS = (ROPE_FACTORS, LONG_FACTORS, SHORT_FACTORS)
 
 
 def architecture_of(metadata: Metadata) -> Architecture:
@@ -69,7 +146,10 @@ def architecture_of(metadata: Metadata) -> Architecture:
     Raises:
         ModelError: unknown_architecture, with the known ones and the nearest.
     """
-    return _known(str(metadata.get("general.architecture")), {a.name: a for a in ARCHITECTURES.values()}, "GGUF")
+    name = str(metadata.get("general.architecture"))
+    if name == "llama" and metadata.get("llama.expert_count"):
+        return MIXTRAL
+    return _known(name, ARCHITECTURES, "GGUF")
 
 
 def architecture_for(config: Config) -> Architecture:
@@ -80,7 +160,7 @@ def architecture_for(config: Config) -> Architecture:
     """
     named = config.get("architectures")
     name = str(named[0]) if isinstance(named, list) and named else "none"
-    return _known(name, {model: a for a in ARCHITECTURES.values() for model in a.models}, "config.json")
+    return _known(name, {model: a for a in (*ARCHITECTURES.values(), MIXTRAL) for model in a.models}, "config.json")
 
 
 def _known(name: str, known: dict[str, Architecture], where: str) -> Architecture:
@@ -93,34 +173,80 @@ def _known(name: str, known: dict[str, Architecture], where: str) -> Architectur
     )
 
 
-def checkpoint_name(name: str) -> str | None:
-    """`blk.3.ffn_up.weight` → `model.layers.3.mlp.up_proj.weight`; None for what is part of the configuration.
+def _modules(architecture: Architecture) -> dict[str, str]:
+    """A layer's modules: name in GGUF → in a checkpoint."""
+    found = {**_INSIDE, **architecture.names}
+    if (experts := architecture.experts) is not None:
+        found["ffn_gate_inp"] = f"{experts.module}.gate"
+        if experts.shared:
+            found |= {f"ffn_{part}_shexp": f"mlp.shared_expert.{part}_proj" for part in ("gate", "up", "down")}
+            found["ffn_gate_inp_shexp"] = "mlp.shared_expert_gate"
+    return found
+
+
+def _stacked(architecture: Architecture) -> dict[str, str]:
+    """Tensors of all experts of a layer in GGUF → what a checkpoint calls that matrix of an expert."""
+    experts = architecture.experts
+    if experts is None:
+        return {}
+    return {"ffn_gate_exps": experts.gate, "ffn_up_exps": experts.up, "ffn_down_exps": experts.down}
+
+
+def checkpoint_tensors(architecture: Architecture, info: TensorInfo) -> dict[str, TensorInfo]:
+    """`blk.3.ffn_up.weight` → `model.layers.3.mlp.up_proj.weight`; all experts' matrices, one by one; nothing for what
+    is part of the configuration.
 
     Raises:
         ModelError: unexpected_tensors.
     """
-    if name == ROPE_FACTORS:
-        return None
-    stem, _, kind = name.rpartition(".")
+    if info.name in FACTORS:
+        return {}
+    stem, _, kind = info.name.rpartition(".")
     if stem in _OUTSIDE:
-        return f"{_OUTSIDE[stem]}.{kind}"
-    if (match := _LAYER.fullmatch(name)) and match[2] in _INSIDE:
-        return f"model.layers.{match[1]}.{_INSIDE[match[2]]}.{match[3]}"
-    raise ModelError("unexpected_tensors", f"tensor {name} has no place in the architectures that are known")
+        return {f"{_OUTSIDE[stem]}.{kind}": info}
+    if match := _LAYER.fullmatch(info.name):
+        layer, module = f"model.layers.{match[1]}", match[2]
+        if module == "ffn_gate_inp_shexp" and len(info.shape) == 1:
+            info = info._replace(shape=(1, *info.shape))  # a gate's only row
+        if architecture.experts is not None and module in _stacked(architecture) and len(info.shape) == 3:
+            names = f"{layer}.{architecture.experts.module}.experts.{{}}.{_stacked(architecture)[module]}.{kind}"
+            return {names.format(i): part for i, part in enumerate(_parts(info))}
+        if (name := _modules(architecture).get(module)) is not None:
+            return {f"{layer}.{name}.{kind}": info}
+    raise ModelError("unexpected_tensors", f"tensor {info.name} has no place in the architectures that are known")
 
 
-def gguf_name(name: str) -> str:
-    """`model.layers.3.mlp.up_proj.weight` → `blk.3.ffn_up.weight`.
+def _parts(info: TensorInfo) -> list[TensorInfo]:
+    """What `info` is a stack of."""
+    size = info.nbytes // info.shape[0]
+    return [
+        info._replace(shape=info.shape[1:], offset=info.offset + i * size, nbytes=size) for i in range(info.shape[0])
+    ]
+
+
+def gguf_name(architecture: Architecture, name: str) -> tuple[str, int | None]:
+    """`model.layers.3.mlp.up_proj.weight` → `blk.3.ffn_up.weight`, and which of the stack there, if it is one.
 
     Raises:
         ModelError: unexpected_tensors.
     """
     stem, _, kind = name.rpartition(".")
     if stem in _OUTSIDE_BACK:
-        return f"{_OUTSIDE_BACK[stem]}.{kind}"
-    if (match := _LAYER_BACK.fullmatch(name)) and match[2] in _INSIDE_BACK:
-        return f"blk.{match[1]}.{_INSIDE_BACK[match[2]]}.{match[3]}"
-    raise ModelError("unexpected_tensors", f"tensor {name} has no name in GGUF files of the known architectures")
+        return f"{_OUTSIDE_BACK[stem]}.{kind}", None
+    if match := _LAYER_BACK.fullmatch(name):
+        back = {theirs: ours for ours, theirs in _modules(architecture).items()}
+        if match[2] in back:
+            return f"blk.{match[1]}.{back[match[2]]}.{kind}", None
+        experts, parts = architecture.experts, {theirs: ours for ours, theirs in _stacked(architecture).items()}
+        expert = _EXPERT.fullmatch(match[2])
+        if experts is not None and expert is not None and expert[1] == experts.module and expert[3] in parts:
+            return f"blk.{match[1]}.{parts[expert[3]]}.{kind}", int(expert[2])
+    raise ModelError("unexpected_tensors", f"tensor {name} has no name in GGUF files of {architecture.name}")
+
+
+def norm_offset(architecture: Architecture, name: str) -> float:
+    """What GGUF has added to a tensor (by its GGUF name)."""
+    return architecture.offset if name.endswith("norm.weight") else 0.0
 
 
 def rotated_heads(architecture: Architecture, name: str, config: Config) -> int:
@@ -139,168 +265,3 @@ def rows_from_neighbours(rows: int, heads: int) -> np.ndarray[Any, np.dtype[np.i
 def rows_to_neighbours(rows: int, heads: int) -> np.ndarray[Any, np.dtype[np.int64]]:
     """For each row of GGUF's q or k the row of a checkpoint's that it is: [rows]."""
     return np.arange(rows).reshape(heads, 2, rows // heads // 2).swapaxes(1, 2).reshape(-1)
-
-
-class _Reader:
-    """Fields of one architecture, checked."""
-
-    def __init__(self, metadata: Metadata, architecture: str) -> None:
-        self._metadata = metadata
-        self._prefix = architecture
-
-    def get(self, name: str, kind: type[Any], default: Any = None) -> Any:
-        value = self._metadata.get(f"{self._prefix}.{name}", default)
-        if value is None:
-            raise ModelError("bad_config", f"{self._prefix}.{name} is missing")
-        if kind is float and isinstance(value, int) and not isinstance(value, bool):
-            value = float(value)
-        if isinstance(value, bool) or not isinstance(value, kind) or value < 0:
-            raise ModelError("bad_config", f"{self._prefix}.{name} is {value!r}; one positive number is expected")
-        return value
-
-    def text(self, name: str, default: str) -> str:
-        return str(self._metadata.get(f"{self._prefix}.{name}", default))
-
-
-def config_of(metadata: Metadata, tensors: dict[str, TensorInfo], factors: Any, dtype: str) -> Config:
-    """What config.json would say.
-
-    Args:
-        factors: the values of `rope_freqs.weight`, [head_dim / 2] float32, or None.
-        dtype: of the weights, as config.json has it.
-
-    Raises:
-        ModelError: unknown_architecture, bad_config, or what is not supported.
-    """
-    architecture = architecture_of(metadata)
-    read = _Reader(metadata, architecture.name)
-    if read.get("expert_count", int, 0):
-        raise ModelError("unsupported_config", f"{architecture.name} with experts is not read from GGUF")
-    embedding = tensors.get("token_embd.weight")
-    if embedding is None or len(embedding.shape) != 2:
-        raise ModelError("missing_tensors", "the file lacks token_embd.weight")
-    heads, hidden = read.get("attention.head_count", int), read.get("embedding_length", int)
-    head_dim = read.get("attention.key_length", int, hidden // max(heads, 1))
-    if read.get("rope.dimension_count", int, head_dim) != head_dim:
-        raise ModelError("unsupported_rope", f"{architecture.name} that rotates a part of each head is not supported")
-    context = read.get("context_length", int)
-    window = read.get("attention.sliding_window", int, 0)
-    mistral = architecture.name == "llama" and window > 0
-    config: Config = {
-        "architectures": ["MistralForCausalLM" if mistral else architecture.models[0]],
-        "model_type": "mistral" if mistral else architecture.model_type,
-        "hidden_act": "silu",
-        "dtype": dtype,
-        "vocab_size": embedding.shape[0],
-        "hidden_size": hidden,
-        "intermediate_size": read.get("feed_forward_length", int),
-        "num_hidden_layers": read.get("block_count", int),
-        "num_attention_heads": heads,
-        "num_key_value_heads": read.get("attention.head_count_kv", int, heads),
-        "head_dim": head_dim,
-        "max_position_embeddings": context,
-        "rms_norm_eps": round(read.get("attention.layer_norm_rms_epsilon", float), 12),
-        "rope_parameters": _rope(read, factors, head_dim, context),
-        "tie_word_embeddings": "output.weight" not in tensors,
-        **_biases(tensors, architecture),
-        **_tokens(metadata),
-    }
-    _check(config, tensors)
-    if window:
-        config |= {"sliding_window": window, "use_sliding_window": True, "max_window_layers": 0}
-    return config
-
-
-def _check(config: Config, tensors: dict[str, TensorInfo]) -> None:
-    """That the sizes are those of the first layer's tensors: memory is taken by them before a tensor is read."""
-    hidden, inner = config["hidden_size"], config["intermediate_size"]
-    expected = {
-        "token_embd.weight": (config["vocab_size"], hidden),
-        "blk.0.attn_q.weight": (config["num_attention_heads"] * config["head_dim"], hidden),
-        "blk.0.attn_k.weight": (config["num_key_value_heads"] * config["head_dim"], hidden),
-        "blk.0.ffn_up.weight": (inner, hidden),
-    }
-    for name, shape in expected.items():
-        info = tensors.get(name)
-        if info is None or info.shape != shape:
-            found = "missing" if info is None else f"of shape {list(info.shape)}"
-            raise ModelError("wrong_shape", f"tensor {name} is {found}; the metadata asks for {list(shape)}")
-    if config["num_hidden_layers"] > len(tensors):
-        raise ModelError("bad_config", f"{config['num_hidden_layers']} layers of {len(tensors)} tensors")
-
-
-def _biases(tensors: dict[str, TensorInfo], architecture: Architecture) -> Config:
-    if architecture.name == "qwen2":
-        return {}
-    return {"attention_bias": "blk.0.attn_q.bias" in tensors, "mlp_bias": "blk.0.ffn_up.bias" in tensors}
-
-
-def _rope(read: _Reader, factors: Any, head_dim: int, context: int) -> Config:
-    theta = read.get("rope.freq_base", float, 10000.0)
-    rope: Config = {"rope_theta": theta, "rope_type": "default"}
-    if factors is not None:
-        return rope | llama3_scaling(factors, theta, head_dim)
-    kind = read.text("rope.scaling.type", "none")
-    if kind == "none":
-        return rope
-    rope |= {"rope_type": kind, "factor": read.get("rope.scaling.factor", float)}
-    if kind == "yarn":
-        rope["original_max_position_embeddings"] = read.get("rope.scaling.original_context_length", int, context)
-    return rope
-
-
-def _tokens(metadata: Metadata) -> Config:
-    def ids(*roles: str) -> list[int]:
-        found = [metadata.get(f"tokenizer.ggml.{role}_token_id") for role in roles]
-        return list(dict.fromkeys(i for i in found if isinstance(i, int) and not isinstance(i, bool)))
-
-    begin, stops = ids("bos"), ids("eos", "eot", "eom")
-    return {"bos_token_id": begin[0] if begin else None, "eos_token_id": stops[0] if len(stops) == 1 else stops}
-
-
-def metadata_of(config: Config) -> tuple[Metadata, Any]:
-    """What a GGUF file says of a checkpoint with this config.json, and the values of `rope_freqs.weight` or None.
-
-    Raises:
-        ModelError: unknown_architecture, bad_config or unsupported_rope.
-    """
-    architecture = architecture_for(config)
-    name = architecture.name
-    try:
-        heads, hidden = int(config["num_attention_heads"]), int(config["hidden_size"])
-        default_dim = 128 if name == "qwen3" else hidden // heads
-        head_dim = int(config.get("head_dim") or default_dim)
-        metadata: Metadata = {
-            "general.architecture": name,
-            f"{name}.block_count": int(config["num_hidden_layers"]),
-            f"{name}.context_length": int(config["max_position_embeddings"]),
-            f"{name}.embedding_length": hidden,
-            f"{name}.feed_forward_length": int(config["intermediate_size"]),
-            f"{name}.attention.head_count": heads,
-            f"{name}.attention.head_count_kv": int(config.get("num_key_value_heads") or heads),
-            f"{name}.attention.key_length": head_dim,
-            f"{name}.attention.value_length": head_dim,
-            f"{name}.attention.layer_norm_rms_epsilon": float(config.get("rms_norm_eps", 1e-6)),
-            f"{name}.rope.dimension_count": head_dim,
-            f"{name}.vocab_size": int(config["vocab_size"]),
-        }
-        rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
-        theta = float(rope.get("rope_theta") or config.get("rope_theta") or 10000.0)
-    except (KeyError, TypeError, ValueError, AttributeError) as e:
-        raise ModelError("bad_config", f"config.json: {type(e).__name__}: {e}") from None
-    metadata[f"{name}.rope.freq_base"] = theta
-    if isinstance(window := config.get("sliding_window"), int) and config.get("use_sliding_window", True):
-        if config.get("max_window_layers") or len(set(config.get("layer_types") or ())) > 1:
-            raise ModelError("unsupported_config", "windows in some of the layers only have no place in GGUF")
-        metadata[f"{name}.attention.sliding_window"] = window
-    kind = rope.get("rope_type") or rope.get("type") or "default"
-    if kind == "llama3":
-        return metadata, inverse_frequencies(rope, theta, head_dim)
-    if kind in ("linear", "yarn"):
-        metadata[f"{name}.rope.scaling.type"] = kind
-        metadata[f"{name}.rope.scaling.factor"] = float(rope["factor"])
-        if original := rope.get("original_max_position_embeddings"):
-            metadata[f"{name}.rope.scaling.original_context_length"] = int(original)
-    elif kind != "default":
-        raise ModelError("unsupported_rope", f"rope type {kind!r} is not written to GGUF; default, linear, llama3 are")
-    return metadata, None

@@ -3,24 +3,26 @@
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
 from wherry_runtime.formats.gguf.architectures import (
-    ROPE_FACTORS,
+    FACTORS,
+    Architecture,
     Config,
     architecture_of,
-    checkpoint_name,
-    config_of,
+    checkpoint_tensors,
+    norm_offset,
     rotated_heads,
     rows_from_neighbours,
 )
 from wherry_runtime.formats.gguf.blocks import dequantize
+from wherry_runtime.formats.gguf.config import config_of
 from wherry_runtime.formats.gguf.cursor import Value
 from wherry_runtime.formats.gguf.reader import GGUFFile, TensorInfo
-from wherry_runtime.formats.gguf.types import GGMLType
+from wherry_runtime.formats.gguf.types import BY_NAME, GGMLType
 from wherry_runtime.loading.errors import ModelError
 
 SPLIT_COUNT, SPLIT_TENSORS = "split.count", "split.tensors.count"
@@ -74,13 +76,19 @@ class GGUFModel:
         return cls(files, metadata, infos, config)
 
     def names(self) -> dict[str, TensorInfo]:
-        """Name in a checkpoint → tensor, in the order of the files.
+        """Name in a checkpoint → tensor, or its part of one that has all experts', in the order of the files.
 
         Raises:
             ModelError: unexpected_tensors.
         """
-        named = ((checkpoint_name(info.name), info) for info in self.infos.values())
-        return {name: info for name, info in named if name is not None}
+        found: dict[str, TensorInfo] = {}
+        for info in self.infos.values():
+            found |= checkpoint_tensors(self._architecture, info)
+        return found
+
+    @property
+    def _architecture(self) -> Architecture:
+        return architecture_of(self.metadata)
 
     def tensors(self) -> Iterator[CheckpointTensor]:
         """Each tensor, in the order of the files.
@@ -100,10 +108,13 @@ class GGUFModel:
         return self._read(name, self.names()[name])
 
     def _read(self, name: str, info: TensorInfo) -> CheckpointTensor:
-        """`raw` is a view of the memory map, or a copy where rows change places."""
+        """`raw` is a view of the memory map, or a copy where rows change places or norms are of another kind."""
         file = next(f for f in self.files if info.name in f.header.tensors)
         raw = file.raw(info)
-        if heads := rotated_heads(architecture_of(self.metadata), info.name, self.config):
+        if added := norm_offset(self._architecture, info.name):
+            values = dequantize(raw, info.type) - np.float32(added)
+            return CheckpointTensor(name, info.shape, BY_NAME["F32"], values.view(np.uint8))
+        if heads := rotated_heads(self._architecture, info.name, self.config):
             rows = info.shape[0] if info.shape else 1
             if rows % (2 * heads):
                 raise ModelError("wrong_shape", f"{file.path}: {info.name}: {rows} rows of {heads} heads")
@@ -120,11 +131,9 @@ def _check_split(files: list[GGUFFile], num_tensors: int) -> None:
         raise ModelError("missing_shard", f"{files[0].path}: {tensors!r} tensors are promised, {num_tensors} are there")
 
 
-def _factors(files: list[GGUFFile]) -> Any:
-    for file in files:
-        if (info := file.header.tensors.get(ROPE_FACTORS)) is not None:
-            return dequantize(file.raw(info), info.type)
-    return None
+def _factors(files: list[GGUFFile]) -> dict[str, npt.NDArray[np.float32]]:
+    found = ((file, info) for file in files for name, info in file.header.tensors.items() if name in FACTORS)
+    return {info.name: dequantize(file.raw(info), info.type) for file, info in found}
 
 
 def _dtype(infos: dict[str, TensorInfo]) -> str:

@@ -301,8 +301,10 @@ class Recorder(Missing):
         if x.stride != matrix.padded_inputs:
             raise ValueError(f"x has rows of {x.stride}, the weights take {matrix.padded_inputs}")
         operand, stride, scales, sums = self._converted(matrix, x)
-        numbers = [matrix.num_panels, matrix.padded_inputs, stride, out.stride, matrix.format.group, add, x.sampled]
-        name = f"linear_{ {'float32': 'f32', 'bfloat16': 'bf16'}.get(matrix.format.method, matrix.format.method) }"
+        held = matrix.format
+        numbers = [matrix.num_panels, matrix.padded_inputs, stride, out.stride, held.group, add, x.sampled]
+        numbers += [held.block, held.zero, held.minima]
+        name = f"linear_{ {'float32': 'f32', 'bfloat16': 'bf16'}.get(held.method, held.method) }"
         tensors = [operand, matrix.data, out.buffer, linear.bias, matrix.scales, scales, sums]
         self.program.add(name, tensors, numbers, streams=(matrix.data, matrix.num_panels))
         for buffer in (operand, scales, sums):

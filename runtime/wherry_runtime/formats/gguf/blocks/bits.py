@@ -37,7 +37,11 @@ def planes(packed: U8, run: int, width: int) -> U8:
     A run of `run` bytes has its elements 0 … run-1 in the lowest bits, the next `run` in those above, and so on.
     """
     runs = packed.reshape(len(packed), -1, run)
-    return fields(runs, width, range(0, 8, width)).swapaxes(2, 3).reshape(len(packed), -1)
+    out = np.empty((*runs.shape[:2], 8 // width, run), np.uint8)
+    for i in range(8 // width):  # far faster than one shift by an array of shifts
+        np.right_shift(runs, i * width, out=out[:, :, i])
+    out &= (1 << width) - 1
+    return out.reshape(len(packed), -1)
 
 
 def packed_planes(q: U8, run: int, width: int) -> U8:

@@ -5,7 +5,7 @@ import numpy as np
 from wherry_runtime.formats.gguf.blocks.bits import F32, U8, as_type, fields, half, planes, split
 
 
-def _fifth(bits: U8) -> U8:
+def fifth_bits(bits: U8) -> U8:
     """The fifth bits, in a word of 32: [n, 4] → [n, 32]."""
     return np.asarray(fields(as_type(bits, "<u4")[:, 0], 1, range(32)), np.uint8) << np.uint8(4)
 
@@ -25,14 +25,14 @@ def q4_1(blocks: U8) -> F32:
 def q5_0(blocks: U8) -> F32:
     """d (q - 16)."""
     d, high, packed = split(blocks, 2, 4)
-    q = planes(packed, 16, 4) | _fifth(high)
+    q = planes(packed, 16, 4) | fifth_bits(high)
     return half(d) * (q.astype(np.int8) - np.int8(16)).astype(np.float32)
 
 
 def q5_1(blocks: U8) -> F32:
     """d q + m."""
     d, m, high, packed = split(blocks, 2, 2, 4)
-    return half(d) * (planes(packed, 16, 4) | _fifth(high)).astype(np.float32) + half(m)
+    return half(d) * (planes(packed, 16, 4) | fifth_bits(high)).astype(np.float32) + half(m)
 
 
 def q8_0(blocks: U8) -> F32:

@@ -7,6 +7,9 @@
   X(linear_bf16)          \
   X(linear_int8)          \
   X(linear_int4)          \
+  X(linear_k4)            \
+  X(linear_k5)            \
+  X(linear_k6)            \
   X(to_bf16)              \
   X(quantize_int8)        \
   X(embed)                \

@@ -8,7 +8,7 @@
 //   pointers  0 x: see the kernel; 1 weights [panels][Kp words][64] words; 2 y float32; 3 bias float32 [panels * 64] or null;
 //             4 weight scales, 5 x scales, 6 x sums: of the integer kernels
 //   numbers   0 panels; 1 Kp; 2 stride of x in elements; 3 stride of y in floats; 4 group: weights per scale along K;
-//             5 add: 1 adds to y, 0 overwrites it; 6 sampled: 1 if the rows are those that draw a token
+//             5 add: 1 adds to y, 0 overwrites it; 6 sampled: 1 if the rows are those that draw a token; 7 … of linear_k.cpp
 // Goto and van de Geijn, 2008 (https://doi.org/10.1145/1356052.1356053) for the blocking.
 #pragma once
 #include <algorithm>
