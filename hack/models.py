@@ -7,6 +7,7 @@ What computes a model depends on its settings. The table has each architecture a
 import re
 from collections.abc import Iterator
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 from wherry_runtime.attention.native import unsupported as not_native
@@ -14,7 +15,7 @@ from wherry_runtime.formats.gguf.architectures import ARCHITECTURES, MIXTRAL
 from wherry_runtime.kernels.cuda.support import unsupported as not_cuda
 from wherry_runtime.kvcache.formats import FORMATS
 from wherry_runtime.loading.config import ModelConfig, build_config
-from wherry_runtime.models.registry import MODULES, config_fields
+from wherry_runtime.models.registry import ENCODERS, MODULES, config_fields
 from wherry_runtime.parallel.shard import unsplittable
 
 USUAL: dict[str, Any] = {
@@ -76,14 +77,25 @@ memory, so `--max-running` (and memory) bounds how many run at a time, and nothi
 is shared, no guess is taken back (speculative decoding is refused), no rank has a part. Batching, chunked prompts,
 pausing, resuming elsewhere and rounded matrices are as with all others. Mamba and RWKV-4 go through a prompt token by
 token, which takes PyTorch's overhead for each; Mamba-2 computes 64 tokens at once.
+"""
+ENCODER_TABLE = """
+## Embedding models
 
+Encoders turn texts into vectors, and are served by [`/v1/embeddings`](embeddings.md). `tests/runtime/test_encoders.py`
+holds each to transformers: the same vectors within 1e-4 in float32, texts of unequal lengths together. PyTorch computes
+them, on CPUs and GPUs; a replica has the whole model. `--quantization int8` and `int4` work with each.
+
+| architecture | also read, without its head | models | paper |
+|---|---|---|---|
+"""
+REFUSED = """
 ## What is refused
 
 - `Gemma3ForConditionalGeneration` and other models with images; `Gemma3ForCausalLM` is the text model.
 - OPT 350m (norms after the residual, a narrower embedding), GPT-2 with `scale_attn_by_inverse_layer_idx`, Gemma with
   attention in both directions, and layouts of Falcon that no published model has.
 - BitNet checkpoints with a `quantization_config`: packed weights, or float ones that are to be rounded at run time.
-- Encoders (BERT), and models that mix layers with and without attention.
+- Models that mix layers with and without attention.
 """
 
 
@@ -96,14 +108,21 @@ def usual_config(architecture: str) -> ModelConfig:
 
 def models_page() -> str:
     """docs/models.md."""
-    return INTRODUCTION + "\n".join(_rows()) + "\n" + NOTES
+    decoders, encoders = "\n".join(_rows()) + "\n", "\n".join(_encoder_rows()) + "\n"
+    return INTRODUCTION + decoders + NOTES + ENCODER_TABLE + encoders + REFUSED
+
+
+def _described(module: ModuleType) -> tuple[str, str]:
+    """The models and the papers that the file names."""
+    text = " ".join((module.__doc__ or "").split())
+    models = re.split(r": | \(http", text)[0]
+    papers = ", ".join(f"[{i}]({url})" for i, url in enumerate(re.findall(r"https://[^\s,)]+", text), 1))
+    return models, papers
 
 
 def _rows() -> Iterator[str]:
     for module in sorted(MODULES, key=lambda m: m.FAMILY.architecture.lower()):
-        text = " ".join((module.__doc__ or "").split())
-        models = re.split(r": | \(http", text)[0]
-        papers = ", ".join(f"[{i}]({url})" for i, url in enumerate(re.findall(r"https://[^\s,)]+", text), 1))
+        models, papers = _described(module)
         config = usual_config(module.FAMILY.architecture)
         reasons = (not_native(config), not_cuda(config, FORMATS["float32"]), unsplittable(config))
         cells = " | ".join("yes" if reason is None else _short(reason) for reason in reasons)
@@ -114,6 +133,13 @@ def _rows() -> Iterator[str]:
 def _gguf(architecture: str) -> str:
     """What GGUF files call it."""
     return next((f"`{a.name}`" for a in (*ARCHITECTURES.values(), MIXTRAL) if architecture in a.models), "no")
+
+
+def _encoder_rows() -> Iterator[str]:
+    for module in sorted(ENCODERS, key=lambda m: m.FAMILY.architecture.lower()):
+        models, papers = _described(module)
+        also = ", ".join(f"`{name}`" for name in module.FAMILY.also)
+        yield f"| `{module.FAMILY.architecture}` | {also} | {models} | {papers} |"
 
 
 def _short(reason: str) -> str:

@@ -4,10 +4,10 @@ from collections.abc import AsyncGenerator
 from contextlib import aclosing
 
 from wherry_protocol.openai.errors import ApiError
-from wherry_protocol.worker import ErrorEvent, Event, ExecuteRequest
-from wherry_router.backend import Delivery
+from wherry_protocol.worker import ErrorEvent, Event
+from wherry_router.backend import Delivery, Work
 from wherry_router.fault import WorkerFault
-from wherry_router.ledger import Ledger
+from wherry_router.ledger import books_of
 from wherry_router.settings import Limits
 from wherry_runtime.server.lifecycle import MAX_HEARTBEAT_AGE_S
 from wherry_runtime.server.surface import Engine, events_of, refusal
@@ -24,12 +24,10 @@ class EngineBackend:
         """The engine hangs when its step loop has not gone round for long."""
         return None if self._engine.heartbeat_age() < MAX_HEARTBEAT_AGE_S else "the engine does not answer"
 
-    async def generate(
-        self, request: ExecuteRequest, correlation_id: str, delivery: Delivery
-    ) -> AsyncGenerator[Event, None]:
+    async def generate(self, request: Work, correlation_id: str, delivery: Delivery) -> AsyncGenerator[Event, None]:
         """See `wherry_router.backend.Backend.generate`. An engine that failed and is there again goes on with the
         answer; one that shuts down does not."""
-        ledger = Ledger(request)
+        ledger = books_of(request)
         failed = fruitless = tokens = 0
         while True:
             try:

@@ -87,19 +87,23 @@ async def _load(engine: Engine, name: str) -> None:
             raise Failure(error.message) from None
 
 
-def _greet(url: str, name: str) -> None:
+def _greet(url: str, name: str, *, embeds: bool) -> None:
     body = f'{{"model": "{name}", "messages": [{{"role": "user", "content": "Hello!"}}]}}'
+    path = "chat/completions"
+    if embeds:
+        path, body = "embeddings", f'{{"model": "{name}", "input": ["Hello!"]}}'
     _console.print(f"[bold]{name}[/] is served at [bold]{url}/v1[/] (API description: {url}/docs)")
     _console.print("Try it:")
-    _console.print(f"  curl {url}/v1/chat/completions -d '{body}'", soft_wrap=True, markup=False)
-    _console.print(f"  wherry chat --url {url}", soft_wrap=True)
+    _console.print(f"  curl {url}/v1/{path} -d '{body}'", soft_wrap=True, markup=False)
+    if not embeds:
+        _console.print(f"  wherry chat --url {url}", soft_wrap=True)
     _console.print("Ctrl-C stops it.")
 
 
 async def _serve(config: EngineConfig, sock: socket) -> None:
-    from wherry_runtime.engine.async_engine import AsyncEngine
+    from wherry_runtime.engine.model_engine import ModelEngine
 
-    engine: Engine = AsyncEngine(config)
+    engine = ModelEngine(config)
     await _load(engine, config.model_name)
     registry = CollectorRegistry()
     registry.register(LoadCollector(config.model_name, engine.load))
@@ -113,7 +117,7 @@ async def _serve(config: EngineConfig, sock: socket) -> None:
     )
     stop = asyncio.Event()
     stop_on_signals(stop)
-    _greet(url_of(sock), config.model_name)
+    _greet(url_of(sock), config.model_name, embeds=engine.embeds)
 
     async def drain() -> None:
         _console.print("Stopping once the running answers are done; Ctrl-C again stops at once.")

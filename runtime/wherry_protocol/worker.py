@@ -5,6 +5,11 @@
 
     started, token*, metrics, (end | error)
 
+`POST /embed` takes an `EmbedRequest`, for models that turn texts into vectors, and answers in the same way:
+
+    started, embedding*, metrics, (end | error)
+
+Each of the two is refused with 400 by models of the other kind.
 The answer's headers come once the request is in the engine's queue, and comments wherever it pauses (see `sse`).
 A request that cannot start gets an HTTP status with an `ErrorEvent` as its JSON body and no stream: 400 (the request),
 401 (the token), 404 (the model), 429 (the queue is full, with `Retry-After`), 503 (not ready or draining).
@@ -84,6 +89,17 @@ class ExecuteRequest(msgspec.Struct, kw_only=True, omit_defaults=True):
     cache_salt: str = ""  # requests with different salts share no cached prefix; ASCII, 128 characters at most
 
 
+class EmbedRequest(msgspec.Struct, kw_only=True, omit_defaults=True):
+    """Texts that become vectors. `id` is unique among the worker's live requests."""
+
+    id: str
+    model: str
+    inputs: list[str | list[int]]  # text is tokenized with special tokens, token ids are taken as they are
+    dimensions: int | None = None  # None: as many as the model has
+    truncate: int | None = None  # tokens of each text at most; -1: as many as the model takes; None: longer is refused
+    priority: int = 0  # higher runs first; those of one priority take turns
+
+
 class CancelRequest(msgspec.Struct):
     """Ends the request with this id; unknown ids are fine (it may have just ended)."""
 
@@ -156,7 +172,14 @@ class ErrorEvent(msgspec.Struct, tag_field="event", tag="error", omit_defaults=T
     param: str | None = None
 
 
-Event = Started | Token | Metrics | End | ErrorEvent
+class Embedding(msgspec.Struct, tag_field="event", tag="embedding"):
+    """The vector of the input at `index`; they come in order. `vector`: float32, little-endian (base64 in JSON)."""
+
+    index: int
+    vector: bytes
+
+
+Event = Started | Token | Embedding | Metrics | End | ErrorEvent
 
 
 class LoadReport(msgspec.Struct, kw_only=True):

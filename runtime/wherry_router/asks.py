@@ -1,7 +1,7 @@
 """What a policy is told of a request: how long it is, in tokens, and by which keys its beginnings are known."""
 
 from wherry_protocol.prefix import CHUNK_BYTES, prefix_keys, written_out
-from wherry_protocol.worker import EXPECTED_OUTPUT, ExecuteRequest
+from wherry_protocol.worker import EXPECTED_OUTPUT, EmbedRequest, ExecuteRequest
 from wherry_router.policies import Ask
 
 _BYTES_PER_TOKEN = 4.0  # until workers have told
@@ -11,7 +11,7 @@ _WEIGHT = 0.05  # of one prompt in the running mean
 
 def expected_output(max_tokens: int | None) -> int:
     """Tokens that an answer is taken to have before it begins."""
-    return min(max_tokens or EXPECTED_OUTPUT, EXPECTED_OUTPUT)
+    return EXPECTED_OUTPUT if max_tokens is None else min(max_tokens, EXPECTED_OUTPUT)
 
 
 class Asks:
@@ -21,8 +21,12 @@ class Asks:
         self._with_keys = with_keys
         self.bytes_per_token = _BYTES_PER_TOKEN
 
-    def of(self, request: ExecuteRequest, session: str = "") -> Ask:
-        """What is known of `request`."""
+    def of(self, request: ExecuteRequest | EmbedRequest, session: str = "") -> Ask:
+        """What is known of `request`. Texts to be embedded are known by no beginning: nothing of them is cached."""
+        if isinstance(request, EmbedRequest):
+            texts = [one for one in request.inputs if isinstance(one, str)]
+            size, tokens = sum(map(len, texts)), sum(len(one) for one in request.inputs if not isinstance(one, str))
+            return Ask(prompt_tokens=max(int(size / self.bytes_per_token) + tokens, 1), session=session)
         text = written_out(request.prompt)
         return Ask(
             prompt_bytes=len(text),

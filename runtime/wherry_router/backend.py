@@ -1,9 +1,11 @@
-"""What the OpenAI API stands on: something that turns an `ExecuteRequest` into events."""
+"""What the OpenAI API stands on: something that turns a worker's request into events."""
 
 from collections.abc import AsyncGenerator
 from typing import Protocol
 
-from wherry_protocol.worker import Event, ExecuteRequest
+from wherry_protocol.worker import EmbedRequest, Event, ExecuteRequest
+
+Work = ExecuteRequest | EmbedRequest
 
 
 class Delivery:
@@ -24,11 +26,11 @@ class Delivery:
 class Backend(Protocol):
     """Workers behind a router, or one engine in the same process."""
 
-    def generate(self, request: ExecuteRequest, correlation_id: str, delivery: Delivery) -> AsyncGenerator[Event, None]:
-        """The events of one generation; closing the generator cancels it.
+    def generate(self, request: Work, correlation_id: str, delivery: Delivery) -> AsyncGenerator[Event, None]:
+        """The events of one generation, or of texts that become vectors; closing the generator cancels it.
 
         Tokens follow on one another, whatever workers they come from. Only for a `whole` delivery a second `started`
-        may come after tokens: it voids what came before.
+        may come after tokens, or after vectors: it voids what came before.
 
         Raises:
             ApiError: before the first token, when the request cannot be run.

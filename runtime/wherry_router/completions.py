@@ -1,4 +1,5 @@
-"""The hot path: /v1/chat/completions and /v1/completions, from a client's bytes to a client's bytes."""
+"""The hot path: /v1/chat/completions and /v1/completions, from a client's bytes to a client's bytes; and the door of
+/v1/embeddings, which has a file of its own."""
 
 import asyncio
 import logging
@@ -8,6 +9,7 @@ from contextlib import aclosing, nullcontext
 
 from wherry_protocol.http.asgi import CancelOnDisconnect, Headers, Receive, Scope, Send, header, read_body, respond
 from wherry_protocol.openai.answers import Choice, Usage, cancelled, failure, whole
+from wherry_protocol.openai.embeddings import EmbeddingRequest
 from wherry_protocol.openai.errors import ApiError, model_not_found
 from wherry_protocol.openai.requests import ChatCompletionRequest, CompletionRequest, Request, parse
 from wherry_protocol.openai.stream import DONE, Chunks
@@ -16,6 +18,7 @@ from wherry_protocol.worker import End, ErrorEvent, Event, ExecuteRequest, Start
 from wherry_router.admission.entry import BYTES_PER_TOKEN, Admission, Place
 from wherry_router.backend import Backend, Delivery
 from wherry_router.caller import Caller
+from wherry_router.embeddings import Embeddings
 from wherry_router.identity.salt import Salts
 from wherry_router.limits.limiter import Charge, Limiter
 from wherry_router.merge import Merged, merge
@@ -25,7 +28,7 @@ from wherry_router.settings import Limits
 
 log = logging.getLogger("wherry.router")
 
-Kind = type[ChatCompletionRequest] | type[CompletionRequest]
+Kind = type[ChatCompletionRequest] | type[CompletionRequest] | type[EmbeddingRequest]
 _STREAM: Headers = [
     (b"content-type", b"text/event-stream; charset=utf-8"),
     (b"cache-control", b"no-cache"),
@@ -74,7 +77,7 @@ class Answer:
 
 
 class Completions:
-    """Answers both kinds of request from one backend."""
+    """Answers every kind of request from one backend."""
 
     def __init__(
         self,
@@ -95,6 +98,7 @@ class Completions:
         self._model = model
         self._limits = limits
         self._metrics = metrics
+        self._embeddings = Embeddings(backend, metrics, limiter, admission)
         self.in_flight = 0
         metrics.in_flight.set_function(lambda: self.in_flight)
 
@@ -113,11 +117,11 @@ class Completions:
         try:
             began = time.perf_counter()
             body = await read_body(scope, receive, self._limits.max_body_bytes, self._limits.body_timeout_s)
-            request = (
-                parse(ChatCompletionRequest, body) if kind is ChatCompletionRequest else parse(CompletionRequest, body)
-            )
+            request: Request | EmbeddingRequest = parse(kind, body)
             if request.model != self._model:
                 raise model_not_found(request.model, self._model)
+            if isinstance(request, EmbeddingRequest):
+                return await self._embeddings(request, caller, scope, send, correlation, headers, len(body))
             place = self._place(scope, caller, request, len(body))
             session = _session(scope, request, caller)
             answer = Answer(request, caller, correlation, headers, began, place, session)

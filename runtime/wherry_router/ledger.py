@@ -4,13 +4,97 @@ Every event passes here on its way to the client. What does not follow on what w
 or told twice) is the worker's fault, and never gets through.
 """
 
-from wherry_protocol.worker import End, ErrorEvent, Event, ExecuteRequest, Metrics, Resume, Started, Token
+from typing import Protocol
+
+import msgspec
+
+from wherry_protocol.worker import (
+    Embedding,
+    EmbedRequest,
+    End,
+    ErrorEvent,
+    Event,
+    ExecuteRequest,
+    Metrics,
+    Resume,
+    Started,
+    Token,
+)
+from wherry_router.backend import Work
 from wherry_router.fault import WorkerFault
 
 # Of errors that ask to be tried elsewhere: what a worker that is on its way out says. It did nothing wrong.
 _LEAVING = frozenset({"shutting_down", "draining"})
 # The version of an answer that workers of different models or settings have parts in.
 SEVERAL = "several"
+
+
+class Books(Protocol):
+    """What tries are made of, and what they bring. `ids`: every token passed on, in order."""
+
+    @property
+    def ids(self) -> list[int]: ...
+
+    def request(self, tries: int) -> Work:
+        """What the next worker is asked, after `tries` that failed."""
+
+    def take(self, event: Event) -> Event | None:
+        """What of a worker's event the client gets.
+
+        Raises:
+            WorkerFault: the event does not follow on what was passed on, or it asks for another try.
+        """
+
+
+def books_of(request: Work, *, restarts: bool = False) -> Books:
+    """Those of a request; `restarts` is a `Ledger`'s."""
+    return EmbeddingLedger(request) if isinstance(request, EmbedRequest) else Ledger(request, restarts=restarts)
+
+
+def _error(event: ErrorEvent) -> ErrorEvent:
+    if not event.retryable:
+        return event
+    reason = "shutting_down" if event.code in _LEAVING else "worker_error"
+    fault = WorkerFault(reason, f"{event.code}: {event.message}")
+    fault.event = event
+    raise fault
+
+
+class EmbeddingLedger:
+    """The books of a request for vectors. Every try begins it anew: vectors of two models must not be mixed, and two
+    workers may have different ones while a deployment is updated."""
+
+    __slots__ = ("_came", "_request", "_waits", "ids")
+
+    def __init__(self, request: EmbedRequest) -> None:
+        self._request = request
+        self._waits = True  # for the try's `Started`
+        self._came = 0
+        self.ids: list[int] = []  # none ever: what came is worth nothing to another worker
+
+    def request(self, tries: int) -> EmbedRequest:
+        """See `Books`."""
+        self._waits, self._came = True, 0
+        first = self._request
+        # The worker may be one that is still letting go of the try before.
+        return first if not tries else msgspec.structs.replace(first, id=f"{first.id}~{tries}")
+
+    def take(self, event: Event) -> Event:
+        """See `Books`."""
+        if type(event) is Started:
+            if not self._waits:
+                raise WorkerFault("protocol", "the answer started twice")
+            self._waits = False
+        elif type(event) is Embedding:
+            if event.index != self._came or self._waits:
+                raise WorkerFault("protocol", f"vector {event.index} came where {self._came} was due")
+            self._came += 1
+        elif type(event) is End:
+            if event.finish_reason != "cancelled" and self._came != len(self._request.inputs):
+                raise WorkerFault("protocol", f"{self._came} of {len(self._request.inputs)} vectors came")
+        elif type(event) is ErrorEvent:
+            return _error(event)
+        return event
 
 
 class Ledger:
@@ -67,11 +151,8 @@ class Ledger:
             return self._start(event)
         if type(event) is End:
             return self._end(event)
-        if type(event) is ErrorEvent and event.retryable:
-            reason = "shutting_down" if event.code in _LEAVING else "worker_error"
-            fault = WorkerFault(reason, f"{event.code}: {event.message}")
-            fault.event = event
-            raise fault
+        if type(event) is ErrorEvent:
+            return _error(event)
         if type(event) is Metrics and self._waits:
             raise WorkerFault("protocol", "the answer ended before it started")
         return event

@@ -11,7 +11,7 @@ import msgspec
 from prometheus_client import CollectorRegistry
 
 from wherry_protocol.router_report import ReplicaReport, ReplicaState
-from wherry_protocol.worker import End, Event, LoadReport, LoadUpdate, Started, Token
+from wherry_protocol.worker import Embedding, End, Event, LoadReport, LoadUpdate, Started, Token
 from wherry_router.asks import Asks, expected_output
 from wherry_router.metrics import RouterMetrics
 from wherry_router.policies import ANYTHING, Ask, Policy
@@ -136,10 +136,7 @@ class Lease:
     def observe(self, event: Event) -> None:
         """Puts the estimate right, and notes that the worker works."""
         if type(event) is Token:
-            if self._began is not None:
-                self._pool.answered(self._replica, self._began)
-                self._began = None
-            self._epoch = self._replica.breaker.epoch
+            self._answered()
             # The prompt has been read. One token stays owed until the end, however long the answer gets.
             output = max(self._output - len(event.ids), 1)
             self._replica.outstanding_tokens -= self._prompt + self._output - output
@@ -149,8 +146,16 @@ class Lease:
             self._pool.started(self._ask, event)
             self._replica.outstanding_tokens += prompt - self._prompt
             self._prompt = prompt
+        elif type(event) is Embedding:
+            self._answered()
         elif type(event) is End:
             self._pool.completed(self._replica)
+
+    def _answered(self) -> None:
+        if self._began is not None:
+            self._pool.answered(self._replica, self._began)
+            self._began = None
+        self._epoch = self._replica.breaker.epoch
 
     def failed(self, reason: str) -> None:
         """The try failed; `reason` is a `WorkerFault`'s. A refusal of the request itself (4xx) is none."""

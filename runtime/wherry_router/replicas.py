@@ -12,9 +12,9 @@ import msgspec
 from wherry_protocol.openai.errors import ApiError
 from wherry_protocol.router_report import ReplicaReport
 from wherry_protocol.worker import End, Event, ExecuteRequest, Token
-from wherry_router.backend import Delivery
+from wherry_router.backend import Delivery, Work
 from wherry_router.fault import Expired, WorkerFault
-from wherry_router.ledger import Ledger
+from wherry_router.ledger import books_of
 from wherry_router.load_feed import LoadFeed
 from wherry_router.metrics import RouterMetrics
 from wherry_router.policies import Ask, Policy
@@ -63,20 +63,21 @@ class Replicas:
         """What the operator is told of each replica."""
         return self.pool.report()
 
-    async def generate(
-        self, request: ExecuteRequest, correlation_id: str, delivery: Delivery
-    ) -> AsyncGenerator[Event, None]:
-        """See `Backend.generate`. Until the first token each replica is tried once at most."""
+    async def generate(self, request: Work, correlation_id: str, delivery: Delivery) -> AsyncGenerator[Event, None]:
+        """See `Backend.generate`. Until the first token (the last vector) each replica is tried once at most."""
         now = asyncio.get_running_loop().time
-        ledger = Ledger(request, restarts=delivery.whole and not self._limits.resume)
+        ledger = books_of(request, restarts=delivery.whole and not self._limits.resume)
+        path, output = (
+            ("/execute", request.sampling.max_tokens) if isinstance(request, ExecuteRequest) else ("/embed", 0)
+        )
         tries = Tries(self._limits, now(), delivery, ledger)
         ask = self.pool.asks.of(request, delivery.session)
         while (replica := await self._next(tries, ask)) is not None:
             body = _encode(ledger.request(tries.failed))
             prompt = ask.prompt_tokens - replica.cached_tokens(ask) + len(ledger.ids)
-            lease = self.pool.lease(replica, prompt, request.sampling.max_tokens, ask)
+            lease = self.pool.lease(replica, prompt, output, ask)
             leaves = functools.partial(self._leaves, replica, tries)
-            stream = self._upstream.execute(replica, body, correlation_id, tries.deadline, leaves)
+            stream = self._upstream.execute(replica, body, correlation_id, tries.deadline, leaves, path)
             try:
                 async with aclosing(stream) as events:
                     async for event in events:

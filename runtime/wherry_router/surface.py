@@ -9,12 +9,19 @@ from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.exposition import CONTENT_TYPE_PLAIN_1_0_0
 from starlette.exceptions import HTTPException
 
+from wherry_protocol.openai.embeddings import EmbeddingRequest
 from wherry_protocol.openai.errors import ApiError, method_not_allowed, model_not_found, not_found
 from wherry_protocol.openai.requests import ChatCompletionRequest, CompletionRequest
 
-HOT_ROUTES: dict[str, type[ChatCompletionRequest] | type[CompletionRequest]] = {
+HOT_ROUTES: dict[str, type[ChatCompletionRequest] | type[CompletionRequest] | type[EmbeddingRequest]] = {
     "/v1/chat/completions": ChatCompletionRequest,
     "/v1/completions": CompletionRequest,
+    "/v1/embeddings": EmbeddingRequest,
+}
+_SUMMARIES = {
+    "/v1/chat/completions": "Answer a conversation",
+    "/v1/completions": "Go on with a text",
+    "/v1/embeddings": "Turn texts into vectors",
 }
 
 
@@ -87,9 +94,8 @@ def _describe_hot_routes(app: FastAPI) -> None:
                 reference = {"application/json": {"schema": {"$ref": f"#/components/schemas/{kind.__name__}"}}}
                 answers = {"200": {"description": "The answer, or server-sent events where `stream` is true"}}
                 answers["default"] = {"description": "An error: {error: {message, type, param, code}}"}
-                summary = "Answer a conversation" if "chat" in path else "Go on with a text"
                 post = {
-                    "summary": summary,
+                    "summary": _SUMMARIES[path],
                     "requestBody": {"required": True, "content": reference},
                     "responses": answers,
                 }

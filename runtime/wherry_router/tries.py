@@ -3,7 +3,7 @@
 from wherry_protocol.worker import ErrorEvent
 from wherry_router.backend import Delivery
 from wherry_router.fault import QueueFull, WorkerFault
-from wherry_router.ledger import Ledger
+from wherry_router.ledger import Books
 from wherry_router.pool import Replica
 from wherry_router.settings import Limits
 
@@ -31,7 +31,7 @@ class Tries:
         "tried",
     )
 
-    def __init__(self, limits: Limits, now: float, delivery: Delivery, ledger: Ledger) -> None:
+    def __init__(self, limits: Limits, now: float, delivery: Delivery, ledger: Books) -> None:
         self._limits = limits
         self._began = now
         self._delivery = delivery

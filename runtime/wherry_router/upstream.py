@@ -7,7 +7,7 @@ import msgspec
 
 from wherry_protocol.openai.errors import ApiError
 from wherry_protocol.sse import HEADER_HEARTBEAT, Frames, decode_frame, decode_load
-from wherry_protocol.worker import End, ErrorEvent, Event, LoadReport, LoadUpdate, Token
+from wherry_protocol.worker import Embedding, End, ErrorEvent, Event, LoadReport, LoadUpdate, Token
 from wherry_router.connections import KEPT_S, Broken, Connections, Exchange, Unreachable
 from wherry_router.fault import Expired, QueueFull, WorkerFault
 from wherry_router.load_feed import NoFeedError
@@ -35,7 +35,7 @@ class Upstream:
         self._connections = Connections(limits.connect_timeout_s, self._secure)
         self._headers = {"authorization": f"Bearer {token}"} if token else {}
         self._head = (
-            "POST /execute HTTP/1.1\r\naccept: text/event-stream\r\ncontent-type: application/json\r\n"
+            " HTTP/1.1\r\naccept: text/event-stream\r\ncontent-type: application/json\r\n"
             "user-agent: wherry-router\r\n" + "".join(f"{name}: {value}\r\n" for name, value in self._headers.items())
         )
         timeout = aiohttp.ClientTimeout(total=None, connect=None, sock_connect=limits.connect_timeout_s)
@@ -107,6 +107,11 @@ class Upstream:
                     if update is not None:
                         yield update
 
+    def _request(self, path: str, url: str, correlation_id: str, body: bytes) -> bytes:
+        host = url.partition("//")[2]
+        own = f"host: {host}\r\nx-correlation-id: {correlation_id}\r\ncontent-length: {len(body)}\r\n\r\n"
+        return f"POST {path}{self._head}{own}".encode() + body
+
     async def execute(
         self,
         replica: Replica,
@@ -114,12 +119,14 @@ class Upstream:
         correlation_id: str,
         deadline: float,
         leaves: Callable[[], bool] = lambda: False,
+        path: str = "/execute",
     ) -> AsyncGenerator[Event, None]:
         """The worker's events. Closing the generator cancels it.
 
         Args:
             deadline: for the first token, in the event loop's time.
             leaves: asked now and then; once it is true, the try ends with the fault `draining`.
+            path: what is asked of the worker.
 
         Raises:
             WorkerFault: the worker is gone, frozen, not ready, full, or does not speak the protocol.
@@ -138,11 +145,9 @@ class Upstream:
             leaves,
             lambda: health.is_well(url),
         )
-        host = url.partition("//")[2]
-        own = f"host: {host}\r\nx-correlation-id: {correlation_id}\r\ncontent-length: {len(body)}\r\n\r\n"
         ended = False
         try:
-            status = await exchange.send((self._head + own).encode() + body)
+            status = await exchange.send(self._request(path, url, correlation_id, body))
             watchdog.begun(promises=exchange.header(_PULSE) is not None)
             if status != 200:
                 raise await _refusal(exchange, status)
@@ -177,7 +182,7 @@ def _events(frames: list[bytes], watchdog: Watchdog) -> Iterator[Event]:
             watchdog.beat()
             continue
         watchdog.touch()
-        if type(event) is Token:
+        if type(event) is Token or type(event) is Embedding:
             watchdog.first_token()
         yield event
 

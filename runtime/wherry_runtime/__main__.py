@@ -29,9 +29,9 @@ def _engine(config: EngineConfig, download: Download) -> Engine:
         from wherry_runtime.parallel.rank_engine import RankEngine
 
         return RankEngine(config, download)
-    from wherry_runtime.engine.async_engine import AsyncEngine
+    from wherry_runtime.engine.model_engine import ModelEngine
 
-    return AsyncEngine(config, download)
+    return ModelEngine(config, download)
 
 
 def main(argv: list[str] | None = None) -> None:

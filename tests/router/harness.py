@@ -158,22 +158,22 @@ def worker(*args: str, env: dict[str, str] | None = None, uri: str = "") -> Iter
 
 
 @contextlib.contextmanager
-def workers(count: int, *args: str) -> Iterator[list[Process]]:
+def workers(count: int, *args: str, uri: str = "") -> Iterator[list[Process]]:
     """Several of them, which load side by side."""
     with contextlib.ExitStack() as stack, ThreadPoolExecutor(count) as pool:
-        starting = [worker(*args) for _ in range(count)]
+        starting = [worker(*args, uri=uri) for _ in range(count)]
         yield list(pool.map(stack.enter_context, starting))
 
 
 @contextlib.contextmanager
-def serve(*args: str, env: dict[str, str] | None = None) -> Iterator[Process]:
-    """`wherry serve` with the sample model."""
+def serve(*args: str, env: dict[str, str] | None = None, model: str = str(TINY)) -> Iterator[Process]:
+    """`wherry serve`, with the sample model where no other is named."""
 
     def read(process: Process) -> str:
         marks = [word for word in process.log().split() if word.startswith("http://") and word.endswith("/v1")]
         return marks[0].removesuffix("/v1") if marks else ""
 
-    base = ["serve", str(TINY), "--port", "0", "--model-name", MODEL, "--threads", "1", "--dtype", "float32"]
+    base = ["serve", model, "--port", "0", "--model-name", MODEL, "--threads", "1", "--dtype", "float32"]
     with running(Process("wherry_cli.main", [*base, *args], env), read) as process:
         yield process
 

@@ -197,7 +197,7 @@ def test_other_models_are_not_found(client: openai.OpenAI) -> None:
 
 def test_unknown_paths_are_not_found(client: openai.OpenAI) -> None:
     with pytest.raises(openai.NotFoundError) as caught:
-        client.embeddings.create(model=MODEL, input="x")
+        client.moderations.create(input="x")
     assert caught.value.code == "unknown_url"
 
 

@@ -107,6 +107,9 @@ class BoundedProtocol(HttpToolsProtocol):
 
     def on_message_complete(self) -> None:
         super().on_message_complete()
+        if not self.pipeline:
+            # uvicorn leaves it paused where a body's last piece was large, and nobody would see the client go.
+            self.flow.resume_reading()
         self._in_head, self._beside = True, 0
         self._disarm()
 

@@ -21,7 +21,7 @@ _MAX_TOLD = 100
 MAX_STOPS = 4
 MAX_STOP_CHARS = 1000
 MAX_LOGIT_BIAS = 300
-_INT32 = 2**31 - 1
+INT32 = 2**31 - 1
 _INT64 = 2**63 - 1
 # A token id as a key of an object. No longer: leading zeros would hide numbers that no one has room for.
 _TOKEN = re.compile(r"[0-9]{1,10}")
@@ -45,7 +45,7 @@ def _biases(value: Any) -> dict[int, float]:
         raise ValueError(f"must be an object of up to {MAX_LOGIT_BIAS} token ids and biases")
     biases = {}
     for token, bias in value.items():
-        if not _TOKEN.fullmatch(str(token)) or int(token) > _INT32:
+        if not _TOKEN.fullmatch(str(token)) or int(token) > INT32:
             raise ValueError("its keys must be token ids")
         if isinstance(bias, bool) or not isinstance(bias, int | float) or not -100 <= bias <= 100:
             raise ValueError("its values must be numbers from -100 to 100")
@@ -53,15 +53,16 @@ def _biases(value: Any) -> dict[int, float]:
     return biases
 
 
-def _is_token_ids(value: Any) -> bool:
-    return isinstance(value, list) and all(type(token) is int and 0 <= token <= _INT32 for token in value)
+def is_token_ids(value: Any) -> bool:
+    """Whether it is a list of nothing else."""
+    return isinstance(value, list) and all(type(token) is int and 0 <= token <= INT32 for token in value)
 
 
 def _prompts(value: Any) -> list[str | list[int]]:
     """Every shape of `prompt` as a list of texts or token id lists."""
-    if isinstance(value, str) or (_is_token_ids(value) and value):
+    if isinstance(value, str) or (is_token_ids(value) and value):
         return [value]
-    if isinstance(value, list) and value and all(isinstance(part, str) or _is_token_ids(part) for part in value):
+    if isinstance(value, list) and value and all(isinstance(part, str) or is_token_ids(part) for part in value):
         if len(value) > MAX_CHOICES:
             raise ValueError(f"has {len(value)} prompts; at most {MAX_CHOICES} go into one request")
         return value
@@ -89,26 +90,35 @@ def _schema(*kinds: dict[str, Any]) -> WithJsonSchema:
     return WithJsonSchema({"anyOf": [*kinds, {"type": "null"}]})
 
 
-_STRING: dict[str, Any] = {"type": "string"}
-_STRINGS: dict[str, Any] = {"type": "array", "items": _STRING}
-_IDS: dict[str, Any] = {"type": "array", "items": {"type": "integer", "minimum": 0}}
+STRING: dict[str, Any] = {"type": "string"}
+STRINGS: dict[str, Any] = {"type": "array", "items": STRING}
+IDS: dict[str, Any] = {"type": "array", "items": {"type": "integer", "minimum": 0}}
 
-Stops = Annotated[list[str], BeforeValidator(_stops), _schema(_STRING, _STRINGS | {"maxItems": MAX_STOPS})]
+Stops = Annotated[list[str], BeforeValidator(_stops), _schema(STRING, STRINGS | {"maxItems": MAX_STOPS})]
 Biases = Annotated[dict[int, float], BeforeValidator(_biases), _schema({"type": "object"})]
 Prompts = Annotated[
     list[str | list[int]],
     BeforeValidator(_prompts),
-    WithJsonSchema({"anyOf": [_STRING, _STRINGS, _IDS, {"type": "array", "items": _IDS}]}),
+    WithJsonSchema({"anyOf": [STRING, STRINGS, IDS, {"type": "array", "items": IDS}]}),
 ]
-Content = Annotated[
-    str | None, BeforeValidator(_text), _schema(_STRING, {"type": "array", "items": {"type": "object"}})
-]
+Content = Annotated[str | None, BeforeValidator(_text), _schema(STRING, {"type": "array", "items": {"type": "object"}})]
 Penalty = Annotated[float, Field(ge=-2, le=2)]
 Unsupported = Any
 
 
 class _Strict(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
+
+
+class Checked(_Strict):
+    """A request's body."""
+
+    def check(self) -> None:
+        """The rules that join several fields.
+
+        Raises:
+            ApiError: with status 400, naming the field.
+        """
 
 
 class StreamOptions(_Strict):
@@ -155,7 +165,7 @@ _OF_ROUTERS: Mapping[str, tuple[Any, ...]] = {
 }
 
 
-class _Generation(_Strict):
+class _Generation(Checked):
     """What both kinds of request share."""
 
     # Fields that are known and not supported, with the values that ask for nothing.
@@ -164,7 +174,7 @@ class _Generation(_Strict):
     model: Annotated[str, Field(max_length=256)]
     frequency_penalty: Penalty | None = None
     logit_bias: Biases = Field(default_factory=dict)
-    max_tokens: Annotated[int, Field(ge=1, le=_INT32)] | None = None
+    max_tokens: Annotated[int, Field(ge=1, le=INT32)] | None = None
     n: Annotated[int, Field(ge=1, le=MAX_CHOICES)] | None = None
     presence_penalty: Penalty | None = None
     seed: Annotated[int, Field(ge=-_INT64 - 1, le=_INT64)] | None = None
@@ -175,12 +185,12 @@ class _Generation(_Strict):
     top_p: Annotated[float, Field(gt=0, le=1)] | None = None
     user: str | None = None
     # Extensions.
-    top_k: Annotated[int, Field(ge=-1, le=_INT32)] | None = None
+    top_k: Annotated[int, Field(ge=-1, le=INT32)] | None = None
     min_p: Annotated[float, Field(ge=0, le=1)] | None = None
     repetition_penalty: Annotated[float, Field(gt=0, le=10)] | None = None
     ignore_eos: bool | None = None
-    min_tokens: Annotated[int, Field(ge=0, le=_INT32)] | None = None
-    stop_token_ids: Annotated[list[Annotated[int, Field(ge=0, le=_INT32)]], Field(max_length=64)] | None = None
+    min_tokens: Annotated[int, Field(ge=0, le=INT32)] | None = None
+    stop_token_ids: Annotated[list[Annotated[int, Field(ge=0, le=INT32)]], Field(max_length=64)] | None = None
 
     continue_final_message: Unsupported = None
     include_reasoning: Unsupported = None
@@ -233,7 +243,7 @@ class ChatCompletionRequest(_Generation):
     }
 
     messages: Annotated[list[Message], Field(min_length=1, max_length=MAX_MESSAGES, fail_fast=True)]
-    max_completion_tokens: Annotated[int, Field(ge=1, le=_INT32)] | None = None
+    max_completion_tokens: Annotated[int, Field(ge=1, le=INT32)] | None = None
     logprobs: bool | None = None
     top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
     # Hints about caching and abuse, of no effect here.
@@ -275,7 +285,7 @@ class CompletionRequest(_Generation):
 
     prompt: Prompts
     # OpenAI's default.
-    max_tokens: Annotated[int, Field(ge=1, le=_INT32)] | None = 16
+    max_tokens: Annotated[int, Field(ge=1, le=INT32)] | None = 16
     best_of: Annotated[int, Field(ge=1, le=MAX_CHOICES)] | None = None
     logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
     echo: Unsupported = None
@@ -290,7 +300,7 @@ class CompletionRequest(_Generation):
 
 
 Request = ChatCompletionRequest | CompletionRequest
-R = TypeVar("R", ChatCompletionRequest, CompletionRequest)
+R = TypeVar("R", bound=Checked)
 
 
 def parse(kind: type[R], body: bytes) -> R:

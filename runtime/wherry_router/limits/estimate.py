@@ -1,5 +1,8 @@
 """How many tokens a request will take, before anybody knows. Pure."""
 
+from collections.abc import Sequence
+
+from wherry_protocol.openai.embeddings import EmbeddingRequest
 from wherry_protocol.openai.requests import ChatCompletionRequest, Request
 from wherry_protocol.worker import EXPECTED_OUTPUT
 
@@ -26,27 +29,35 @@ class PromptScale:
 
 
 class Estimate:
-    """`size`: bytes of the prompts that are text; `known`: tokens of the others; `choices`; tokens of each at most."""
+    """`size`: bytes of the prompts that are text; `known`: tokens of the others; `choices`; tokens of each at most.
+    Texts that are embedded have no answers."""
 
     __slots__ = ("choices", "known", "output", "size", "told")
 
-    def __init__(self, request: Request) -> None:
-        self.size = self.known = 0
+    def __init__(self, request: Request | EmbeddingRequest) -> None:
+        self.size = self.known = self.choices = self.output = 0
+        self.told = True
+        if isinstance(request, EmbeddingRequest):
+            self._add(request.input)
+            return
         prompts: list[str | list[int]] | list[str]
         if isinstance(request, ChatCompletionRequest):
             prompts, count = [turn.content or "" for turn in request.messages], 1
             self.known = _TURN * len(prompts)
         else:
             prompts, count = request.prompt, len(request.prompt)
-        for prompt in prompts:
-            if isinstance(prompt, str):
-                self.size += len(prompt) if prompt.isascii() else len(prompt.encode())
-            else:
-                self.known += len(prompt)
+        self._add(prompts)
         self.choices = count * (request.n or 1)
         limit = request.limit()
         self.told = limit is not None
         self.output = EXPECTED_OUTPUT if limit is None else limit
+
+    def _add(self, prompts: Sequence[str | list[int]]) -> None:
+        for prompt in prompts:
+            if isinstance(prompt, str):
+                self.size += len(prompt) if prompt.isascii() else len(prompt.encode("utf-8", "surrogatepass"))
+            else:
+                self.known += len(prompt)
 
     def tokens(self, scale: PromptScale) -> int:
         """Of prompts and answers together."""

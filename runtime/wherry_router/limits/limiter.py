@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 from prometheus_client import CollectorRegistry, Counter, Gauge
 
 from wherry_protocol.http.asgi import Headers
+from wherry_protocol.openai.embeddings import EmbeddingRequest
 from wherry_protocol.openai.errors import ApiError
 from wherry_protocol.openai.requests import Request
 from wherry_protocol.worker import EXPECTED_OUTPUT, End, Event, Started, Token
@@ -124,14 +125,18 @@ class Limiter:
         )
         self._redis.set_function(lambda: -1.0 if shared is None else float(not shared.lost))
 
-    async def reserve(self, caller: Caller, request: Request, request_id: str, headers: Headers) -> Charge:
+    async def reserve(
+        self, caller: Caller, request: Request | EmbeddingRequest, request_id: str, headers: Headers
+    ) -> Charge:
         """Room for `request`; `headers` get where the caller's limits stand, whether there is room or not.
 
         Raises:
             ApiError: 429, there is no room now, with `Retry-After`; 400, there never will be; 503, it cannot be known.
         """
         estimate = Estimate(request)
-        charge = Charge(self, request_id, caller.tenant, estimate, request.n or 1)
+        charge = Charge(
+            self, request_id, caller.tenant, estimate, 1 if isinstance(request, EmbeddingRequest) else request.n or 1
+        )
         bounds = self._rules.bounds(caller, self._model)
         if not bounds:
             return charge

@@ -77,9 +77,10 @@ class AsyncEngine:
     it.
     """
 
-    def __init__(self, config: EngineConfig, download: Download | None = None) -> None:
+    def __init__(self, config: EngineConfig, download: Download | None = None, version: str = "") -> None:
+        """`version`: names model and settings, where `config` no longer says where the model came from."""
         self._config = config
-        self._version = fingerprint(config)
+        self._version = version or fingerprint(config)
         self._download = download
         self._loaded: Loaded | None = None
         self._core: EngineCore | None = None

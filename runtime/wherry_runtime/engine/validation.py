@@ -128,15 +128,20 @@ def check_token_id(token: object, vocab_size: int, *, code: str, param: str) -> 
         raise RequestError(code, f"token id {token} is not in the vocabulary, 0 to {vocab_size - 1}", param=param)
 
 
+def check_work(request_id: str, wanted: str, priority: int, model: str) -> None:
+    """Raises RequestError for another model, or an id or a priority that cannot be used."""
+    if wanted != model:
+        raise RequestError(
+            "model_not_found", f"model {wanted!r} is not served here; {model!r} is", status=404, param="model"
+        )
+    if not isinstance(request_id, str) or not 1 <= len(request_id) <= 512:
+        _refuse("id", "must be a string of 1 to 512 characters")
+    _integer("priority", priority, -(1 << 31), 1 << 31)
+
+
 def check_identity(request: ExecuteRequest, model: str) -> None:
     """Raises RequestError for another model, or an id, a priority or a salt that cannot be used."""
-    if request.model != model:
-        raise RequestError(
-            "model_not_found", f"model {request.model!r} is not served here; {model!r} is", status=404, param="model"
-        )
-    if not isinstance(request.id, str) or not 1 <= len(request.id) <= 512:
-        _refuse("id", "must be a string of 1 to 512 characters")
-    _integer("priority", request.priority, -(1 << 31), 1 << 31)
+    check_work(request.id, request.model, request.priority, model)
     _integer("created", request.created, 0, MAX_CREATED)
     if len(request.cache_salt) > MAX_CACHE_SALT or not request.cache_salt.isascii():
         _refuse("cache_salt", f"must be ASCII of at most {MAX_CACHE_SALT} characters")

@@ -7,6 +7,7 @@ from typing import Annotated, Any, Literal
 
 import msgspec
 
+from wherry_runtime.loading.encoder_config import EncoderConfig
 from wherry_runtime.loading.errors import ModelError
 from wherry_runtime.loading.recurrent_config import RecurrentConfig
 from wherry_runtime.loading.rope_config import PositiveFloat, RopeConfig
@@ -93,7 +94,7 @@ class Layout(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class ModelConfig(msgspec.Struct, frozen=True, kw_only=True):
-    """The shape of a decoder. The families' files fill in what differs between them.
+    """The shape of a model. The families' files fill in what differs between them.
 
     Attributes:
         rope: None: positions are told in another way, or not at all.
@@ -111,6 +112,7 @@ class ModelConfig(msgspec.Struct, frozen=True, kw_only=True):
         sinks: each head attends to nothing by a learned weight (https://arxiv.org/abs/2309.17453).
         clip_qkv: queries, keys and values are cut off at this magnitude.
         recurrent: there is no attention: layers keep a state, and what is said of heads means nothing.
+        encoder: texts become vectors, and nothing is generated.
         embedding_scale, residual_scale, logit_scale: factors of the embedding, of what a block adds, and of logits.
     """
 
@@ -155,6 +157,7 @@ class ModelConfig(msgspec.Struct, frozen=True, kw_only=True):
     logit_scale: float = 1.0
     experts: ExpertsConfig | None = None
     recurrent: RecurrentConfig | None = None
+    encoder: EncoderConfig | None = None
     layout: Layout = Layout()
     eos_token_ids: tuple[int, ...] = ()
     bos_token_id: int | None = None

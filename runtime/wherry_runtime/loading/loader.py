@@ -4,6 +4,7 @@ import logging
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 from msgspec.structs import replace as replace_field
@@ -13,11 +14,13 @@ from wherry_runtime.formats.detect import kind_of
 from wherry_runtime.layers.linear import Slots
 from wherry_runtime.loading.checkpoint import fill, iterate_tensors, shard_files
 from wherry_runtime.loading.config import Layout, ModelConfig
+from wherry_runtime.loading.encoder_config import EncoderConfig
 from wherry_runtime.loading.errors import ModelError
 from wherry_runtime.loading.gguf import GGUFCheckpoint
 from wherry_runtime.loading.quantized import QuantizedCheckpoint
 from wherry_runtime.loading.weight_cache import WeightCache, WeightCacheError
 from wherry_runtime.models.decoder import Decoder
+from wherry_runtime.models.encoder import Encoder
 from wherry_runtime.models.recurrent import RecurrentDecoder
 from wherry_runtime.parallel.shard import Shard
 from wherry_runtime.quantization.formats import Format
@@ -52,6 +55,9 @@ def _cpu_has_bfloat16() -> bool:
 
 
 AnyDecoder = Decoder | RecurrentDecoder
+M = TypeVar("M", Decoder | RecurrentDecoder, Encoder)
+# Of norms, in checkpoints that were converted from TensorFlow.
+_OLD_NAMES = {"gamma": "weight", "beta": "bias"}
 
 
 def load_model(
@@ -70,9 +76,37 @@ def load_model(
 
     Raises:
         ModelError: what is wrong with the checkpoint; see `checkpoint`. bad_setting: it is quantized, and is to be
-            quantized again.
+            quantized again. embedding_model: it generates nothing.
     """
     shard = shard or Shard()
+    if config.encoder is not None:
+        raise ModelError(
+            "embedding_model", f"{directory}: {config.architecture} turns texts into vectors and generates nothing"
+        )
+
+    def empty(storage: Storage) -> AnyDecoder:
+        if config.recurrent is not None:
+            return RecurrentDecoder(config, config.recurrent, storage)
+        return Decoder(config, num_positions, storage, shard)
+
+    return _load(directory, config, storage, cache_root, shard, empty)
+
+
+def load_encoder(
+    directory: Path, config: ModelConfig, shape: EncoderConfig, storage: Storage, cache_root: Path | None = None
+) -> Encoder:
+    """An encoder with its weights. Arguments and errors are those of `load_model`."""
+    return _load(directory, config, storage, cache_root, Shard(), lambda storage: Encoder(config, shape, storage))
+
+
+def _load(
+    directory: Path,
+    config: ModelConfig,
+    storage: Storage,
+    cache_root: Path | None,
+    shard: Shard,
+    empty: Callable[[Storage], M],
+) -> M:
     quantized = _quantized(directory, config)
     if isinstance(quantized, QuantizedCheckpoint):
         storage = _keeping(storage, quantized, config, directory)
@@ -84,15 +118,10 @@ def load_model(
         order = config.rope.order(config.head_dim) if config.rope is not None else None
         cache = WeightCache(cache_root, directory, storage, shard, f"{config.architecture} {order}")
 
-    def empty() -> AnyDecoder:
-        if config.recurrent is not None:
-            return RecurrentDecoder(config, config.recurrent, storage)
-        return Decoder(config, num_positions, storage, shard)
-
     with torch.inference_mode():
-        if cache is not None and (cached := _from_cache(cache, empty)) is not None:
+        if cache is not None and (cached := _from_cache(cache, lambda: empty(storage))) is not None:
             return cached
-        model = empty()
+        model = empty(storage)
         slots = model.slots()
         tensors = _tensors(directory, config, slots, quantized, storage)
         fill(slots, as_named(tensors, slots, config), directory)
@@ -142,11 +171,14 @@ def _quantized(directory: Path, config: ModelConfig) -> QuantizedCheckpoint | GG
 
 def as_named(tensors: Iterator[tuple[str, Rows]], slots: Slots, config: ModelConfig) -> Iterator[tuple[str, Rows]]:
     """Tensors by the names of `slots`: with the prefix that some checkpoints leave out, and without the head that is
-    kept twice where it is tied."""
+    kept twice where it is tied, and an encoder's heads for other tasks."""
     prefix, tied_head = config.layout.prefix, config.layout.names.get("lm_head", "lm_head") + ".weight"
-    for name, tensor in tensors:
-        if config.tie_word_embeddings and name == tied_head:
+    heads = config.encoder.heads if config.encoder is not None else ()
+    for given, tensor in tensors:
+        if given.startswith(heads) or (config.tie_word_embeddings and given == tied_head):
             continue
+        module, _, kind = given.rpartition(".")
+        name = f"{module}.{_OLD_NAMES[kind]}" if config.encoder is not None and kind in _OLD_NAMES else given
         yield (f"{prefix}{name}" if name not in slots and f"{prefix}{name}" in slots else name), tensor
 
 
@@ -185,7 +217,7 @@ def _parts(held: Mapping[str, Format], fused: Mapping[str, tuple[str, ...]]) -> 
     return found
 
 
-def _from_cache(cache: WeightCache, empty: Callable[[], AnyDecoder]) -> AnyDecoder | None:
+def _from_cache(cache: WeightCache, empty: Callable[[], M]) -> M | None:
     if not cache.path.exists():
         return None
     # A model of its own: one that was filled halfway is thrown away, padding and all.

@@ -30,6 +30,7 @@ class Family:
 
     Attributes:
         architecture: as `config.json` names it.
+        also: other names of it, of models with a head that is left out.
         fields: what differs from a plain decoder, from `config.json`.
         defaults: of `config.json`, where a file leaves them out.
         aliases: its own names of common settings → the common names.
@@ -49,6 +50,7 @@ class Family:
     interleaved: bool = False
     rotary: bool = True
     quantization: str = ""
+    also: tuple[str, ...] = ()
 
     def common(self, raw: dict[str, Any]) -> dict[str, Any]:
         """`raw` in the common names, with the defaults of what it does not name."""

@@ -15,9 +15,11 @@ from wherry_runtime.loading.errors import ModelError
 from wherry_runtime.loading.gguf import raw_config
 from wherry_runtime.loading.rope_config import rope_config
 from wherry_runtime.models import (
+    bert,
     bitnet,
     bloom,
     cohere,
+    distilbert,
     falcon,
     gemma,
     gemma2,
@@ -41,8 +43,10 @@ from wherry_runtime.models import (
     qwen2_moe,
     qwen3,
     qwen3_moe,
+    roberta,
     rwkv,
     stablelm,
+    xlm_roberta,
 )
 from wherry_runtime.models.family import Family
 
@@ -66,7 +70,12 @@ MODULES = (
     ),
     *(mistral, mixtral, olmo, olmo2, opt, phi, phi3, qwen2, qwen2_moe, qwen3, qwen3_moe, rwkv, stablelm),
 )
-FAMILIES: dict[str, Family] = {module.FAMILY.architecture: module.FAMILY for module in MODULES}
+ENCODERS = (bert, distilbert, roberta, xlm_roberta)
+FAMILIES: dict[str, Family] = {
+    name: module.FAMILY
+    for module in (*MODULES, *ENCODERS)
+    for name in (module.FAMILY.architecture, *module.FAMILY.also)
+}
 
 
 def read_config(directory: Path) -> ModelConfig:

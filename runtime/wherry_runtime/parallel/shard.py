@@ -128,6 +128,8 @@ def check(config: ModelConfig, size: int) -> None:
 
 def unsplittable(config: ModelConfig) -> str | None:
     """None, or why no number of ranks can share the model."""
+    if config.encoder is not None:
+        return "each replica computes an embedding model whole; add replicas instead"
     if config.recurrent is not None:
         return "it has no heads of attention to share out"
     if config.qk_norm == "whole":

@@ -26,7 +26,7 @@ from wherry_protocol.http.asgi import (
 from wherry_protocol.http.auth import TokenGuard
 from wherry_protocol.http.mutual_tls import MutualTls
 from wherry_protocol.sse import HEADER_HEARTBEAT, HEARTBEAT_S, encode_event
-from wherry_protocol.worker import CancelRequest, End, ErrorEvent, Event, ExecuteRequest, Metrics, Token
+from wherry_protocol.worker import CancelRequest, EmbedRequest, End, ErrorEvent, Event, ExecuteRequest, Metrics, Token
 from wherry_runtime.server.lifecycle import Lifecycle
 from wherry_runtime.server.load_watch import watch_load
 from wherry_runtime.server.metrics import WorkerMetrics
@@ -44,7 +44,11 @@ _SSE: Headers = [
 ]
 _encode = msgspec.json.Encoder().encode
 _decode_execute = msgspec.json.Decoder(ExecuteRequest).decode
+_decode_embed = msgspec.json.Decoder(EmbedRequest).decode
 _decode_cancel = msgspec.json.Decoder(CancelRequest).decode
+
+
+Work = ExecuteRequest | EmbedRequest
 
 
 class _Refused(Exception):
@@ -90,6 +94,7 @@ class WorkerApp:
             self._metrics.watch_tls(tls)
         self._routes: dict[bytes, tuple[str, Callable[[_Call], Awaitable[None]]]] = {
             b"/execute": ("POST", self._execute),
+            b"/embed": ("POST", self._embed),
             b"/cancel": ("POST", self._cancel),
             b"/shutdown": ("POST", self._shutdown),
             b"/load": ("GET", self._load),
@@ -126,9 +131,15 @@ class WorkerApp:
         return handler
 
     async def _execute(self, call: _Call) -> None:
+        await self._run(call, _decode_execute)
+
+    async def _embed(self, call: _Call) -> None:
+        await self._run(call, _decode_embed)
+
+    async def _run(self, call: _Call, decode: Callable[[bytes], Work]) -> None:
         body = await read_body(call.scope, call.receive, MAX_BODY_BYTES)
         try:
-            request = _decode_execute(body)
+            request = decode(body)
         except msgspec.DecodeError as error:
             raise _Refused(400, "invalid_request", str(error)) from None
         if self._lifecycle.state != "ready":
@@ -142,7 +153,7 @@ class WorkerApp:
         if guard.gone:
             log.info("client gone, cancelled", extra={"fields": self._fields(call, request)})
 
-    async def _stream(self, call: _Call, request: ExecuteRequest) -> None:
+    async def _stream(self, call: _Call, request: Work) -> None:
         pulse = Pulse(call.send)
         last = call.began
 
@@ -169,7 +180,7 @@ class WorkerApp:
                 pulse.stop()
         await call.send({"type": "http.response.body", "body": b""})
 
-    async def _refuse(self, call: _Call, request: ExecuteRequest, error: Exception) -> None:
+    async def _refuse(self, call: _Call, request: Work, error: Exception) -> None:
         known = refusal(error)
         if known is None:
             log.error("request failed", exc_info=error, extra={"fields": self._fields(call, request)})
@@ -180,12 +191,12 @@ class WorkerApp:
         self._metrics.refused(status)
         await call.json(status, event)
 
-    async def _break_off(self, call: _Call, request: ExecuteRequest, error: Exception) -> None:
+    async def _break_off(self, call: _Call, request: Work, error: Exception) -> None:
         log.error("answer broke off", exc_info=error, extra={"fields": self._fields(call, request)})
         event = ErrorEvent(code="internal_error", message="the engine failed during this answer", retryable=True)
         await call.send({"type": "http.response.body", "body": encode_event(event), "more_body": True})
 
-    def _note(self, call: _Call, request: ExecuteRequest, event: Event) -> None:
+    def _note(self, call: _Call, request: Work, event: Event) -> None:
         if type(event) is Metrics:
             self._metrics.queue.observe(event.queue_s)
         elif type(event) is End:
@@ -203,7 +214,7 @@ class WorkerApp:
             log.warning("answer failed", extra={"fields": self._fields(call, request) | {"code": event.code}})
 
     @staticmethod
-    def _fields(call: _Call, request: ExecuteRequest) -> dict[str, object]:
+    def _fields(call: _Call, request: Work) -> dict[str, object]:
         return {"correlation_id": call.correlation, "request_id": request.id[:200]}
 
     async def _cancel(self, call: _Call) -> None:

@@ -3,7 +3,7 @@
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
 from typing import Protocol, cast, runtime_checkable
 
-from wherry_protocol.worker import ErrorEvent, Event, ExecuteRequest, LoadReport, PrefixChange
+from wherry_protocol.worker import EmbedRequest, ErrorEvent, Event, ExecuteRequest, LoadReport, PrefixChange
 from wherry_runtime.scheduling.digest import Cursor
 
 Admitted = Callable[[], Awaitable[None]]
@@ -44,6 +44,27 @@ class Engine(Protocol):
 
 
 @runtime_checkable
+class Embeds(Protocol):
+    """An engine that turns texts into vectors, as far as it goes beyond the others."""
+
+    def embed(self, request: EmbedRequest, admitted: Admitted | None = None) -> AsyncIterator[Event]:
+        """The events of one request, as `Engine.generate` gives them."""
+
+
+class UnsupportedTaskError(Exception):
+    """The `Refusal` of an engine that has no such task."""
+
+    code = "unsupported_task"
+    status = 400
+    param = "model"
+    retryable = False
+
+    def __init__(self, message: str) -> None:
+        super().__init__(message)
+        self.message = message
+
+
+@runtime_checkable
 class Refusal(Protocol):
     """An error of the engine about one request: it never ran."""
 
@@ -62,6 +83,20 @@ def refusal(error: Exception) -> tuple[int, ErrorEvent] | None:
     return error.status, event
 
 
-def events_of(engine: Engine, request: ExecuteRequest, admitted: Admitted | None = None) -> AsyncGenerator[Event, None]:
+def events_of(
+    engine: Engine, request: ExecuteRequest | EmbedRequest, admitted: Admitted | None = None
+) -> AsyncGenerator[Event, None]:
     """The engine's events as a generator, which can be closed."""
-    return cast("AsyncGenerator[Event, None]", engine.generate(request, admitted))
+    if isinstance(request, ExecuteRequest):
+        return cast("AsyncGenerator[Event, None]", engine.generate(request, admitted))
+    if isinstance(engine, Embeds):
+        return cast("AsyncGenerator[Event, None]", engine.embed(request, admitted))
+    return _no_embeddings(request.model)
+
+
+async def _no_embeddings(model: str) -> AsyncGenerator[Event, None]:
+    raise UnsupportedTaskError(
+        f"{model!r} generates text and embeds none; send texts to /v1/chat/completions or /v1/completions, or serve an "
+        "embedding model"
+    )
+    yield  # a generator, like every engine's

@@ -61,6 +61,13 @@ class Tokenizer:
         """Token ids of `text`; `special_tokens` adds what the tokenizer's post-processor adds (such as BOS)."""
         return list(self._fast.encode(text, add_special_tokens=special_tokens).ids)
 
+    def encode_cut(self, text: str, length: int) -> list[int]:
+        """Token ids of the beginning of `text`, `length` of them at most; special ones are there and count."""
+        added = self._fast.num_special_tokens_to_add(False)
+        found = self._fast.encode(text, add_special_tokens=False)
+        found.truncate(max(length - added, 0))
+        return list(self._fast.post_process(found).ids)[: max(length, 0)]
+
     def decode(self, ids: list[int]) -> str:
         """The whole text of `ids`, special tokens left out, by the library's own decoder."""
         return str(self._fast.decode(ids, skip_special_tokens=True))
