@@ -66,7 +66,7 @@ generate: setup ## Write the generated files again: CRD, reference, golden files
 	@$(BIN)/python -m hack.generate
 
 bench: setup ## Run the benchmarks, which print the tables in docs/
-	@for b in $(basename $(notdir $(wildcard benchmarks/[!_]*.py))); do $(STEP) "$$b" $(BIN)/python -m "benchmarks.$$b"; done
+	@for b in $(basename $(notdir $(wildcard benchmarks/[!_]*.py))) quantization; do $(STEP) "$$b" $(BIN)/python -m "benchmarks.$$b"; done
 
 bench-router: setup ## The router beside other routers, its policies, overload: an hour and a half; installs the others
 	@for b in latency throughput soak overload policies; do $(STEP) "router: $$b" $(BIN)/python -m "benchmarks.router.$$b"; done

@@ -32,6 +32,15 @@ def app(
     max_quality_loss: Annotated[
         float, typer.Option(help="For auto: mean divergence from the model in nats per token; 0.01 is about 1%.", min=0)
     ] = 0.01,
+    bits_per_weight: Annotated[
+        float,
+        typer.Option(help="GPTQ: as many on average, scales included, more where rounding costs more; 0: all alike."),
+    ] = 0.0,
+    sparsity: Annotated[float, typer.Option(help="prune: share of weights that become zero; 0: half.")] = 0.0,
+    measure_on: Annotated[
+        Path | None,
+        typer.Option(help="For auto: text to measure on; without, an eighth of the calibration is kept for it."),
+    ] = None,
     smoothing: Annotated[float, typer.Option(help="SmoothQuant: how much of the range goes into weights.")] = 0.5,
 ) -> None:
     """Write a quantized copy of a model, in a layout that other programs read as well.
@@ -44,7 +53,7 @@ def app(
     try:
         flags = Flags(
             *(method, bits, group, not asymmetric, act_order, true_sequential, damping, smoothing),
-            *(calibration, windows, length),
+            *(bits_per_weight, sparsity, measure_on, calibration, windows, length),
         )
         if method == "auto":
             run_auto(model_uri(source), target, flags, max_quality_loss)

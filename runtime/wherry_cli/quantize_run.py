@@ -8,11 +8,14 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from wherry_cli.serve import Failure
 from wherry_runtime.calibration.pipeline import Job, Report, quantize
+from wherry_runtime.calibration.sensitivity import mixed, sensitivities
 from wherry_runtime.loading.locate import locate
 from wherry_runtime.quantization.recipes import known
 from wherry_runtime.quantization.recipes.base import Recipe, Settings
 from wherry_runtime.tokenization.tokenizer import Tokenizer
 from wherry_runtime.tokenization.windows import windows
+
+MEASURED = 4  # one window to measure on for so many to calibrate with
 
 
 @dataclass(frozen=True)
@@ -27,6 +30,9 @@ class Flags:
     true_sequential: bool
     damping: float
     smoothing: float
+    bits_per_weight: float
+    sparsity: float
+    measure_on: Path | None
     calibration: Path | None
     windows: int
     length: int
@@ -64,10 +70,14 @@ def run(uri: str, target: Path, flags: Flags) -> None:
                 true_sequential=flags.true_sequential,
                 damping=flags.damping,
                 smoothing=flags.smoothing,
+                bits_per_weight=flags.bits_per_weight,
+                sparsity=flags.sparsity,
             )
         )
     except ValueError as error:
         raise Failure(str(error)) from None
+    if flags.measure_on is not None:
+        raise Failure("--measure-on is for --method auto; wherry eval kl measures what is there")
     if recipe.calibrates and flags.calibration is None:
         raise Failure(f"{recipe.name} looks at what goes through the model: give it a text with --calibration FILE")
     if not recipe.calibrates and flags.calibration is not None:
@@ -75,7 +85,11 @@ def run(uri: str, target: Path, flags: Flags) -> None:
     text = flags.calibration
     chosen = [] if text is None else windows(text, Tokenizer(source), flags.windows, flags.length)
     with _progress() as progress:
-        quantize(Job(source, target, recipe, settings, chosen), _layers(progress, recipe.name))
+        mix: dict[str, Settings] = {}
+        if settings.bits_per_weight:
+            found = sensitivities(source, target, recipe, settings, chosen, _layers(progress, "sensitivity"))
+            mix = mixed(found, recipe, settings)
+        quantize(Job(source, target, recipe, settings, chosen, mix), _layers(progress, recipe.name))
     _show(source, target)
 
 
@@ -90,13 +104,19 @@ def run_auto(uri: str, target: Path, flags: Flags, limit: float) -> None:
 
     if flags.calibration is None:
         raise Failure("auto measures what it tries: give it a text with --calibration FILE")
-    if flags.bits or flags.group or not flags.symmetric:
-        raise Failure("auto finds bits and groups itself; leave out --bits, --group and --asymmetric")
+    if flags.bits or flags.group or not flags.symmetric or flags.bits_per_weight or flags.sparsity:
+        raise Failure(
+            "auto finds bits and groups itself; leave out --bits, --group, --asymmetric and what is like them"
+        )
     source = locate(uri)
-    chosen = windows(flags.calibration, Tokenizer(source), flags.windows, flags.length)
+    tokenizer = Tokenizer(source)
+    chosen = windows(flags.calibration, tokenizer, flags.windows, flags.length)
+    text = None
+    if flags.measure_on is not None:
+        text = windows(flags.measure_on, tokenizer, max(1, flags.windows // MEASURED), flags.length)
     with _progress() as progress:
-        found, loss = choose(source, target, limit, chosen, lambda candidate: _layers(progress, str(candidate)))
-    Console().print(f"{found}: {loss:.4f} nats per token", highlight=False, soft_wrap=True)
+        found, loss = choose(source, target, limit, chosen, lambda candidate: _layers(progress, str(candidate)), text)
+    Console().print(f"{found}: {loss} nats per token", highlight=False, soft_wrap=True)
     _show(source, target)
 
 

@@ -17,7 +17,8 @@ from tests.runtime.engines import CHECKOUT, TINY
 from tests.runtime.random_models import Case
 
 from wherry_protocol.engine_config import EngineConfig
-from wherry_runtime.calibration.auto import Candidate, choose
+from wherry_runtime.calibration import auto
+from wherry_runtime.calibration.auto import Candidate, Loss, candidates, choose, first_within
 from wherry_runtime.calibration.folds import folds
 from wherry_runtime.calibration.pipeline import Job, quantize
 from wherry_runtime.calibration.walk import Walk
@@ -166,6 +167,17 @@ def test_pruning_leaves_two_of_every_four() -> None:
     assert torch.equal(pruned[pruned != 0], weights[pruned != 0])
 
 
+@pytest.mark.parametrize("sparsity", [0.25, 0.5, 0.9])
+def test_magnitude_pruning_keeps_the_largest_anywhere(sparsity: float) -> None:
+    weights, found = problem(4, 8, 60, 1)
+    recipe = RECIPES["prune"]
+    pruned = recipe.round(weights, found, recipe.settled(Settings(sparsity=sparsity))).dequantized()
+    kept = pruned != 0
+    assert int(kept.sum()) == weights.numel() - round(sparsity * weights.numel())
+    assert torch.equal(pruned[kept], weights[kept])
+    assert weights[kept].abs().min() >= weights[~kept].abs().max()
+
+
 KILLED = """
 import sys, time
 from pathlib import Path
@@ -252,8 +264,15 @@ def test_windows_are_of_one_length_and_differ() -> None:
     assert found[0] != found[1]
 
 
-@pytest.mark.parametrize("limit, found", [(1.0, "gptq 3 bits, groups of 32"), (2e-4, "int8")])
-def test_auto_takes_the_smallest_that_is_good_enough(limit: float, found: str, small: Path, tmp_path: Path) -> None:
+def only(*names: str) -> list[Candidate]:
+    return [candidate for candidate in candidates() if str(candidate) in names]
+
+
+@pytest.mark.parametrize("limit, found", [(1.0, "gptq mixed, 2.75 bits"), (2e-4, "int8")])
+def test_auto_takes_the_smallest_that_is_good_enough(
+    limit: float, found: str, small: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(auto, "candidates", lambda: only("gptq mixed, 2.75 bits", "int8"))
     tried: list[str] = []
 
     def trying(candidate: Candidate) -> Any:
@@ -262,13 +281,50 @@ def test_auto_takes_the_smallest_that_is_good_enough(limit: float, found: str, s
 
     chosen, loss = choose(small, tmp_path / "out", limit, some_windows(small), trying)
     assert str(chosen) == tried[-1] == found
-    assert loss <= limit
+    assert loss.mean + loss.error <= limit
     assert [p.name for p in tmp_path.iterdir()] == ["out"]
-    assert divergence(tmp_path / "out", small, some_windows(small)[:1]) == pytest.approx(loss, rel=0.2)
+    assert divergence(tmp_path / "out", small, some_windows(small)[:1]) == pytest.approx(loss.mean, rel=0.2)
 
 
-def test_auto_says_what_it_measured_where_nothing_is_good_enough(small: Path, tmp_path: Path) -> None:
-    with pytest.raises(ModelError, match=r"within 0: gptq 3 bits, groups of 32: 0\.\d+; .*; int8: 0\.00\d+"):
+@pytest.mark.parametrize(
+    "limit, place", [(1.0, 0), (0.1, 1), (0.0999, 2), (0.011, 2), (0.0105, 3), (1e-9, None)], ids=str
+)
+def test_auto_takes_the_first_that_is_within_the_limit_with_its_error(limit: float, place: int | None) -> None:
+    """Losses of the candidates, the smallest first; the second's error is what puts it over the limit."""
+    losses = dict(zip(map(str, candidates()), [Loss(0.2, 0.0), Loss(0.09, 0.01), Loss(0.01, 0.001)], strict=False))
+    asked: list[str] = []
+
+    def loss(candidate: Candidate) -> Loss:
+        asked.append(str(candidate))
+        return losses.get(str(candidate), Loss(1e-6, 0.0))
+
+    if place is None:
+        with pytest.raises(ModelError, match=r"within 1e-09: .*: 0\.2000 ± 0\.0000; .*: 0\.0900 ± 0\.0100"):
+            first_within(limit, loss)
+    else:
+        assert str(first_within(limit, loss)[0]) == str(candidates()[place])
+        assert asked == [str(candidate) for candidate in candidates()[: place + 1]]
+
+
+def test_a_loss_by_hand() -> None:
+    assert Loss.of([0.1, 0.3]) == Loss(pytest.approx(0.2), pytest.approx(0.1))
+    assert Loss.of([0.1]) == Loss(0.1, 0.0)
+
+
+def test_a_method_that_has_not_so_few_bits_is_no_candidate(small: Path, tmp_path: Path) -> None:
+    def loss(candidate: Candidate) -> Loss:
+        if candidate.settings.bits_per_weight:
+            raise ModelError("too_few_bits", "")
+        return Loss(0.0, 0.0)
+
+    assert str(first_within(1.0, loss)[0]) == "gptq 4 bits, groups of 128"
+
+
+def test_auto_leaves_nothing_where_nothing_is_good_enough(
+    small: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(auto, "candidates", lambda: only("int8"))
+    with pytest.raises(ModelError, match=r"within 0: int8: 0\.00\d+ ± 0"):
         choose(small, tmp_path / "out", 0, some_windows(small), lambda candidate: lambda done, total: None)
     assert not list(tmp_path.iterdir())
 

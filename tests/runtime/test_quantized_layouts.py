@@ -192,6 +192,23 @@ def test_what_is_written_is_read_and_run_as_it_is(
         assert torch.equal(packed(format_, read).dequantized(), made.dequantized())
 
 
+@pytest.mark.parametrize("bits, group, inputs", [(4, 128, 160), (3, 128, 704), (8, 64, 96), (4, 32, 160)])
+def test_the_last_group_may_be_cut(bits: int, group: int, inputs: int) -> None:
+    """160 inputs in two groups: 128 and 32 of them, not 80 and 80."""
+    whole = matrix(bits, group, inputs=inputs)
+    settings = {"a": Settings(bits=bits, group=group), "b": Settings(bits=4, group=32)}
+    assert compressed_tensors.PACKED.mixed is not None
+    for config in (compressed_tensors.PACKED.config(settings["a"]), compressed_tensors.PACKED.mixed(settings)):
+        kind = kinds_of(config)[0]
+        parts = compressed_tensors.PACKED.tensors(whole)
+        read = kind.read(parts)
+        assert isinstance(read, Grouped)
+        assert torch.equal(read.dequantized(), whole.dequantized())
+        format_ = kind.format(parts)
+        assert format_ is not None
+        assert torch.equal(packed(format_, read).dequantized(), whole.dequantized())
+
+
 def test_int8_codes_of_minus_128_are_held() -> None:
     """Others write them; rounding here never does."""
     codes = torch.zeros(64, 128, dtype=torch.uint8)

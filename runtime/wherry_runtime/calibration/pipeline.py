@@ -8,8 +8,8 @@ to the same bytes.
 import hashlib
 import json
 import os
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +41,7 @@ class Job:
 
     Attributes:
         windows: token ids to calibrate with, all of one length; empty for methods that need none.
+        mix: settings of each matrix, where they differ.
     """
 
     source: Path
@@ -48,11 +49,16 @@ class Job:
     recipe: Recipe
     settings: Settings
     windows: list[list[int]]
+    mix: Mapping[str, Settings] = field(default_factory=dict)
+
+    def of(self, matrix: str) -> Settings:
+        """The settings of one matrix."""
+        return self.mix.get(matrix, self.settings)
 
     def digest(self) -> str:
         """Of everything that the result depends on but the version of the code."""
         files = [(p.name, p.stat().st_size, p.stat().st_mtime_ns) for p in sorted(self.source.glob("*")) if p.is_file()]
-        known = [self.recipe.name, msgspec.to_builtins(self.settings), self.windows, files]
+        known = [self.recipe.name, msgspec.to_builtins([self.settings, self.mix]), self.windows, files]
         return hashlib.sha256(json.dumps(known).encode()).hexdigest()
 
 
@@ -60,19 +66,13 @@ def quantize(job: Job, report: Report) -> None:
     """Writes the quantized checkpoint to `job.target`.
 
     Raises:
-        ModelError: target_exists, quantized_already, unsupported_model, or what is wrong with the source.
+        ModelError: as `check`, or unsupported_model.
     """
-    if job.target.exists():
-        raise ModelError("target_exists", f"{job.target}: is there already; remove it, or name another directory")
-    if read_json(job.source / "config.json").get("quantization_config"):
-        raise ModelError(
-            "quantized_already", f"{job.source}: quantized already; begin with the checkpoint it was made from"
-        )
+    outline = check(job.source, job.target)
     work = job.target.with_name(job.target.name + ".partial")
     work.mkdir(parents=True, exist_ok=True)
     done = _resumed(work, job)
     source = Source(job.source)
-    outline = _outline(job.source)
     matrices = [list(_linears(layer)) for layer in outline.layers]
     shapes = [(part.stop - part.start, m.num_inputs) for layer in matrices for m in layer for part in m.rows.values()]
     writer = job.recipe.writer(job.settings, shapes)
@@ -90,11 +90,26 @@ def quantize(job: Job, report: Report) -> None:
         report(index + 1, count)
     shards = [work / shard_name(i, count) for i in range(count)]
     write_shard(shards[-1], {name: source.read(name) for name in source.names if name not in of_layers})
-    write_rest(job.source, work, shards, None if writer is None else writer.config(job.settings))
+    write_rest(job.source, work, shards, None if writer is None else _config(writer, job))
     (work / PROGRESS).unlink()
     clear(work)
     work.replace(job.target)
     report(count, count)
+
+
+def check(source: Path, target: Path) -> Decoder:
+    """The model without memory for its weights, if it can be quantized, to where nothing is yet.
+
+    Raises:
+        ModelError: target_exists, quantized_already, unsupported_architecture, or what is wrong with the source.
+    """
+    if target.exists():
+        raise ModelError("target_exists", f"{target}: is there already; remove it, or name another directory")
+    if read_json(source / "config.json").get("quantization_config"):
+        raise ModelError(
+            "quantized_already", f"{source}: quantized already; begin with the checkpoint it was made from"
+        )
+    return _outline(source)
 
 
 def _resumed(work: Path, job: Job) -> int:
@@ -149,6 +164,14 @@ def _written(name: str, rounded: Any, writer: Writer | None, dtype: torch.dtype)
     return {f"{name}.{suffix}": tensor for suffix, tensor in writer.tensors(rounded).items()}
 
 
+def _config(writer: Writer, job: Job) -> dict[str, Any]:
+    if not job.mix:
+        return writer.config(job.settings)
+    if writer.mixed is None:
+        raise TypeError(f"what {job.recipe.name} writes has the same bits for all matrices")
+    return writer.mixed(job.mix)
+
+
 def _plain(
     job: Job, matrices: list[list[Linear]], source: Source, done: int, writer: Writer | None
 ) -> Iterator[tuple[int, dict[str, torch.Tensor]]]:
@@ -157,7 +180,7 @@ def _plain(
         tensors: dict[str, torch.Tensor] = {}
         for name in sorted(_quantized(matrices[index])):
             weight = source.read(f"{name}.weight")
-            rounded = job.recipe.round(weight.float(), Inputs.empty(0), job.settings)
+            rounded = job.recipe.round(weight.float(), Inputs.empty(0), job.of(name))
             tensors |= _written(name, rounded, writer, weight.dtype)
         yield index, tensors
 
@@ -212,10 +235,7 @@ class LayerQuantizer:
         """Writes what comes out of the layer, for the next one."""
         after = self._states.create(self._index + 1)
         for i in range(len(self._before)):
-            out = self._walk.run(self._layer, rows(self._before, i), lambda linear, x: None)
-            if out is None:
-                raise RuntimeError("nobody ends this run")
-            rows(after, i).copy_(out)
+            rows(after, i).copy_(self._walk.through(self._layer, rows(self._before, i)))
         after.flush()
 
     def _order(self) -> list[Linear]:
@@ -276,7 +296,7 @@ class LayerQuantizer:
         tensors: dict[str, torch.Tensor] = {}
         weights = _weights(linear)
         for name, part in linear.rows.items():
-            rounded = self._job.recipe.round(weights[part], inputs, self._job.settings)
+            rounded = self._job.recipe.round(weights[part], inputs, self._job.of(name))
             if linear.weight is not None:
                 tensors |= _written(name, rounded, writer, linear.weight.dtype)
                 linear.weight[part] = rounded.dequantized().to(linear.weight.dtype)

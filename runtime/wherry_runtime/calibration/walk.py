@@ -101,5 +101,18 @@ class Walk:
         except Reached:
             return None
 
+    def through(self, layer: DecoderLayer, x: torch.Tensor, watch: Watch = lambda linear, x: None) -> torch.Tensor:
+        """`run` to the end, whatever `watch` sees."""
+        out = self.run(layer, x, watch)
+        if out is None:
+            raise RuntimeError("nobody ends this run")
+        return out
+
+    def logprobs(self, x: torch.Tensor, at: torch.Tensor) -> torch.Tensor:
+        """[S, vocab_size] float32 after positions `at` [S], of what comes out of the last layer."""
+        batch = replace(self._batch, sampled_rows=at)
+        ops = WatchedOps(batch, self._cache, self.model, lambda linear, x: None)
+        return self.model.logits(ops, x).float().log_softmax(dim=-1)
+
     def _for(self, window: list[int]) -> Batch:
         return replace(self._batch, token_ids=torch.tensor(window, dtype=torch.int64))

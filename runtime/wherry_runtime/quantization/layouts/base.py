@@ -67,7 +67,11 @@ def setting(config: dict[str, Any], name: str, known: tuple[Any, ...], default: 
 
 @dataclass(frozen=True, slots=True)
 class Writer:
-    """How rounded matrices are written. `tensors` takes what a recipe made of one: suffix → tensor."""
+    """How rounded matrices are written. `tensors` takes what a recipe made of one: suffix → tensor.
+
+    `mixed` tells `quantization_config` of each matrix's settings, in layouts where they may differ.
+    """
 
     tensors: Callable[[Any], dict[str, torch.Tensor]]
     config: Callable[[Any], dict[str, Any]]  # a recipe's settings → `quantization_config`
+    mixed: Callable[[Mapping[str, Any]], dict[str, Any]] | None = None

@@ -1,7 +1,8 @@
 """The layouts of the compressed-tensors library: packed whole numbers, int8, FP8 (E4M3) and MXFP4.
 
-What a matrix is can be told from its tensors, so the groups of settings in config.json, which may differ from matrix to
-matrix, need not be looked through.
+What a matrix is can be told from its tensors, so which settings in config.json are whose, as they may differ from
+matrix to matrix, need not be looked through. All that is taken from there is how large groups may be, as the last one
+of a matrix may be cut.
 
     pack-quantized        weight_packed [N, ⌈K · bits / 32⌉] int32, weight_scale [N, G], weight_shape [2], perhaps
                           weight_zero_point [⌈N · bits / 32⌉, G] int32 and weight_g_idx [K]; codes are q + 2^(bits - 1)
@@ -10,6 +11,8 @@ matrix, need not be looked through.
     mxfp4-pack-quantized  weight_packed [N, K / 2] uint8, weight_scale [N, K / 32] uint8: 2^(e - 127)
 """
 
+from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 import torch
@@ -31,21 +34,37 @@ def _kinds(config: dict[str, Any]) -> tuple[Kind, ...]:
     setting(config, "format", FORMATS)
     setting(config, "quantization_status", ("compressed", "frozen"), "compressed")
     activations = ("input_scale", "input_zero_point", "output_scale")
+    sizes = _group_sizes(config)
     packed = Kind(
-        *(("weight_packed", "weight_scale"), _read_packed, _packed_format),
+        *(("weight_packed", "weight_scale"), partial(_read_packed, sizes), partial(_packed_format, sizes)),
         *(("weight_shape", "weight_zero_point", "weight_g_idx"), activations),
     )
-    whole = Kind(("weight", "weight_scale"), _read_whole, _whole_format, ("weight_zero_point",), activations)
+    of_whole = (("weight", "weight_scale"), partial(_read_whole, sizes), partial(_whole_format, sizes))
+    whole = Kind(*of_whole, ("weight_zero_point",), activations)
     return packed, whole
 
 
-def _packed_params(parts: Parts) -> tuple[torch.Tensor, torch.Tensor, int, int, int, torch.Tensor | None]:
+def _group_sizes(config: dict[str, Any]) -> set[int]:
+    schemes = config.get("config_groups")
+    weights = [s.get("weights") for s in schemes.values() if isinstance(s, dict)] if isinstance(schemes, dict) else []
+    sizes = {w.get("group_size") for w in weights if isinstance(w, dict)}
+    return {size for size in sizes if isinstance(size, int) and size > 0}
+
+
+def _group(sizes: set[int], inputs: int, count: int) -> int:
+    """Inputs that share a scale, where there are so many scales."""
+    return next((size for size in sorted(sizes) if -(-inputs // size) == count), -(-inputs // count))
+
+
+def _packed_params(
+    sizes: set[int], parts: Parts
+) -> tuple[torch.Tensor, torch.Tensor, int, int, int, torch.Tensor | None]:
     """Scales, zero points, bits, inputs, group, and the inputs' groups where they do not lie side by side."""
     packed, scales = parts["weight_packed"], parts["weight_scale"]
     outputs, inputs = (int(size) for size in parts["weight_shape"])
     bits = packed.shape[1] * 32 // inputs
     middle = 1 << (bits - 1)
-    group = -(-inputs // scales.shape[1])
+    group = _group(sizes, inputs, scales.shape[1])
     if "weight_zero_point" in parts:
         zeros = unpack_bits(parts["weight_zero_point"].T.contiguous(), bits, outputs).T.to(torch.int16)
     else:
@@ -54,54 +73,68 @@ def _packed_params(parts: Parts) -> tuple[torch.Tensor, torch.Tensor, int, int, 
     return scales, zeros, bits, inputs, group, groups
 
 
-def _read_packed(parts: Parts) -> Grouped | torch.Tensor:
+def _read_packed(sizes: set[int], parts: Parts) -> Grouped | torch.Tensor:
     if parts["weight_packed"].dtype is torch.uint8:
         return unpack_mxfp4(parts["weight_packed"], parts["weight_scale"]).float()
-    scales, zeros, bits, inputs, group, groups = _packed_params(parts)
+    scales, zeros, bits, inputs, group, groups = _packed_params(sizes, parts)
     return Grouped(unpack_bits(parts["weight_packed"], bits, inputs), scales, zeros, bits, group, groups)
 
 
-def _packed_format(parts: Parts) -> Format | None:
+def _packed_format(sizes: set[int], parts: Parts) -> Format | None:
     if parts["weight_packed"].dtype is torch.uint8:
         return None
-    scales, zeros, bits, _, group, groups = _packed_params(parts)
+    scales, zeros, bits, _, group, groups = _packed_params(sizes, parts)
     return packed_format(scales, zeros, bits, group, groups)
 
 
-def _int8_params(parts: Parts) -> tuple[torch.Tensor, torch.Tensor, int]:
+def _int8_params(sizes: set[int], parts: Parts) -> tuple[torch.Tensor, torch.Tensor, int]:
     outputs, inputs = parts["weight"].shape
     scales = parts["weight_scale"].reshape(-1, 1) if parts["weight_scale"].dim() < 2 else parts["weight_scale"]
     scales = scales.expand(outputs, -1)
     zeros = torch.full(scales.shape, 128, dtype=torch.int16)
     if "weight_zero_point" in parts:
         zeros = zeros + parts["weight_zero_point"].reshape(-1, scales.shape[1]).to(torch.int16)
-    return scales, zeros, -(-inputs // scales.shape[1])
+    return scales, zeros, _group(sizes, inputs, scales.shape[1])
 
 
-def _read_whole(parts: Parts) -> Grouped | torch.Tensor:
+def _read_whole(sizes: set[int], parts: Parts) -> Grouped | torch.Tensor:
     weight = parts["weight"]
     if weight.dtype is torch.float8_e4m3fn:
         return dequantize_blocks(weight, parts["weight_scale"])
     if weight.dtype is not torch.int8:
         raise ValueError(f"weights of {weight.dtype} have scales; int8 and float8_e4m3fn may")
-    scales, zeros, group = _int8_params(parts)
+    scales, zeros, group = _int8_params(sizes, parts)
     return Grouped((weight.to(torch.int16) + 128).to(torch.uint8), scales, zeros, 8, group)
 
 
-def _whole_format(parts: Parts) -> Format | None:
+def _whole_format(sizes: set[int], parts: Parts) -> Format | None:
     if parts["weight"].dtype is not torch.int8:
         return None
-    scales, zeros, group = _int8_params(parts)
+    scales, zeros, group = _int8_params(sizes, parts)
     return packed_format(scales, zeros, 8, group, None)
 
 
 def _scheme(format_: str, weights: dict[str, Any], activations: dict[str, Any] | None = None) -> dict[str, Any]:
-    group = {"targets": ["Linear"], "weights": {"dynamic": False, **weights}, "input_activations": activations}
+    return _schemes(format_, [(["Linear"], weights)], activations)
+
+
+def _schemes(
+    format_: str, groups: list[tuple[list[str], dict[str, Any]]], activations: dict[str, Any] | None = None
+) -> dict[str, Any]:
+    """Of several kinds of matrices, each with what it is for."""
+    found = {
+        f"group_{i}": {
+            "targets": targets,
+            "weights": {"dynamic": False, **weights},
+            "input_activations": activations,
+        }
+        for i, (targets, weights) in enumerate(groups)
+    }
     return {
         "quant_method": "compressed-tensors",
         "format": format_,
         "quantization_status": "compressed",
-        "config_groups": {"group_0": group},
+        "config_groups": found,
         "ignore": ["lm_head"],
     }
 
@@ -119,9 +152,21 @@ def _packed_tensors(matrix: Grouped) -> dict[str, torch.Tensor]:
     }
 
 
-def _packed_config(settings: Any) -> dict[str, Any]:
+def _packed_weights(settings: Any) -> dict[str, Any]:
     weights = {"num_bits": settings.bits, "type": "int", "symmetric": True}
-    return _scheme("pack-quantized", {**weights, "strategy": "group", "group_size": settings.group})
+    return {**weights, "strategy": "group", "group_size": settings.group}
+
+
+def _packed_config(settings: Any) -> dict[str, Any]:
+    return _scheme("pack-quantized", _packed_weights(settings))
+
+
+def _packed_mixed(settings: Mapping[str, Any]) -> dict[str, Any]:
+    groups: dict[tuple[int, int], list[str]] = {}
+    for name, own in settings.items():
+        groups.setdefault((own.bits, own.group), []).append(name)
+    of = [(names, _packed_weights(settings[names[0]])) for _, names in sorted(groups.items())]
+    return _schemes("pack-quantized", of)
 
 
 def _int8_tensors(matrix: Grouped) -> dict[str, torch.Tensor]:
@@ -153,7 +198,7 @@ def _mxfp4_config(settings: Any) -> dict[str, Any]:
 
 
 LAYOUT = Layout("compressed-tensors", _kinds)
-PACKED = Writer(_packed_tensors, _packed_config)
+PACKED = Writer(_packed_tensors, _packed_config, _packed_mixed)
 INT8 = Writer(_int8_tensors, _int8_config)
 FP8 = Writer(_fp8_tensors, _fp8_config)
 MX = Writer(_mxfp4_tensors, _mxfp4_config)

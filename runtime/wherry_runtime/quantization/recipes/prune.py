@@ -11,7 +11,7 @@ from wherry_runtime.quantization.tensors import split
 
 @dataclass(frozen=True, slots=True)
 class Sparse:
-    """weights [N, K] float32, two of every four along the inputs zero."""
+    """weights [N, K] float32, some of them zero."""
 
     weights: torch.Tensor
 
