@@ -2,8 +2,9 @@
 
 `python -m benchmarks.gguf_native`, after `python -m benchmarks.engine.peers llamacpp`. A random Llama of 8 layers of
 the 1.1b shape becomes GGUF, and that each type by llama.cpp's own quantizer. Both engines load the same file and take
-turns; Wherry's own int8 and int4 of the same checkpoint, and its bfloat16, are beside them. Memory is what the process
-holds after decoding (anonymous pages: weights, KV cache, buffers, and with Wherry the interpreter and PyTorch).
+turns; Wherry's own int8 and int4 of the same checkpoint, and its bfloat16, are beside them, and PyTorch around the
+kernels, as for architectures that these do not know. Memory is what the process holds after decoding (anonymous pages:
+weights, KV cache, buffers, and with Wherry the interpreter and PyTorch).
 """
 
 import statistics
@@ -46,15 +47,17 @@ def jobs() -> dict[tuple[str, str], Job]:
     checkpoint = models.MODELS / NAME
     size = models.vocab_size(checkpoint)
 
-    def job(engine: str, variant: str, weights: Path, quantization: str = "none") -> Job:
-        options = {"dtype": "bfloat16", "quantization": quantization} if engine == "wherry" else {}
+    def job(engine: str, variant: str, weights: Path, **settings: str) -> Job:
+        options = {"dtype": "bfloat16", **settings} if engine == "wherry" else {}
         return Job(engine, variant, str(weights), str(weights), size, batches=BATCHES, options=options)
 
     for name, path in files().items():
         for engine in ("wherry", "llamacpp"):
             found[name, engine] = job(engine, name, path)
     for name, quantization in OWN.items():
-        found[name, "wherry"] = job("wherry", name, checkpoint, quantization)
+        found[name, "wherry"] = job("wherry", name, checkpoint, quantization=quantization)
+    for name, path in (("Q4_K_M on PyTorch", files()["Q4_K_M"]), ("bf16 on PyTorch", checkpoint)):
+        found[name, "wherry"] = job("wherry", name, path, backend="pytorch")
     return found
 
 
