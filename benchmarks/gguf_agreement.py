@@ -4,7 +4,8 @@
 (by default examples/models/tiny) is converted, by Wherry or by llama.cpp; then both continue the same prompts greedily
 from the same file. Wherry computes in float32. llama.cpp rounds activations to 8 bits where weights have a block type,
 and to bfloat16 where they are that, so there tokens may part where two candidates are nearly equal. So it gets the file
-once more after Wherry converted it to float32: then nothing but the values of the blocks is left to differ.
+once more after Wherry converted it to float32: then nothing but the values of the blocks is left to differ. The last
+column is Wherry's native kernels, which compute with the blocks and round activations to 8 bits, too.
 """
 
 import asyncio
@@ -15,7 +16,7 @@ import tempfile
 from pathlib import Path
 
 from benchmarks.engine.peers import installed, python
-from tests.runtime.engines import ask, running
+from tests.runtime.engines import BACKENDS, ask, running
 
 from wherry_runtime.formats.conversion.source import open_source
 from wherry_runtime.formats.conversion.to_gguf import to_gguf
@@ -41,9 +42,9 @@ def peer(file: Path, prompts: list[list[int]], **more: object) -> list[list[int]
     return answers
 
 
-async def ours(file: Path, prompts: list[list[int]]) -> list[list[int]]:
-    """The same in Wherry."""
-    async with running(file, backend="pytorch", threads=1) as engine:
+async def ours(file: Path, prompts: list[list[int]], backend: str = "pytorch") -> list[list[int]]:
+    """The same in Wherry, in float32; on the native kernels with int8 activations."""
+    async with running(file, threads=1, **BACKENDS[backend]) as engine:
         answers = [await ask(engine, p, max_tokens=NEW_TOKENS, temperature=0.0, ignore_eos=True) for p in prompts]
     return [a.ids for a in answers]
 
@@ -59,8 +60,10 @@ def main(model: Path) -> None:
     parts = [text[i * 3000 : i * 3000 + 160] for i in range(PROMPTS)]
     tokenizer = Tokenizer(model)
     prompts = [tokenizer.encode(part, special_tokens=False) for part in parts]
-    print("| type | written by | greedy tokens that agree (whole prompts) | with llama.cpp in float32 |")
-    print("|---|---|---|---|")
+    print(
+        "| type | written by | agree with llama.cpp (whole prompts) | with llama.cpp in float32 | with native kernels |"
+    )
+    print("|---|---|---|---|---|")
     with tempfile.TemporaryDirectory() as directory:
         for name in TYPES:
             file = Path(directory) / f"{name}.gguf"
@@ -77,7 +80,8 @@ def row(name: str, writer: str, file: Path, prompts: list[list[int]], theirs: li
     plain = file.with_suffix(".float.gguf")
     to_gguf(open_source(file), plain, type_named("F32"), lambda _: None)
     mine = asyncio.run(ours(file, prompts))
-    columns = (told(mine, theirs), told(mine, peer(plain, prompts)))
+    blocks = asyncio.run(ours(file, prompts, "native"))
+    columns = (told(mine, theirs), told(mine, peer(plain, prompts)), told(mine, blocks))
     print(f"| {name} | {writer} | {' | '.join(columns)} |", flush=True)
 
 

@@ -2,8 +2,9 @@
 
 `python -m benchmarks.gguf_native`, after `python -m benchmarks.engine.peers llamacpp`. A random Llama of 8 layers of
 the 1.1b shape becomes GGUF, and that each type by llama.cpp's own quantizer. Both engines load the same file and take
-turns; Wherry's own int8 and int4 of the same checkpoint, and its bfloat16, are beside them. Memory is what the process
-holds after decoding (anonymous pages: weights, KV cache, buffers, and with Wherry the interpreter and PyTorch).
+turns. Beside them are Wherry's own int8 and int4 of the same checkpoint, and PyTorch: around the native kernels' products,
+as for architectures that these do not know, and alone in bfloat16. Memory is what the process holds after decoding:
+anonymous pages (weights, KV cache, buffers, and with Wherry the interpreter and PyTorch).
 """
 
 import statistics
@@ -19,10 +20,10 @@ from wherry_runtime.formats.conversion.source import open_source
 from wherry_runtime.formats.conversion.to_gguf import to_gguf
 
 NAME = "8-layers"
-TYPES = {"Q8_0": 7, "Q4_0": 2, "Q4_K_M": 15, "Q6_K": 18}  # llama_ftype
+TYPES = {"Q8_0": 7, "Q4_0": 2, "Q4_K_M": 15}  # llama_ftype
 BATCHES = (1, 8)
 ROUNDS = 3
-OWN = {"bf16": "none", "int8": "int8", "int4": "int4"}
+OWN = ("int8", "int4")
 
 
 def files() -> dict[str, Path]:
@@ -46,15 +47,17 @@ def jobs() -> dict[tuple[str, str], Job]:
     checkpoint = models.MODELS / NAME
     size = models.vocab_size(checkpoint)
 
-    def job(engine: str, variant: str, weights: Path, quantization: str = "none") -> Job:
-        options = {"dtype": "bfloat16", "quantization": quantization} if engine == "wherry" else {}
+    def job(engine: str, variant: str, weights: Path, **settings: str) -> Job:
+        options = {"dtype": "bfloat16", **settings} if engine == "wherry" else {}
         return Job(engine, variant, str(weights), str(weights), size, batches=BATCHES, options=options)
 
     for name, path in files().items():
         for engine in ("wherry", "llamacpp"):
             found[name, engine] = job(engine, name, path)
-    for name, quantization in OWN.items():
-        found[name, "wherry"] = job("wherry", name, checkpoint, quantization)
+    for name in OWN:
+        found[name, "wherry"] = job("wherry", name, checkpoint, quantization=name)
+    for name, path in (("Q4_K_M on PyTorch", files()["Q4_K_M"]), ("bf16 on PyTorch", checkpoint)):
+        found[name, "wherry"] = job("wherry", name, path, backend="pytorch")
     return found
 
 

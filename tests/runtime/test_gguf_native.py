@@ -11,6 +11,8 @@ from tests.runtime.random_models import Case
 from tests.runtime.ranks import Checkpoint, group, steps, together
 from tests.runtime.test_kernels_linear import CPU, ROWS, Product, activations
 
+from wherry_runtime.engine.eager_model import EagerModel
+from wherry_runtime.engine.runner import ModelRunner
 from wherry_runtime.formats.conversion.source import open_source
 from wherry_runtime.formats.conversion.to_gguf import to_gguf
 from wherry_runtime.formats.gguf.blocks.parts import HELD
@@ -28,6 +30,8 @@ from wherry_runtime.quantization.packed import PackedMatrix
 from wherry_runtime.quantization.packed import linear as reference
 from wherry_runtime.quantization.storage import Storage
 
+# All of them see each token: rounding must not choose others.
+MOE = {"num_experts": 4, "num_experts_per_tok": 4, "moe_intermediate_size": 256, "norm_topk_prob": True}
 SHAPES = [(64, 256), (100, 512), (130, 768)]  # outputs, inputs
 
 
@@ -183,6 +187,28 @@ def test_matrices_that_are_fused_in_the_file_are_held_too(tmp_path: Path) -> Non
     for name, layer in (("self_attn.qkv_proj", model.layers[0].qkv), ("mlp.gate_up_proj", model.layers[0].gate_up)):
         assert packed(layer).format == HELD["Q4_K"]
         assert torch.equal(packed(layer).dequantized(), tensors[f"model.layers.0.{name}.weight"])
+
+
+@pytest.mark.skipif(not library.available(), reason="there are no native kernels on this machine")
+@pytest.mark.parametrize("family, settings", [("Qwen3Moe", MOE), ("Gemma", {"head_dim": 32})], ids=["experts", "gemma"])
+def test_blocks_where_pytorch_computes_the_rest(tmp_path: Path, family: str, settings: dict[str, object]) -> None:
+    """In bfloat16; in float32 it dequantizes. Two ranks have the logits of one."""
+    shape = {"hidden_size": 256, "intermediate_size": 512, **settings}
+    Case("model", family, shape).build(tmp_path / "source")
+    file = converted(tmp_path / "source", tmp_path / "q.gguf", "Q4_K")
+    exact = group(file, 1, "pytorch")
+    one, two = (group(file, size, "pytorch", dtype=torch.bfloat16) for size in (1, 2))
+    assert any(linear.packed is not None for linear in linears(one[0]))
+    assert all(linear.packed is None for linear in linears(exact[0]))
+    for sequences in steps():
+        want, got = together(exact, sequences), together(one, sequences).float()
+        assert torch.nn.functional.cosine_similarity(got, want, dim=-1).min() > 0.99
+        assert torch.nn.functional.cosine_similarity(together(two, sequences).float(), got, dim=-1).min() > 0.99
+
+
+def linears(runner: ModelRunner) -> list[Linear]:
+    assert isinstance(runner.model, EagerModel)
+    return [part for part in runner.model.decoder.parts() if isinstance(part, Linear)]
 
 
 @pytest.mark.skipif(not library.available(), reason="there are no native kernels on this machine")

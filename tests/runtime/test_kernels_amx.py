@@ -58,7 +58,7 @@ def test_bfloat16_product(rows: int, scale: float) -> None:
     layer = Linear([("w", Span.all(70))], Span.all(200), bias=False, storage=storage, role="qkv")
     weight = torch.randn(70, 200, generator=generator) * scale
     layer.slots()["w.weight"].fill(weight)
-    recorder = Recorder(Pool(2), Capacity(rows, rows), None)  # type: ignore[arg-type]
+    recorder = Recorder(Pool(2), Capacity(rows, rows))
     value = Value(recorder.arena, rows, 200, sampled=False)
     y = recorder.linear(layer, value)
     x = torch.randn(rows, 200, generator=generator)

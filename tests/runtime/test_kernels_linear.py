@@ -57,7 +57,7 @@ class Product:
     """A layer recorded as a program, for up to `rows` rows."""
 
     def __init__(self, layer: Linear, rows: int, threads: int = 2) -> None:
-        recorder = Recorder(Pool(threads), Capacity(rows, rows), None)  # type: ignore[arg-type]
+        recorder = Recorder(Pool(threads), Capacity(rows, rows))
         self._program = recorder.program
         self._x = Value(recorder.arena, rows, layer.num_inputs, sampled=False)
         self._y = recorder.linear(layer, self._x)
@@ -123,7 +123,7 @@ def test_a_row_is_the_same_in_any_company(name: str) -> None:
 def test_sampled_rows_are_counted_apart(name: str) -> None:
     """A product over the rows that draw a token computes as many rows as there are of these."""
     layer = make(FORMATS[name][0], 70, 130)
-    recorder = Recorder(Pool(2), Capacity(8, 4), None)  # type: ignore[arg-type]
+    recorder = Recorder(Pool(2), Capacity(8, 4))
     x = Value(recorder.arena, 4, 130, sampled=True)
     y = recorder.linear(layer, x)
     x.buffer[:, :130] = activations(4, 130)

@@ -85,11 +85,14 @@ class Linear:
         kept = storage.kept(name for name, _ in parts)
         if kept is not None:
             kept = kept.cut_at(inputs.start)
+        self._product: Callable[[torch.Tensor], torch.Tensor] | None = None
         if (format_ := kept or storage.format(role, first_layer=first_layer)) is not None:
             self.packed = PackedMatrix(format_, self.num_outputs, num_inputs, storage.allocate)
             if bias:
                 padded = -(-self.num_outputs // PANEL) * PANEL
                 self.bias = torch.zeros(padded, dtype=torch.float32, device=storage.device)
+            if storage.product is not None:
+                self._product = storage.product(self)
         else:
             shape = (self.num_outputs, num_inputs)
             held = storage.matrix_dtype or storage.dtype
@@ -136,6 +139,8 @@ class Linear:
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         """x [T, num_inputs] → [T, num_outputs] in the model's dtype."""
+        if self._product is not None:
+            return self._product(x).to(self._dtype)
         if self.packed is not None:
             y = linear(x, self.packed)
             return (y if self.bias is None else y + self.bias[: self.num_outputs]).to(self._dtype)

@@ -11,6 +11,8 @@ from msgspec.structs import replace as replace_field
 
 from wherry_protocol.engine_config import Dtype
 from wherry_runtime.formats.detect import kind_of
+from wherry_runtime.kernels.cpu import library
+from wherry_runtime.kernels.cpu.product import Products
 from wherry_runtime.layers.linear import Slots
 from wherry_runtime.loading.checkpoint import fill, iterate_tensors, shard_files
 from wherry_runtime.loading.config import Layout, ModelConfig
@@ -202,7 +204,10 @@ def _keeping_blocks(storage: Storage, model: GGUFCheckpoint, config: ModelConfig
     if storage.device.type == "cuda":
         held = {name: format_ for name, format_ in held.items() if not format_.two_level}
     elif not storage.native:
-        held = {}  # PyTorch on CPU would unpack them anew for every step
+        if storage.dtype is torch.float32 or not library.available():
+            held = {}  # exact, or slow: PyTorch would unpack them anew for every step
+        elif held:
+            storage = replace(storage, product=Products(torch.get_num_threads()))
     log.info("%s: %s", directory, model.describe(held, storage.dtype))
     return replace(storage, held=held | _parts(held, config.layout.fused))
 

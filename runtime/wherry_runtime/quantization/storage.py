@@ -1,9 +1,9 @@
 """How a model holds its weights: which format each matrix has, and where its memory comes from."""
 
 import logging
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Literal, get_args
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import torch
 
@@ -32,6 +32,7 @@ class Storage:
         group: weights that share a scale; 0: the method's own.
         native: matrices are packed for the native kernels, vectors are float32.
         held: matrices that the checkpoint has in a packed format already, by name: they keep it.
+        product: makes the products of layers that are held so, where PyTorch computes what is around them.
         matrix_dtype: of matrices that are not packed, where it is not `dtype`, which products are computed in.
     """
 
@@ -42,6 +43,7 @@ class Storage:
     native: bool = False
     matrix_dtype: torch.dtype | None = None
     held: Mapping[str, Format] = field(default_factory=dict)
+    product: Callable[[Any], Callable[[torch.Tensor], torch.Tensor]] | None = field(default=None, compare=False)
     _arena: Arena = field(default_factory=Arena, repr=False, compare=False)
 
     def __post_init__(self) -> None:

@@ -38,5 +38,9 @@ MODELS = [
     Case("qwen2-moe", "Qwen2Moe", {**MOE, "shared_expert_intermediate_size": 80}),
     Case("qwen3-moe", "Qwen3Moe", {**MOE, "head_dim": 24, "norm_topk_prob": True}),
     Case("granite", "Granite", FACTORS),
+    Case("command-r", "Cohere", {"logit_scale": 0.3}),
+    Case("stablelm", "StableLm", {"use_qkv_bias": True}),
+    Case("phi2", "Phi", {"num_key_value_heads": 4}),
+    Case("olmo", "Olmo", {"clip_qkv": 0.4}),
     Case("olmo2", "Olmo2"),
 ]

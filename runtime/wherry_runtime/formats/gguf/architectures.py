@@ -48,7 +48,10 @@ class Architecture(NamedTuple):
         offset: added to the weights of norms in GGUF.
         period: of every so many layers all but the last have the window; 0: all of them have it.
         head_dim: where config.json does not say; 0: the share of a head.
-        numbers: keys of GGUF → fields of config.json that say the same.
+        numbers: keys of GGUF → fields of config.json that say the same, and what these are when they are not there.
+        eps: key of GGUF and field of config.json with what is added to norms' variance.
+        partial: the part of each head that rotates where config.json does not say; 0: all of it, always.
+        outside: modules beside the layers, where they are not as in most.
         tied: the head is always the embedding.
         experts: None: it never has any.
     """
@@ -62,7 +65,10 @@ class Architecture(NamedTuple):
     offset: float = 0.0
     period: int = 0
     head_dim: int = 0
-    numbers: dict[str, str] = {}  # noqa: RUF012
+    numbers: dict[str, tuple[str, float | None]] = {}  # noqa: RUF012
+    eps: tuple[str, str] = ("layer_norm_rms_epsilon", "rms_norm_eps")
+    partial: float = 0.0
+    outside: dict[str, str] = {}  # noqa: RUF012
     tied: bool = False
     experts: Experts | None = None
 
@@ -73,13 +79,17 @@ _AROUND = {
     "post_ffw_norm": "post_feedforward_layernorm",
 }
 _GELU = "gelu_pytorch_tanh"
-_CAPS = {"attn_logit_softcapping": "attn_logit_softcapping", "final_logit_softcapping": "final_logit_softcapping"}
-_FACTORS = {
-    "attention.scale": "attention_multiplier",
-    "embedding_scale": "embedding_multiplier",
-    "residual_scale": "residual_multiplier",
-    "logit_scale": "logits_scaling",
+_CAPS: dict[str, tuple[str, float | None]] = {
+    "attn_logit_softcapping": ("attn_logit_softcapping", None),
+    "final_logit_softcapping": ("final_logit_softcapping", None),
 }
+_FACTORS: dict[str, tuple[str, float | None]] = {
+    "attention.scale": ("attention_multiplier", 1.0),
+    "embedding_scale": ("embedding_multiplier", 1.0),
+    "residual_scale": ("residual_multiplier", 1.0),
+    "logit_scale": ("logits_scaling", 1.0),
+}
+_LAYER_NORM = ("layer_norm_epsilon", "layer_norm_eps")
 ARCHITECTURES = {
     a.name: a
     for a in (
@@ -97,13 +107,27 @@ ARCHITECTURES = {
         ),
         Architecture(
             *("phi3", ("Phi3ForCausalLM",), "phi3"),
-            names={"attn_qkv": "self_attn.qkv_proj", "ffn_up": "mlp.gate_up_proj"},
+            names={"attn_qkv": "self_attn.qkv_proj", "ffn_up": "mlp.gate_up_proj"}, partial=1.0,
         ),
         Architecture(
             *("qwen2moe", ("Qwen2MoeForCausalLM",), "qwen2_moe"), experts=Experts(normalized=False, shared=True)
         ),
         Architecture("qwen3moe", ("Qwen3MoeForCausalLM",), "qwen3_moe", experts=Experts()),
         Architecture("granite", ("GraniteForCausalLM",), "granite", neighbours=True, numbers=_FACTORS),
+        Architecture(
+            *("command-r", ("CohereForCausalLM",), "cohere"),
+            numbers={"logit_scale": ("logit_scale", 0.0625)}, eps=_LAYER_NORM, tied=True,
+        ),
+        Architecture("stablelm", ("StableLmForCausalLM",), "stablelm", eps=_LAYER_NORM, partial=0.25),
+        Architecture(
+            *("phi2", ("PhiForCausalLM",), "phi"),
+            names={"attn_output": "self_attn.dense", "ffn_up": "mlp.fc1", "ffn_down": "mlp.fc2"},
+            activation="gelu_new", eps=_LAYER_NORM, partial=0.5, outside={"output_norm": "model.final_layernorm"},
+        ),
+        Architecture(
+            *("olmo", ("OlmoForCausalLM",), "olmo"),
+            neighbours=True, numbers={"attention.clamp_kqv": ("clip_qkv", None)}, eps=_LAYER_NORM,
+        ),
         Architecture(
             *("olmo2", ("Olmo2ForCausalLM",), "olmo2"),
             names={"post_attention_norm": "post_attention_layernorm", "post_ffw_norm": "post_feedforward_layernorm"},
@@ -130,7 +154,6 @@ _INSIDE = {
     "ffn_up": "mlp.up_proj",
     "ffn_down": "mlp.down_proj",
 }
-_OUTSIDE_BACK = {theirs: ours for ours, theirs in _OUTSIDE.items()}
 _LAYER = re.compile(r"blk\.(\d+)\.(\w+)\.(weight|bias)")
 _LAYER_BACK = re.compile(r"model\.layers\.(\d+)\.([\w.]+)\.(weight|bias)")
 _EXPERT = re.compile(r"(\w+)\.experts\.(\d+)\.(\w+)")
@@ -202,8 +225,8 @@ def checkpoint_tensors(architecture: Architecture, info: TensorInfo) -> dict[str
     if info.name in FACTORS:
         return {}
     stem, _, kind = info.name.rpartition(".")
-    if stem in _OUTSIDE:
-        return {f"{_OUTSIDE[stem]}.{kind}": info}
+    if (outside := {**_OUTSIDE, **architecture.outside}.get(stem)) is not None:
+        return {f"{outside}.{kind}": info}
     if match := _LAYER.fullmatch(info.name):
         layer, module = f"model.layers.{match[1]}", match[2]
         if module == "ffn_gate_inp_shexp" and len(info.shape) == 1:
@@ -231,8 +254,9 @@ def gguf_name(architecture: Architecture, name: str) -> tuple[str, int | None]:
         ModelError: unexpected_tensors.
     """
     stem, _, kind = name.rpartition(".")
-    if stem in _OUTSIDE_BACK:
-        return f"{_OUTSIDE_BACK[stem]}.{kind}", None
+    outside = {theirs: ours for ours, theirs in {**_OUTSIDE, **architecture.outside}.items()}
+    if stem in outside:
+        return f"{outside[stem]}.{kind}", None
     if match := _LAYER_BACK.fullmatch(name):
         back = {theirs: ours for ours, theirs in _modules(architecture).items()}
         if match[2] in back:

@@ -24,6 +24,7 @@ Factors = dict[str, npt.NDArray[np.float32]]
 LOCAL_THETA = 10000.0  # Gemma 3's base of rotary embeddings in layers with a window
 # Of Gemma 2 and 3 the largest divide scores by the share of a head, not by its width; files tell by their layers.
 CAPS = ("attn_logit_softcapping", "final_logit_softcapping")  # of Gemma 2 always, of Gemma 3 never
+_EPS = {"rms_norm_eps": 1e-6, "layer_norm_eps": 1e-5}  # where config.json does not say
 _BY_SHARE = {"gemma2": 46, "gemma3": 62}
 
 
@@ -70,7 +71,7 @@ def config_of(metadata: Metadata, tensors: dict[str, TensorInfo], factors: Facto
         raise ModelError("missing_tensors", "the file lacks token_embd.weight")
     heads, hidden = read.get("attention.head_count", int), read.get("embedding_length", int)
     head_dim = read.get("attention.key_length", int, hidden // max(heads, 1))
-    if read.get("rope.dimension_count", int, head_dim) != head_dim and architecture.name != "phi3":
+    if read.get("rope.dimension_count", int, head_dim) != head_dim and not architecture.partial:
         raise ModelError("unsupported_rope", f"{architecture.name} that rotates a part of each head is not supported")
     context = read.get("context_length", int)
     window = read.get("attention.sliding_window", int, 0)
@@ -88,12 +89,12 @@ def config_of(metadata: Metadata, tensors: dict[str, TensorInfo], factors: Facto
         "num_key_value_heads": read.get("attention.head_count_kv", int, heads),
         "head_dim": head_dim,
         "max_position_embeddings": context,
-        "rms_norm_eps": round(read.get("attention.layer_norm_rms_epsilon", float), 12),
+        architecture.eps[1]: round(read.get(f"attention.{architecture.eps[0]}", float), 12),
         "rope_parameters": _rope(read, factors, architecture, head_dim, context),
         "tie_word_embeddings": "output.weight" not in tensors,
         **_biases(tensors, architecture),
         **_tokens(metadata),
-        **{field: _plain(read.get(key, float, 1.0)) for key, field in architecture.numbers.items() if read.has(key)},
+        **{f: _plain(read.get(key, float)) for key, (f, _) in architecture.numbers.items() if read.has(key)},
     }
     config |= _experts_of(read, architecture)
     _check(config, tensors, architecture)
@@ -177,8 +178,8 @@ def _check(config: Config, tensors: dict[str, TensorInfo], architecture: Archite
 def _biases(tensors: dict[str, TensorInfo], architecture: Architecture) -> Config:
     if architecture.name == "qwen2":
         return {}
-    if architecture.name == "qwen2moe":
-        return {"qkv_bias": "blk.0.attn_q.bias" in tensors}
+    if (field := {"qwen2moe": "qkv_bias", "stablelm": "use_qkv_bias"}.get(architecture.name)) is not None:
+        return {field: "blk.0.attn_q.bias" in tensors}
     return {"attention_bias": "blk.0.attn_q.bias" in tensors, "mlp_bias": "blk.0.ffn_up.bias" in tensors}
 
 
@@ -187,9 +188,10 @@ def _rope(read: _Reader, factors: Factors, architecture: Architecture, head_dim:
     rope: Config = {"rope_theta": theta, "rope_type": "default"}
     if ROPE_FACTORS in factors:
         return rope | llama3_scaling(factors[ROPE_FACTORS], theta, head_dim)
+    if architecture.partial:
+        rope["partial_rotary_factor"] = read.get("rope.dimension_count", int, head_dim) / max(head_dim, 1)
     if architecture.name == "phi3":
         rope["original_max_position_embeddings"] = read.get("rope.scaling.original_context_length", int, context)
-        rope["partial_rotary_factor"] = read.get("rope.dimension_count", int, head_dim) / max(head_dim, 1)
         if LONG_FACTORS in factors and SHORT_FACTORS in factors:
             pairs = (("short_factor", SHORT_FACTORS), ("long_factor", LONG_FACTORS))
             rope |= {"rope_type": "longrope", **{field: list(map(_plain, factors[name])) for field, name in pairs}}
@@ -233,19 +235,22 @@ def metadata_of(config: Config) -> tuple[Metadata, Factors]:
             f"{name}.attention.head_count_kv": int(config.get("num_key_value_heads") or heads),
             f"{name}.attention.key_length": head_dim,
             f"{name}.attention.value_length": head_dim,
-            f"{name}.attention.layer_norm_rms_epsilon": float(config.get("rms_norm_eps", 1e-6)),
-            f"{name}.rope.dimension_count": head_dim,
+            f"{name}.attention.{architecture.eps[0]}": float(
+                config.get(architecture.eps[1], _EPS[architecture.eps[1]])
+            ),
             f"{name}.vocab_size": int(config["vocab_size"]),
         }
-        for key, field in architecture.numbers.items():
-            if (number := config.get(field, 1.0 if name == "granite" else None)) is not None:
+        for key, (field, default) in architecture.numbers.items():
+            if (number := config.get(field, default)) is not None:
                 metadata[f"{name}.{key}"] = float(number)
         metadata |= _experts_metadata(architecture, config)
         rope, near = _rope_settings(architecture, config)
         theta = float(rope.get("rope_theta") or config.get("rope_theta") or 10000.0)
+        part = rope.get("partial_rotary_factor") or config.get("partial_rotary_factor") or architecture.partial or 1.0
+        metadata[f"{name}.rope.dimension_count"] = int(head_dim * float(part))
     except (KeyError, TypeError, ValueError, AttributeError) as e:
         raise ModelError("bad_config", f"config.json: {type(e).__name__}: {e}") from None
-    _refuse(architecture, {**config, "head_dim": head_dim})
+    _refuse(architecture, {**config, "head_dim": head_dim, "partial_rotary_factor": part})
     metadata[f"{name}.rope.freq_base"] = theta
     if architecture.name == "gemma3":
         metadata[f"{name}.rope.freq_base_swa"] = near
@@ -254,7 +259,7 @@ def metadata_of(config: Config) -> tuple[Metadata, Factors]:
     if kind == "llama3":
         return metadata, {ROPE_FACTORS: inverse_frequencies(rope, theta, head_dim)}
     if architecture.name == "phi3":
-        return _longrope(config, rope, kind, metadata, head_dim)
+        return _longrope(config, rope, kind, metadata)
     if kind in ("linear", "yarn"):
         metadata[f"{name}.rope.scaling.type"] = kind
         metadata[f"{name}.rope.scaling.factor"] = float(rope["factor"])
@@ -265,15 +270,14 @@ def metadata_of(config: Config) -> tuple[Metadata, Factors]:
     return metadata, {}
 
 
-def _longrope(config: Config, rope: Config, kind: str, metadata: Metadata, head_dim: int) -> tuple[Metadata, Factors]:
+def _longrope(config: Config, rope: Config, kind: str, metadata: Metadata) -> tuple[Metadata, Factors]:
     """Phi-3's: factors for contexts up to the original one and beyond, and what scores are scaled by in both
     (https://arxiv.org/abs/2402.13753)."""
     try:
         context = int(config["max_position_embeddings"])
         original = config.get("original_max_position_embeddings") or rope.get("original_max_position_embeddings")
-        original, part = int(original or context), config.get("partial_rotary_factor")
-        rotated = int(head_dim * float(part or rope.get("partial_rotary_factor") or 1.0))
-        metadata |= {"phi3.rope.scaling.original_context_length": original, "phi3.rope.dimension_count": rotated}
+        original = int(original or context)
+        metadata["phi3.rope.scaling.original_context_length"] = original
         if kind == "default":
             return metadata, {}
         if kind not in ("longrope", "su", "yarn"):
@@ -323,7 +327,8 @@ def _refuse(architecture: Architecture, config: Config) -> None:
             reasons.append(f"query_pre_attn_scalar {divisor} instead of {expected}")
     caps = [field for field in CAPS if architecture.period and field in config]
     reasons += [f"{field} {config[field]}" for field in caps if (config[field] is None) == (architecture.period == 2)]
-    if architecture.name != "phi3" and float(config.get("partial_rotary_factor") or 1.0) != 1.0:
+    reasons += [field for field in ("use_qk_norm", "qk_layernorm", "use_parallel_residual") if config.get(field)]
+    if not architecture.partial and float(config["partial_rotary_factor"]) != 1.0:
         reasons.append("a part of each head that rotates")
     if (experts := architecture.experts) is not None and experts.inner is not None:
         if bool(config.get("norm_topk_prob", False)) != experts.normalized:

@@ -205,10 +205,17 @@ class Recorder(Missing):
     """`Ops` that append calls to `program`.
 
     Args:
+        attention: None where nothing attends.
         ranks: None where this one computes the model alone.
     """
 
-    def __init__(self, pool: Pool, capacity: Capacity, attention: AttentionKernels, ranks: Ranks | None = None) -> None:
+    def __init__(
+        self,
+        pool: Pool,
+        capacity: Capacity,
+        attention: AttentionKernels | None = None,
+        ranks: Ranks | None = None,
+    ) -> None:
         self.program = Program(pool)
         self.arena = Arena()
         self.capacity = capacity
@@ -290,6 +297,8 @@ class Recorder(Missing):
         return out
 
     def attend(self, attention: Attention, qkv: Rows) -> Rows:
+        if self._attention is None:
+            raise TypeError("a recorder without attention")
         out = self._value(attention.num_heads * attention.head_dim)
         self._attention.record(self.program, attention, (qkv.buffer, qkv.stride), (out.buffer, out.stride))
         return out
