@@ -18,6 +18,7 @@ import argparse
 import json
 import os
 import random
+import socket
 import statistics
 import subprocess
 import sys
@@ -113,7 +114,9 @@ def by_wherry(embedder: Embedder, given: list[list[int]], max_tokens: int) -> Ve
 @contextmanager
 def serving(directory: Path, args: argparse.Namespace) -> Iterator[str]:
     """`wherry serve`: its URL."""
-    port = 18431
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
     settings = ["--port", str(port), "--model-name", "e", "--threads", str(args.threads), "--dtype", args.dtype]
     settings += ["--max-batched-tokens", str(args.max_batched_tokens)]
     command = [sys.executable, "-m", "wherry_cli.main", "serve", str(directory), *settings]

@@ -6,6 +6,8 @@ import pytest
 
 from wherry_protocol.openai.errors import ApiError
 from wherry_protocol.worker import (
+    Embedding,
+    EmbedRequest,
     End,
     ErrorEvent,
     Event,
@@ -19,7 +21,7 @@ from wherry_protocol.worker import (
 )
 from wherry_router.backend import Delivery
 from wherry_router.fault import QueueFull, WorkerFault
-from wherry_router.ledger import SEVERAL, Ledger
+from wherry_router.ledger import SEVERAL, EmbeddingLedger, Ledger, books_of
 from wherry_router.pool import Endpoint, Replica
 from wherry_router.settings import Limits
 from wherry_router.tries import Tries
@@ -230,3 +232,48 @@ def test_the_choices_of_an_answer_share_what_the_client_has() -> None:
     first.moved_on()
     assert second.resuming
     assert not second.begun
+
+
+TEXTS = EmbedRequest(id="e", model="m", inputs=["a", [1, 2]], dimensions=8, priority=2)
+VECTORS = [Embedding(index=index, vector=b"....") for index in range(3)]
+DONE = End(finish_reason="stop", prompt_tokens=5, completion_tokens=0)
+
+
+def test_vectors_begin_anew_with_every_try() -> None:
+    books = books_of(TEXTS)
+    assert isinstance(books, EmbeddingLedger)
+    assert books.request(0) == TEXTS
+    for event in (started(), VECTORS[0]):
+        assert books.take(event) is event
+    assert books.request(1) == EmbedRequest(id="e~1", model="m", inputs=["a", [1, 2]], dimensions=8, priority=2)
+    for event in (started(version="other"), *VECTORS[:2], METRICS, DONE):
+        assert books.take(event) is event
+    assert books.ids == [], "nothing of it is worth anything to another worker"
+
+
+@pytest.mark.parametrize(
+    ("events", "reason"),
+    [
+        ([VECTORS[0]], "protocol"),
+        ([started(), started()], "protocol"),
+        ([started(), VECTORS[1]], "protocol"),
+        ([started(), VECTORS[0], VECTORS[0]], "protocol"),
+        ([started(), VECTORS[0], DONE], "protocol"),
+        ([started(), *VECTORS, DONE], "protocol"),
+        ([started(), ErrorEvent(code="out_of_memory", message="", retryable=True)], "worker_error"),
+        ([ErrorEvent(code="shutting_down", message="", retryable=True)], "shutting_down"),
+    ],
+)
+def test_vectors_that_do_not_follow_are_the_workers_fault(events: list[Event], reason: str) -> None:
+    books = books_of(TEXTS)
+    books.request(0)
+    with pytest.raises(WorkerFault) as fault:
+        list(map(books.take, events))
+    assert fault.value.reason == reason
+
+
+def test_what_ends_a_request_for_vectors_is_passed_on() -> None:
+    refused = ErrorEvent(code="bad_vector", message="", retryable=False)
+    assert books_of(TEXTS).take(refused) is refused
+    cancelled = End(finish_reason="cancelled", prompt_tokens=5, completion_tokens=0)
+    assert books_of(TEXTS).take(cancelled) is cancelled
