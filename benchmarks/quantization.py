@@ -125,7 +125,7 @@ def matrices(model: Path, texts: dict[str, list[list[int]]]) -> Iterator[tuple[L
         "calibration": [walk.start(w) for w in texts["calibration"]],
         "dev": [walk.start(w[:length]) for w in texts["dev"]],
     }
-    for layer in walk.layers:
+    for layer in map(walk.layer, range(walk.num_layers)):
         found: dict[str, dict[Linear, Inputs]] = {name: {} for name in states}
         for name, rows in states.items():
             inputs = found[name]

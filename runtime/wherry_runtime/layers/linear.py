@@ -85,7 +85,7 @@ class Linear:
         if kept is not None and inputs.start % kept.group:
             kept = None  # this rank's columns begin inside a group
         if (format_ := kept or storage.format(role, first_layer=first_layer)) is not None:
-            self.packed = PackedMatrix(format_, self.num_outputs, num_inputs, storage.allocate)
+            self.packed = PackedMatrix(format_, self.num_outputs, num_inputs, storage.allocate, storage.mapped)
             if bias:
                 padded = -(-self.num_outputs // PANEL) * PANEL
                 self.bias = torch.zeros(padded, dtype=torch.float32, device=storage.device)

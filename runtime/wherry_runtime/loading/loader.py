@@ -18,6 +18,7 @@ from wherry_runtime.models.decoder import Decoder
 from wherry_runtime.models.recurrent import RecurrentDecoder
 from wherry_runtime.parallel.shard import Shard
 from wherry_runtime.quantization.grouped import Grouped
+from wherry_runtime.quantization.mapped import Mapped
 from wherry_runtime.quantization.storage import Storage
 
 log = logging.getLogger(__name__)
@@ -87,18 +88,40 @@ def load_model(
         if cache is not None and (cached := _from_cache(cache, empty)) is not None:
             return cached
         model = empty()
-        slots = model.slots()
-        fill(slots, as_named(_tensors(directory, config, slots, quantized), slots, config), directory)
+        _fill(model, directory, config, quantized)
         if cache is not None:
             cache.write(model.state())
     return model
 
 
+def fill_part(model: AnyDecoder, directory: Path, config: ModelConfig, chosen: Callable[[str], bool]) -> None:
+    """Reads those tensors of an empty model that are `chosen` by name.
+
+    Raises:
+        ModelError: what is wrong with the checkpoint; see `checkpoint`.
+    """
+    with torch.inference_mode():
+        _fill(model, directory, config, _quantized(directory, config), chosen)
+
+
+def _fill(
+    model: AnyDecoder,
+    directory: Path,
+    config: ModelConfig,
+    quantized: QuantizedCheckpoint | None,
+    chosen: Callable[[str], bool] = lambda name: True,
+) -> None:
+    slots = model.slots()
+    tensors = as_named(_tensors(directory, config, slots, quantized, model.storage.mapped), slots, config)
+    wanted = {name: slot for name, slot in slots.items() if chosen(name)}
+    fill(wanted, ((name, tensor) for name, tensor in tensors if chosen(name)), directory)
+
+
 def _tensors(
-    directory: Path, config: ModelConfig, slots: Slots, quantized: QuantizedCheckpoint | None
+    directory: Path, config: ModelConfig, slots: Slots, quantized: QuantizedCheckpoint | None, mapped: Mapped | None
 ) -> Iterator[tuple[str, torch.Tensor | Grouped]]:
     if quantized is None:
-        yield from iterate_tensors(directory)
+        yield from iterate_tensors(directory, mapped)
         return
     for name, tensor in quantized.tensors(slots):
         if isinstance(tensor, Grouped) and not as_stored(config):
