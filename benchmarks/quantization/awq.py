@@ -51,7 +51,7 @@ def matrices(model: Path, texts: list[list[list[int]]]) -> Iterator[tuple[Linear
     """Each matrix of the model with its inputs on each text, and its fold if it has one."""
     walk = Walk(model, LENGTH)
     states = [[walk.start(window) for window in text] for text in texts]
-    for layer in walk.layers:
+    for layer in map(walk.layer, range(walk.num_layers)):
         found: dict[Linear, list[Inputs]] = {}
         for place, windows_ in enumerate(states):
 

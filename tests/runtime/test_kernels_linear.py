@@ -5,15 +5,21 @@ integers 1e-6 (exact within a group of weights, then float32). On processors wit
 that have them, the products of bfloat16 numbers are exact in float32.
 """
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
 
 from wherry_runtime.kernels.cpu import library
 from wherry_runtime.kernels.cpu.library import Pool, Step
 from wherry_runtime.kernels.cpu.recorder import Capacity, Recorder, Value
 from wherry_runtime.layers.linear import Linear
+from wherry_runtime.models.decoder import Embedding
 from wherry_runtime.parallel.shard import Span
+from wherry_runtime.quantization.mapped import Mapped
 from wherry_runtime.quantization.packed import linear as reference
 from wherry_runtime.quantization.storage import Storage
 
@@ -146,3 +152,94 @@ def test_infinities_do_not_spread_to_other_rows() -> None:
     np.testing.assert_array_equal(dirty[keep].numpy(), clean[keep].numpy())
     assert not torch.isfinite(dirty[3]).any()
     assert not torch.isfinite(dirty[4]).any()
+
+
+class InAFile:
+    """Two matrices in a mapped file, one after the other in a layer of as many outputs as both have."""
+
+    def __init__(self, directory: Path, dtype: torch.dtype, outputs: int, inputs: int) -> None:
+        generator = torch.Generator().manual_seed(outputs)
+        cut = outputs // 3
+        weight = (torch.randn(outputs, inputs, generator=generator) * 0.1).to(dtype)
+        path = directory / "model.safetensors"
+        # Five bytes before them: nothing in the file is aligned to anything.
+        save_file({"a": weight[:cut].clone(), "b": weight[cut:].clone(), "c": torch.zeros(5, dtype=torch.uint8)}, path)
+        shift = 1 + outputs % 7
+        path.write_bytes(_with_longer_header(path.read_bytes(), shift))
+        self._parts, self._path = [("a", Span.all(cut)), ("b", Span.all(outputs - cut))], path
+        self._dtype, self._inputs = dtype, inputs
+
+    def layer(self, mapped: Mapped | None) -> Linear:
+        storage = Storage(self._dtype, CPU, native=True, mapped=mapped)
+        layer = Linear(self._parts, Span.all(self._inputs), bias=False, storage=storage, role="qkv")
+        slots = layer.slots()
+        with safe_open(self._path, framework="pt") as file:
+            for name in ("b", "a"):
+                tensor = file.get_tensor(name)
+                if mapped is not None:
+                    mapped.show(tensor)
+                slots[f"{name}.weight"].fill(tensor)
+                if mapped is not None:
+                    mapped.done(tensor)
+        return layer
+
+
+def _with_longer_header(data: bytes, by: int) -> bytes:
+    size = int.from_bytes(data[:8], "little")
+    return (size + by).to_bytes(8, "little") + data[8 : 8 + size] + b" " * by + data[8 + size :]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("outputs, inputs", [(64, 128), (192, 384), (576, 1024)])
+def test_weights_that_are_still_in_their_file(tmp_path: Path, dtype: torch.dtype, outputs: int, inputs: int) -> None:
+    """To the bit what packed weights give, before they are packed and after it."""
+    file, mapped = InAFile(tmp_path, dtype, outputs, inputs), Mapped()
+    packed, left = file.layer(None), file.layer(mapped)
+    assert packed.packed is not None
+    assert left.packed is not None
+    assert mapped.kept_bytes == outputs * inputs * dtype.itemsize
+    assert packed.packed.rows is None
+    assert left.packed.rows is not None
+    want, got = Product(packed, 200), Product(left, 200, threads=3)
+    for settled in (False, True):
+        assert bool(left.packed.rows[0]) is not settled
+        for rows in ROWS:
+            x = activations(rows, inputs)
+            np.testing.assert_array_equal(got(x).numpy(), want(x).numpy())
+        if not settled:
+            assert not left.packed.data.any(), "no memory is taken yet"
+            left.packed.settle()
+    np.testing.assert_array_equal(left.packed.data.numpy(), packed.packed.data.numpy())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_rows_of_a_tied_head(tmp_path: Path, dtype: torch.dtype) -> None:
+    """The embedding of tokens out of the head's matrix, in its file and packed."""
+    head = InAFile(tmp_path, dtype, 576, 384).layer(Mapped()).packed
+    assert head is not None
+    tokens = [0, 63, 64, 575, 300, 7]
+    recorder = Recorder(Pool(2), Capacity(8, 8), None)  # type: ignore[arg-type]
+    embedding = Embedding("e", Span.all(576), 384, Storage(dtype, CPU, native=True), head)
+    out = recorder.embed(embedding.table, embedding.tokens)
+    step = Step(len(tokens), token_ids=tokens)
+    recorder.program.run(step)
+    in_file = out.buffer[: len(tokens), :384].clone()
+    want = head.dequantized()[tokens]  # which settles it
+    np.testing.assert_array_equal(in_file.numpy(), want.numpy())
+    recorder.program.run(step)
+    np.testing.assert_array_equal(out.buffer[: len(tokens), :384].numpy(), want.numpy())
+    np.testing.assert_array_equal(head.lookup(torch.tensor(tokens)).float().numpy(), want.numpy())
+
+
+def test_what_is_not_of_the_matrix_type_is_packed_at_once(tmp_path: Path) -> None:
+    """And with it what stayed in the file before: kernels take a matrix from there as a whole or not at all."""
+    mapped = Mapped()
+    layer = InAFile(tmp_path, torch.bfloat16, 192, 128).layer(mapped)
+    matrix = layer.packed
+    assert matrix is not None
+    assert matrix.rows is not None
+    again = torch.ones(64, 128)
+    mapped.show(again)
+    layer.slots()["a.weight"].fill(again)
+    assert not matrix.rows[0]
+    assert (matrix.dequantized()[:64] == 1).all()

@@ -113,7 +113,7 @@ def some_windows(directory: Path, count: int = 4, length: int = 48) -> list[list
 def test_folding_scales_changes_no_result(family: str, tmp_path: Path) -> None:
     Case("folds", family, {"num_hidden_layers": 1}).build(tmp_path)
     walk = Walk(tmp_path, 32)
-    layer = walk.layers[0]
+    layer = walk.layer(0)
     x = walk.start(list(range(32)))
     with torch.inference_mode():
         before = walk.run(layer, x, lambda linear, x: None)

@@ -2,13 +2,16 @@
 
 import os
 from pathlib import Path
+from typing import Any
 
 import pytest
 from tests.runtime.engines import TINY, engine_config
 
 from wherry_runtime.engine import resources
 from wherry_runtime.engine.resources import available_memory, cpu_threads
-from wherry_runtime.engine.setup import load
+from wherry_runtime.engine.setup import Loaded, load
+from wherry_runtime.kernels.cpu import library
+from wherry_runtime.kernels.cpu.model import NativeModel
 
 GIB = 1 << 30
 
@@ -59,12 +62,23 @@ def test_memory(tmp_path: Path, files: dict[str, str], available: int) -> None:
 
 
 def test_the_cache_takes_what_is_free_but_no_more_than_a_full_batch_uses(monkeypatch: pytest.MonkeyPatch) -> None:
-    def kv_tokens(memory: int) -> int:
+    def loaded(memory: int, **settings: Any) -> Loaded:
         monkeypatch.setattr(resources, "available_memory", lambda: memory)
-        return load(engine_config(TINY, dtype="bfloat16", block_size=16, max_running=4)).kv_tokens
+        return load(engine_config(TINY, dtype="bfloat16", block_size=16, max_running=4, **settings))
 
-    assert kv_tokens(1 << 40) == 4 * 2048
-    assert kv_tokens(1 << 24) == (1 << 23) // 4096  # half of 16 MiB, 4 KiB a token
+    assert loaded(1 << 40).kv_tokens == 4 * 2048
+    assert loaded(1 << 24, backend="pytorch").kv_tokens == (1 << 23) // 4096  # half of 16 MiB, 4 KiB a token
+
+
+@pytest.mark.skipif(not library.available(), reason="there are no native kernels on this machine")
+def test_the_cache_leaves_room_for_weights_that_are_packed_later(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(resources, "available_memory", lambda: 1 << 24)
+    loaded = load(engine_config(TINY, dtype="bfloat16", block_size=16, max_running=4, backend="native"))
+    model = loaded.runner.model
+    assert isinstance(model, NativeModel)
+    later = sum(matrix.data.nbytes for matrix in model.settling.matrices)
+    assert later > 4 << 20
+    assert loaded.kv_tokens == ((1 << 24) - later) // 2 // (16 * 4096) * 16
 
 
 def test_environment_limits_memory_where_there_is_no_cgroup(monkeypatch: pytest.MonkeyPatch) -> None:

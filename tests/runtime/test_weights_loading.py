@@ -11,10 +11,11 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tests.runtime.engines import BACKENDS, TINY, engine_config
+from tests.runtime.engines import BACKENDS, TINY, VOCAB_SIZE, engine_config
 from tests.runtime.random_models import CASES, Case
 
 from wherry_protocol.engine_config import Quantization
+from wherry_runtime.engine.runner import ModelRunner
 from wherry_runtime.engine.setup import load
 from wherry_runtime.layers.linear import Linear
 from wherry_runtime.loading.checkpoint import iterate_tensors, shard_files
@@ -23,7 +24,7 @@ from wherry_runtime.loading.loader import load_model
 from wherry_runtime.models.decoder import Decoder
 from wherry_runtime.models.registry import read_config
 from wherry_runtime.quantization.formats import Format
-from wherry_runtime.quantization.packed import PackedMatrix
+from wherry_runtime.quantization.packed import PackedMatrix, lookup
 from wherry_runtime.quantization.storage import Storage
 from wherry_runtime.scheduling.plan import SequenceStep
 from wherry_runtime.tokenization.tokenizer import Tokenizer
@@ -97,7 +98,9 @@ def test_every_tensor_is_in_its_place(checkpoint: Path, storage_name: str) -> No
         check(layer.down, f"{prefix}mlp.down_proj")
         assert layer.input_norm.weight.dtype is storage.vector_dtype
     check(model.head, "model.embed_tokens" if model.config.tie_word_embeddings else "lm_head")
-    assert torch.equal(model.embedding.weight, source["model.embed_tokens.weight"].to(storage.dtype))
+    everyone = torch.arange(model.config.vocab_size)
+    embedded = lookup(model.embedding.table, everyone)
+    assert torch.equal(embedded, source["model.embed_tokens.weight"].to(storage.dtype))
 
 
 def test_a_plain_tied_head_is_the_embedding(tmp_path: Path) -> None:
@@ -107,6 +110,9 @@ def test_a_plain_tied_head_is_the_embedding(tmp_path: Path) -> None:
     packed = load_model(tmp_path, read_config(tmp_path), 64, Storage(torch.float32, CPU, "int4", native=True))
     assert packed.head.packed is not None
     assert packed.head.packed.format == Format("int8", 128)
+    assert packed.embedding.weight.dtype is torch.float32
+    floats = load_model(tmp_path, read_config(tmp_path), 64, Storage(torch.float32, CPU, native=True))
+    assert floats.embedding.table is floats.head.packed
 
 
 def test_int4_leaves_finer_what_costs_most() -> None:
@@ -181,6 +187,41 @@ def test_loading_takes_no_memory_beyond_the_packed_weights(tmp_path: Path) -> No
     assert taken["weights"] < 0.35 * path.stat().st_size
     # Huge pages that are not full, scratch of the threads.
     assert taken["most"] < taken["weights"] + taken["largest"] + (8 << 20)
+    # What is left in its file takes nothing of its own; packed, nothing but itself: the file's pages are gone.
+    assert taken["read"] > 0.9 * taken["packed"] > 16 << 20
+    assert taken["mapped"] < 8 << 20
+    assert taken["settled"] < taken["packed"] + (8 << 20)
+    assert taken["file"] < 1 << 20
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_answers_are_the_same_while_weights_leave_their_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, dtype: str
+) -> None:
+    """To the bit, from the first step on, which is computed before anything is packed."""
+    monkeypatch.setattr("wherry_runtime.kernels.cpu.settling.PATIENCE_S", 600.0)
+    shape = {"hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 8, "tie_word_embeddings": True}
+    Case("left", "Llama", {**shape, "head_dim": 64, "dtype": dtype}).build(tmp_path)
+    path = shard_files(tmp_path)[0]
+    held = {name: tensor.to(getattr(torch, dtype)) for name, tensor in load_file(path).items()}
+    save_file(held, path, {"format": "pt"})
+    settings = {"dtype": dtype, "kv_tokens": 256, **BACKENDS["native"]}
+    packed = load(engine_config(tmp_path, weight_cache=str(tmp_path / "cache"), **settings)).runner
+    left = load(engine_config(tmp_path, **settings)).runner
+    blocks = np.arange(8, dtype=np.int32)
+    prompt = [3 * i % VOCAB_SIZE for i in range(50)]
+
+    def logits(runner: ModelRunner) -> torch.Tensor:
+        return runner.logits([SequenceStep("prompt", list(prompt), 0, blocks, samples=True)])[0].clone()
+
+    want, matrices = logits(packed), list(left.model.settling.matrices)
+    assert len(matrices) == 4 * 8 + 1
+    assert all(m.rows is not None and m.rows[0] for m in matrices)
+    assert torch.equal(logits(left), want)
+    while not left.model.settling.done.is_set():
+        assert torch.equal(logits(left), want)
+    assert not any(m.rows[0] for m in matrices)
+    assert torch.equal(logits(left), want)
 
 
 def text_tokens(count: int) -> list[int]:

@@ -198,11 +198,12 @@ def _calibrated(
             for i, window in enumerate(job.windows):
                 rows(first, i).copy_(walk.start(window))
             first.flush()
-        for index in range(done, len(walk.layers)):
-            layer = walk.layers[index]
-            quantizer = LayerQuantizer(walk, layer, states, index, job)
+        for index in range(done, walk.num_layers):
+            quantizer = LayerQuantizer(walk, walk.layer(index), states, index, job)
             tensors = quantizer.run(writer)
             quantizer.pass_on()
+            del quantizer
+            walk.drop(index)
             yield index, tensors  # which are written, and noted, before the inputs go
             states.remove(index)
 

@@ -71,6 +71,7 @@ class Probe:
         self._settings = [recipe.mixed(settings, place) for place in range(len(recipe.mixes))]
         self._writer = recipe.writer(self._settings[0], [])
         self._walk = Walk(source, length)
+        self._layers = [self._walk.layer(index) for index in range(self._walk.num_layers)]
         self._at = torch.arange(length)[:: max(1, length // ROWS)]
         self._count = min(PROBES, len(windows))
         width = self._walk.model.config.hidden_size
@@ -81,13 +82,12 @@ class Probe:
 
     def run(self, report: Report) -> list[Sensitivity]:
         """All matrices, in the order of the layers."""
-        layers = self._walk.layers
         found: list[Sensitivity] = []
-        for index, layer in enumerate(layers):
-            report(index, len(layers))
+        for index, layer in enumerate(self._layers):
+            report(index, len(self._layers))
             for linear, inputs in self._inputs(index, layer).items():
                 found.append(self._measured(index, linear, inputs))
-        report(len(layers), len(layers))
+        report(len(self._layers), len(self._layers))
         return found
 
     def _start(self, windows: list[list[int]]) -> list[torch.Tensor]:
@@ -95,11 +95,11 @@ class Probe:
         first = self._all.create(0)
         for i, window in enumerate(windows):
             rows(first, i).copy_(self._walk.start(window))
-        states = [self._probes.create(index) for index in range(len(self._walk.layers))]
+        states = [self._probes.create(index) for index in range(len(self._layers))]
         expected = []
         for i in range(self._count):
             x = rows(first, i)
-            for index, layer in enumerate(self._walk.layers):
+            for index, layer in enumerate(self._layers):
                 rows(states[index], i).copy_(x)
                 x = self._walk.through(layer, x)
             expected.append(self._walk.logprobs(x, self._at))
@@ -145,7 +145,7 @@ class Probe:
         total, states = 0.0, self._probes.open(index)
         for i, expected in enumerate(self._expected):
             x = rows(states, i)
-            for layer in self._walk.layers[index:]:
+            for layer in self._layers[index:]:
                 x = self._walk.through(layer, x)
             found = self._walk.logprobs(x, self._at)
             total += float(functional.kl_div(found, expected, log_target=True, reduction="batchmean"))

@@ -32,6 +32,7 @@ from wherry_runtime.models.registry import read_config
 from wherry_runtime.parallel.collective import Collective
 from wherry_runtime.parallel.group import Place
 from wherry_runtime.parallel.shard import check
+from wherry_runtime.quantization.mapped import Mapped
 from wherry_runtime.quantization.storage import Storage
 
 
@@ -107,7 +108,11 @@ class Outline:
         if device.torch.type == "cpu":
             torch.set_num_threads(self.threads)
         try:
-            storage = Storage(self.dtype, device.torch, config.quantization, config.quantization_group, self.native)
+            # What is kept packed for the next time has to be packed at once.
+            mapped = Mapped() if self.native and not config.weight_cache else None
+            storage = Storage(
+                *(self.dtype, device.torch, config.quantization, config.quantization_group, self.native), mapped=mapped
+            )
         except ValueError as e:
             raise ModelError("bad_setting", str(e)) from e
         cache_root = Path(config.weight_cache).expanduser() if config.weight_cache else None
@@ -150,6 +155,8 @@ class Part:
         else:
             rows = min(config.max_batched_tokens, outline.model_len)
             workspace = 0
+            if (mapped := self.model.storage.mapped) is not None:
+                workspace = mapped.kept_bytes * outline.place.per_pod  # is not taken yet, and will be
             if outline.cuda and isinstance(self.model, Decoder):
                 workspace = cuda_workspace(self.model, config.block_size, outline.stored, rows)
             sharing = 1 if outline.cuda else outline.place.per_pod

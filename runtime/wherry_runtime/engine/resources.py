@@ -38,12 +38,13 @@ class Device:
     def memory_for_cache(self, workspace: int = 0) -> int:
         """Bytes that the KV cache may take, now that the model is loaded.
 
-        `workspace`: what a step takes besides, where that is known; only a GPU's is.
+        `workspace`: what will be taken besides, where that is known: on a GPU by a step, on a CPU by weights that are
+        packed later.
         """
         if self.torch.type == "cuda":
             free, _ = torch.cuda.mem_get_info(self.torch)
             return max(0, int((free - workspace) * GPU_FRACTION))
-        return int(available_memory() * KV_FRACTION)
+        return int(max(0, available_memory() - workspace) * KV_FRACTION)
 
     def release_memory(self) -> None:
         """Gives cached memory back after an allocation failed."""

@@ -16,6 +16,7 @@ from wherry_runtime.layers.rope import Rope
 from wherry_runtime.models.ops import Attention
 from wherry_runtime.parallel.collective import Alone, Collective, embed_part
 from wherry_runtime.parallel.shard import Span
+from wherry_runtime.quantization.packed import Table, lookup
 
 
 @dataclass(slots=True, frozen=True)
@@ -81,9 +82,9 @@ class EagerOps(TensorOps):
         self._rope = rope
         self._angles = {local: r.at(batch.positions) for local, r in ((False, rope), (True, local_rope)) if r}
 
-    def embed(self, table: torch.Tensor, tokens: Span) -> torch.Tensor:
+    def embed(self, table: Table, tokens: Span) -> torch.Tensor:
         if tokens.whole:
-            return functional.embedding(self._batch.token_ids, table)
+            return lookup(table, self._batch.token_ids)
         return self._collective.all_reduce(embed_part(table, tokens, self._batch.token_ids)).to(table.dtype)
 
     def norm(self, norm: Norm, x: torch.Tensor) -> torch.Tensor:

@@ -87,7 +87,7 @@ class Linear:
             kept = kept.cut_at(inputs.start)
         self._product: Callable[[torch.Tensor], torch.Tensor] | None = None
         if (format_ := kept or storage.format(role, first_layer=first_layer)) is not None:
-            self.packed = PackedMatrix(format_, self.num_outputs, num_inputs, storage.allocate)
+            self.packed = PackedMatrix(format_, self.num_outputs, num_inputs, storage.allocate, storage.mapped)
             if bias:
                 padded = -(-self.num_outputs // PANEL) * PANEL
                 self.bias = torch.zeros(padded, dtype=torch.float32, device=storage.device)

@@ -4,11 +4,14 @@ Where a model rotates only a part of each head, or neighbours, its queries and k
 (`RopeConfig.order`), so that this is the only layout at run time; what does not rotate has an angle of zero.
 """
 
+import functools
 import math
 
 import torch
 
 from wherry_runtime.loading.rope_config import RopeConfig
+
+POSITIONS_AT_ONCE = 8192  # whose angles are computed together: bounds what they take beside the tables
 
 
 def inverse_frequencies(config: RopeConfig, head_dim: int, num_positions: int = 0) -> torch.Tensor:
@@ -92,25 +95,36 @@ class Rope:
     ) -> None:
         self._inputs = (config, head_dim, num_positions)
         self.rotates = config is not None
-        cos, sin = self.tables()
-        self._cos = torch.cat((cos, cos), dim=-1).to(device, dtype)
-        self._sin = torch.cat((-sin, sin), dim=-1).to(device, dtype)
+        self._type = (device, dtype)
         self._half = head_dim // 2
+
+    @functools.cached_property
+    def _rows(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """cos and signed sin of every position, for both halves; made when they are first asked for: the native kernels
+        have their own."""
+        cos, sin = self.tables()
+        return torch.cat((cos, cos), dim=-1).to(*self._type), torch.cat((-sin, sin), dim=-1).to(*self._type)
 
     def tables(self) -> tuple[torch.Tensor, torch.Tensor]:
         """cos and sin of every position, [num_positions, head_dim / 2] float32 each, whatever the model's type."""
         config, head_dim, num_positions = self._inputs
-        cos, sin = torch.ones(num_positions, head_dim // 2), torch.zeros(num_positions, head_dim // 2)
-        if config is not None:
-            frequencies = inverse_frequencies(config, head_dim, num_positions)
-            angles = torch.outer(torch.arange(num_positions, dtype=torch.float32), frequencies)
-            cos[:, : len(frequencies)] = angles.cos() * magnitude(config)
-            sin[:, : len(frequencies)] = angles.sin() * magnitude(config)
+        if config is None:
+            return torch.ones(num_positions, head_dim // 2), torch.zeros(num_positions, head_dim // 2)
+        frequencies = inverse_frequencies(config, head_dim, num_positions)
+        width, factor = len(frequencies), magnitude(config)
+        cos, sin = torch.empty(num_positions, head_dim // 2), torch.empty(num_positions, head_dim // 2)
+        cos[:, width:], sin[:, width:] = 1, 0
+        for start in range(0, num_positions, POSITIONS_AT_ONCE):
+            part = slice(start, min(start + POSITIONS_AT_ONCE, num_positions))
+            angles = torch.outer(torch.arange(start, part.stop, dtype=torch.float32), frequencies)
+            cos[part, :width] = angles.cos().mul_(factor)
+            sin[part, :width] = angles.sin_().mul_(factor)
         return cos, sin
 
     def at(self, positions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """positions [T] int64 → cos and signed sin, [T, 1, head_dim] each: once per step, for all layers."""
-        return self._cos.index_select(0, positions).unsqueeze(1), self._sin.index_select(0, positions).unsqueeze(1)
+        cos, sin = self._rows
+        return cos.index_select(0, positions).unsqueeze(1), sin.index_select(0, positions).unsqueeze(1)
 
     def rotate_(self, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> None:
         """Rotates x [T, heads, head_dim] in place."""

@@ -13,6 +13,7 @@ from wherry_runtime.formats.safetensors.shards import IGNORED, INDEX, SINGLE, sa
 from wherry_runtime.layers.linear import Slot
 from wherry_runtime.loading.errors import ModelError
 from wherry_runtime.loading.gguf import GGUFCheckpoint
+from wherry_runtime.quantization.mapped import Mapped
 from wherry_runtime.quantization.packed import Rows
 
 
@@ -44,13 +45,16 @@ def read_header(path: Path) -> bytes:
     return header
 
 
-def iterate_tensors(directory: Path) -> Iterator[tuple[str, torch.Tensor]]:
+def iterate_tensors(directory: Path, mapped: Mapped | None = None) -> Iterator[tuple[str, torch.Tensor]]:
     """Each tensor of the checkpoint with its name. A tensor is a view of the mapped file: copy it before the next.
+
+    Args:
+        mapped: is shown each tensor, and what it keeps needs no copy. Of others, the pages are let go of.
 
     Raises:
         ModelError: as `shard_files`, or damaged_shard when a file is truncated or not safetensors.
     """
-    files = shard_files(directory)
+    files, mapped = shard_files(directory), mapped or Mapped()
     if kind_of(files[0]) == "gguf":
         yield from GGUFCheckpoint.open(files).tensors()
         return
@@ -59,7 +63,10 @@ def iterate_tensors(directory: Path) -> Iterator[tuple[str, torch.Tensor]]:
             with safe_open(path, framework="pt") as shard:
                 for name in shard.keys():  # noqa: SIM118 - safe_open has keys() and is not iterable
                     if not IGNORED.search(name):
-                        yield name, shard.get_tensor(name)
+                        tensor = shard.get_tensor(name)
+                        mapped.show(tensor)
+                        yield name, tensor
+                        mapped.done(tensor)
         except (SafetensorError, OSError) as e:
             size = path.stat().st_size if path.exists() else 0
             raise ModelError(

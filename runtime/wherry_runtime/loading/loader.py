@@ -124,12 +124,34 @@ def _load(
         if cache is not None and (cached := _from_cache(cache, lambda: empty(storage))) is not None:
             return cached
         model = empty(storage)
-        slots = model.slots()
-        tensors = _tensors(directory, config, slots, quantized, storage)
-        fill(slots, as_named(tensors, slots, config), directory)
+        _fill(model, directory, config, quantized, storage)
         if cache is not None:
             cache.write(model.state())
     return model
+
+
+def fill_part(model: AnyDecoder, directory: Path, config: ModelConfig, chosen: Callable[[str], bool]) -> None:
+    """Reads those tensors of an empty model that are `chosen` by name.
+
+    Raises:
+        ModelError: what is wrong with the checkpoint; see `checkpoint`.
+    """
+    with torch.inference_mode():
+        _fill(model, directory, config, _quantized(directory, config), model.storage, chosen)
+
+
+def _fill(
+    model: AnyDecoder | Encoder,
+    directory: Path,
+    config: ModelConfig,
+    quantized: QuantizedCheckpoint | GGUFCheckpoint | None,
+    storage: Storage,
+    chosen: Callable[[str], bool] = lambda name: True,
+) -> None:
+    slots = model.slots()
+    tensors = as_named(_tensors(directory, config, slots, quantized, storage), slots, config)
+    wanted = {name: slot for name, slot in slots.items() if chosen(name)}
+    fill(wanted, ((name, tensor) for name, tensor in tensors if chosen(name)), directory)
 
 
 def _tensors(
@@ -140,7 +162,7 @@ def _tensors(
     storage: Storage,
 ) -> Iterator[tuple[str, Rows]]:
     if quantized is None:
-        yield from iterate_tensors(directory)
+        yield from iterate_tensors(directory, storage.mapped)
         return
     if isinstance(quantized, GGUFCheckpoint):
         yield from quantized.rows(storage.held)

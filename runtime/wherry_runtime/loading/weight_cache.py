@@ -30,7 +30,7 @@ from wherry_runtime.quantization.storage import Storage
 
 log = logging.getLogger(__name__)
 
-LAYOUT = 1  # counts up when the same checkpoint would give other bytes
+LAYOUT = 2  # counts up when the same checkpoint would give other bytes
 ALIGNMENT = 64
 FLAGS = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW
 PIECE = 64 << 20  # bytes in one read or write

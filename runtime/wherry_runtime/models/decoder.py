@@ -15,6 +15,7 @@ from wherry_runtime.loading.rope_config import RopeConfig
 from wherry_runtime.models.layout import checkpoint_slots
 from wherry_runtime.models.ops import Attention, Ops, V
 from wherry_runtime.parallel.shard import Shard, Span
+from wherry_runtime.quantization.packed import PackedMatrix, Table
 from wherry_runtime.quantization.storage import Role, Storage
 
 # Of the norms of a layer: before and after attention, before and after the MLP; None: there is none.
@@ -34,21 +35,38 @@ class Embedding:
     """A row for each token of `tokens`.
 
     Attributes:
-        weight: [tokens, width]
+        table: [tokens, width]; a tied head's matrix, where it has them as they are.
     """
 
-    def __init__(self, name: str, tokens: Span, width: int, storage: Storage) -> None:
-        size = tokens.length * width * storage.dtype.itemsize
-        self.weight = storage.allocate(size).view(storage.dtype).view(tokens.length, width)
+    def __init__(self, name: str, tokens: Span, width: int, storage: Storage, head: PackedMatrix | None = None) -> None:
+        if head is None:
+            held = storage.matrix_dtype or storage.dtype
+            size = tokens.length * width * held.itemsize
+            self.table: Table = storage.allocate(size).view(held).view(tokens.length, width)
+        else:
+            self.table = head
         self.tokens = tokens
         self._name = name
 
+    @property
+    def weight(self) -> torch.Tensor:
+        """The table as a tensor.
+
+        Raises:
+            TypeError: it is the head's, and packed.
+        """
+        if isinstance(self.table, PackedMatrix):
+            raise TypeError("the embedding is in the packed head")
+        return self.table
+
     def slots(self) -> Slots:
-        columns = Span.all(self.weight.shape[1])
-        return {f"{self._name}.weight": Slot.part(self.tokens, columns, copier(self.weight))}
+        if isinstance(self.table, PackedMatrix):
+            return {}  # the head fills it
+        columns = Span.all(self.table.shape[1])
+        return {f"{self._name}.weight": Slot.part(self.tokens, columns, copier(self.table))}
 
     def state(self) -> State:
-        return {f"{self._name}.weight": self.weight}
+        return {} if isinstance(self.table, PackedMatrix) else {f"{self._name}.weight": self.table}
 
 
 class Sinks:
@@ -213,9 +231,8 @@ class Decoder:
         self.config = self.shard.part(config)
         self.storage = storage
         self._whole = config
-        hidden = Span.all(config.hidden_size)
         self.vocabulary = self.shard.vocabulary(config)
-        self.embedding = Embedding("model.embed_tokens", self.vocabulary, config.hidden_size, storage)
+        self.embedding, self.head = self._tables(storage)
         self.positions: Embedding | None = None
         if (skipped := config.learned_positions) is not None:
             stop = config.max_position_embeddings + skipped
@@ -225,22 +242,33 @@ class Decoder:
             new_norm(name, config.hidden_size, config, storage) if has else None for has, name in named
         )
         self.layers = [DecoderLayer(config, i, storage, self.shard) for i in range(config.num_layers)]
-        # A tied head is the embedding itself where that is a plain matrix; where it is packed, it has bits of its own.
-        tied = config.tie_word_embeddings
-        self.head = Linear(
-            [("model.embed_tokens" if tied else "lm_head", self.vocabulary)],
-            hidden,
-            bias=config.head_bias,
-            storage=storage,
-            role="head",
-            shared=self.embedding.weight if tied else None,
-        )
 
         def rope(settings: RopeConfig | None) -> Rope:
             return Rope(settings, config.head_dim, num_positions, dtype=storage.dtype, device=storage.device)
 
         self.rope = rope(config.rope)
         self.local_rope = rope(config.local_rope) if config.local_rope is not None else None
+
+    def _tables(self, storage: Storage) -> tuple[Embedding, Linear]:
+        """Embedding and head. Tied, they are one matrix, unless the head is rounded: then each has bits of its own."""
+        config, tied = self._whole, self._whole.tie_word_embeddings
+        width = config.hidden_size
+
+        def head(shared: torch.Tensor | None) -> Linear:
+            parts = [("model.embed_tokens" if tied else "lm_head", self.vocabulary)]
+            bias = config.head_bias
+            return Linear(parts, Span.all(width), bias=bias, storage=storage, role="head", shared=shared)
+
+        def embedding(packed: PackedMatrix | None) -> Embedding:
+            return Embedding("model.embed_tokens", self.vocabulary, width, storage, packed)
+
+        if tied and storage.format("head") is not None:
+            made = head(None)
+            return embedding(
+                made.packed if made.packed is not None and not made.packed.format.quantized else None
+            ), made
+        plain = embedding(None)
+        return plain, head(plain.weight if tied else None)
 
     def parts(self) -> Iterator[Part]:
         """Everything that holds weights."""
@@ -261,13 +289,18 @@ class Decoder:
         """Every tensor that holds weights, as they are held."""
         return {name: tensor for part in self.parts() for name, tensor in part.state().items()}
 
+    def unsettled(self) -> list[PackedMatrix]:
+        """Matrices whose rows stayed in mapped files."""
+        packed = (part.packed for part in self.parts() if isinstance(part, Linear))
+        return [matrix for matrix in packed if matrix is not None and matrix.rows is not None]
+
     def num_parameters(self) -> int:
         """Of the whole model."""
         return sum(math.prod(slot.shape) for slot in self._slots().values())
 
     def hidden(self, ops: Ops[V]) -> V:
         """The residual stream after the last layer: [T, hidden_size]."""
-        x = ops.embed(self.embedding.weight, self.embedding.tokens)
+        x = ops.embed(self.embedding.table, self.embedding.tokens)
         if self.config.embedding_scale != 1:
             x = ops.scale(x, self.config.embedding_scale)
         if self.positions is not None:

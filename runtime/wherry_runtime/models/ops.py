@@ -18,6 +18,7 @@ from wherry_runtime.layers.experts import Experts
 from wherry_runtime.layers.linear import Linear
 from wherry_runtime.layers.norm import Norm
 from wherry_runtime.parallel.shard import Span
+from wherry_runtime.quantization.packed import Table
 
 V = TypeVar("V")
 
@@ -63,7 +64,7 @@ class Ops(Protocol[V]):
     matrices of a pair, of which each rank has its own columns.
     """
 
-    def embed(self, table: torch.Tensor, tokens: Span) -> V:
+    def embed(self, table: Table, tokens: Span) -> V:
         """The rows of the whole table that the step's token ids name; `table` [tokens, width] has those of `tokens`."""
 
     def add_positions(self, x: V, table: torch.Tensor) -> V:

@@ -5,6 +5,7 @@ from typing import Protocol
 import torch
 
 from wherry_runtime.parallel.shard import Span
+from wherry_runtime.quantization.packed import Table, lookup
 
 
 class Collective(Protocol):
@@ -27,8 +28,8 @@ class Alone:
         return x
 
 
-def embed_part(table: torch.Tensor, tokens: Span, token_ids: torch.Tensor) -> torch.Tensor:
+def embed_part(table: Table, tokens: Span, token_ids: torch.Tensor) -> torch.Tensor:
     """A summand of the embedding: rows of `table` [tokens, width] for ids in `tokens`, zeros for others; float32."""
     local = token_ids - tokens.start
     inside = (local >= 0) & (local < tokens.length)
-    return torch.where(inside.unsqueeze(-1), table[local.clamp(0, tokens.length - 1)].float(), 0.0)
+    return torch.where(inside.unsqueeze(-1), lookup(table, local.clamp(0, tokens.length - 1)).float(), 0.0)

@@ -12,8 +12,9 @@ if TYPE_CHECKING:
 _SOURCES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # wherry_pack's numbers
 
 
-def fill(matrix: "PackedMatrix", first_row: int, rows: torch.Tensor) -> bool:
-    """Packs rows [n, K] into `matrix`; false where there is no library, or it cannot reach them."""
+def fill(matrix: "PackedMatrix", first_row: int, rows: torch.Tensor, threads: int | None = None) -> bool:
+    """Packs rows [n, K] into `matrix`, on as many threads as PyTorch has if not told otherwise; false where there is no
+    library, or it cannot reach them."""
     if (
         rows.dtype not in _SOURCES
         or rows.stride(1) != 1
@@ -27,6 +28,6 @@ def fill(matrix: "PackedMatrix", first_row: int, rows: torch.Tensor) -> bool:
         *(matrix.format.kind, matrix.format.group),
         *(matrix.data.data_ptr(), None if matrix.scales is None else matrix.scales.data_ptr()),
         *(matrix.num_inputs, matrix.padded_inputs, first_row, rows.shape[0]),
-        *(rows.data_ptr(), _SOURCES[rows.dtype], rows.stride(0), torch.get_num_threads()),
+        *(rows.data_ptr(), _SOURCES[rows.dtype], rows.stride(0), threads or torch.get_num_threads()),
     )
     return True

@@ -1,6 +1,7 @@
 """A matrix in the layout that the native kernels read: panels of 64 outputs, inputs along them, padded with zeros."""
 
 import math
+import threading
 from collections.abc import Callable, Iterator
 from typing import Protocol
 
@@ -10,11 +11,13 @@ from torch.nn import functional
 from wherry_runtime.quantization import native
 from wherry_runtime.quantization.activations import quantize_activations
 from wherry_runtime.quantization.formats import PANEL, Format, padded_inputs
+from wherry_runtime.quantization.mapped import Mapped, let_go
 from wherry_runtime.quantization.methods import PACKINGS, quantize
 from wherry_runtime.quantization.super_blocks import Scales, SuperBlocks, put_rows, rows_of
 from wherry_runtime.quantization.tensors import split
 
 Allocate = Callable[[int], torch.Tensor]
+PACKED_AT_ONCE = 32 << 20  # bytes of a file that are in memory beside what they become
 PANELS_AT_ONCE = 32  # that the PyTorch reference unpacks: bounds its memory
 
 
@@ -54,12 +57,20 @@ class PackedMatrix:
     P = ⌈N / 64⌉ panels; Kp is K rounded up to a multiple of 128. Quantized weights are q · scale; those of k4 … k6 have
     minima, too.
 
+    Args:
+        mapped: rows of this matrix's own type that lie in a mapped file stay there until `settle`, if their shape needs
+            no padding. The native kernels compute with them as they are, to the same bits.
+
     Attributes:
         data: flat uint8, aligned to 64 bytes on CPU.
         scales: [P, Kp / group, 64] float16, [P, ⌈Kp / block⌉, bytes] uint8 of k4 … k6 (see `Scales`), or None.
+        dtype: of the packed elements.
+        rows: [1 + N] int64: 1 until the rows are packed, then the address of each; None: they never stayed elsewhere.
     """
 
-    def __init__(self, format_: Format, num_outputs: int, num_inputs: int, allocate: Allocate) -> None:
+    def __init__(
+        self, format_: Format, num_outputs: int, num_inputs: int, allocate: Allocate, mapped: Mapped | None = None
+    ) -> None:
         self.format = format_
         self.num_outputs = num_outputs
         self.num_inputs = num_inputs
@@ -76,10 +87,23 @@ class PackedMatrix:
         elif format_.group:
             scales = allocate(2 * weights // format_.group).view(torch.float16)
             self.scales = scales.view(self.num_panels, self.padded_inputs // format_.group, PANEL)
+        self.rows: torch.Tensor | None = None
+        exact = not format_.quantized and num_inputs == self.padded_inputs and num_outputs == self.padded_outputs
+        self._mapped = mapped if exact else None
+        self._left: list[
+            tuple[int, torch.Tensor]
+        ] = []  # rows that stay where they are, each with its first row's number
+        self._settling = threading.Lock()
+        self.dtype = PACKINGS[format_.method].dtype
         if num_outputs % PANEL:  # `fill` writes the padding of inputs, but no row beyond its own
             self.data.view(self.num_panels, -1)[-1].fill_(PACKINGS[format_.method].zero)
             if self.scales is not None:
                 self.scales[-1].zero_()
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """[N, K]"""
+        return self.num_outputs, self.num_inputs
 
     def fill(self, first_row: int, rows: Rows) -> None:
         """Rounds and packs rows [n, K] of any float dtype to where rows `first_row` … first_row + n - 1 are.
@@ -98,11 +122,51 @@ class PackedMatrix:
             rows = rows.dequantized()
         if self.format.two_level:
             raise ValueError(f"{self.format} takes what was quantized that way, and no other weights")
+        if self._mapped is not None:
+            if self._leave(first_row, rows, self._mapped):
+                return
+            # The kernels take all of a matrix from rows, or nothing.
+            self._mapped = None
+            self.settle()
         # One sum sees any of them, at the speed of memory.
         if self.format.quantized and not math.isfinite(float(rows.sum(dtype=torch.float32))):
             raise ValueError(f"a weight is infinite or not a number, which {self.format} cannot hold")
-        if not native.fill(self, first_row, rows):
+        self._pack(first_row, rows)
+
+    def _pack(self, first_row: int, rows: torch.Tensor, threads: int | None = None) -> None:
+        if not native.fill(self, first_row, rows, threads):
             self.fill_reference(first_row, rows)
+
+    def _leave(self, first_row: int, rows: torch.Tensor, mapped: Mapped) -> bool:
+        """Notes where `rows` are instead of packing them, if they can stay there."""
+        if rows.dtype is not self.dtype or rows.stride(1) != 1 or not mapped.keep(rows):
+            return False
+        if self.rows is None:
+            self.rows = torch.zeros(1 + self.num_outputs, dtype=torch.int64)
+        addresses = rows.data_ptr() + torch.arange(len(rows)) * (rows.stride(0) * rows.itemsize)
+        self.rows[1 + first_row : 1 + first_row + len(rows)] = addresses
+        self.rows[0] = 1
+        self._left.append((first_row, rows))
+        return True
+
+    def settle(self, threads: int | None = None) -> None:
+        """Packs rows that stayed where they were read from, and lets their pages go. The kernels may run meanwhile.
+
+        Args:
+            threads: None: as many as PyTorch has.
+        """
+        with self._settling, torch.inference_mode():  # as what was loaded is
+            for first_row, rows in self._left:
+                at_once = max(1, PACKED_AT_ONCE // (rows.shape[1] * rows.itemsize * PANEL)) * PANEL
+                for start in range(0, len(rows), at_once):
+                    piece = rows[start : start + at_once]
+                    self._pack(first_row + start, piece, threads)
+                    _let_go(piece)
+            if self.rows is not None:
+                self.rows[0] = 0
+            for _, rows in self._left:  # which somebody may have read meanwhile
+                _let_go(rows)
+            self._left.clear()
 
     def fill_reference(self, first_row: int, rows: torch.Tensor) -> None:
         """`fill` in PyTorch; the native one gives equal bits."""
@@ -152,8 +216,15 @@ class PackedMatrix:
             return scales[:, :groups], None if minima is None else minima[:, :groups]
         return rows_of(self.scales[panels]).float(), None
 
+    def lookup(self, index: torch.Tensor) -> torch.Tensor:
+        """Rows of a float matrix: index [T] int64 → [T, K] in the matrix's own type."""
+        self.settle()
+        found = self._elements()[index // PANEL, :, index % PANEL]
+        return found.flatten(1)[:, : self.num_inputs]
+
     def dequantized(self) -> torch.Tensor:
         """[N, K] float32."""
+        self.settle()
         parts = []
         for panels in self._chunks():
             codes = self.codes(panels).float()
@@ -182,6 +253,19 @@ class PackedMatrix:
         return (slice(p, min(p + PANELS_AT_ONCE, self.num_panels)) for p in range(0, self.num_panels, PANELS_AT_ONCE))
 
 
+def _let_go(rows: torch.Tensor) -> None:
+    if rows.is_contiguous():  # between the rows of others there may be what somebody else needs
+        let_go(rows)
+
+
+Table = torch.Tensor | PackedMatrix
+
+
+def lookup(table: Table, index: torch.Tensor) -> torch.Tensor:
+    """Rows `index` [T] of a table [V, K]: [T, K]."""
+    return table.lookup(index) if isinstance(table, PackedMatrix) else functional.embedding(index, table)
+
+
 def linear(x: torch.Tensor, matrix: PackedMatrix) -> torch.Tensor:
     """y = x Wᵀ in PyTorch: the reference of the native kernels, and what runs where there are none.
 
@@ -195,6 +279,7 @@ def linear(x: torch.Tensor, matrix: PackedMatrix) -> torch.Tensor:
     Returns:
         [T, N] float32.
     """
+    matrix.settle()
     padded = functional.pad(x.float(), (0, matrix.padded_inputs - matrix.num_inputs))
     parts = []
     if matrix.scales is None:

@@ -9,6 +9,7 @@ import torch
 
 from wherry_runtime.quantization.formats import GROUPS, Format, joined
 from wherry_runtime.quantization.huge_pages import Arena
+from wherry_runtime.quantization.mapped import Mapped
 
 if TYPE_CHECKING:  # a name of strings; the settings around it are nothing that weights are made of
     from wherry_protocol.engine_config import Quantization
@@ -33,7 +34,9 @@ class Storage:
         native: matrices are packed for the native kernels, vectors are float32.
         held: matrices that the checkpoint has in a packed format already, by name: they keep it.
         product: makes the products of layers that are held so, where PyTorch computes what is around them.
-        matrix_dtype: of matrices that are not packed, where it is not `dtype`, which products are computed in.
+        mapped: lets native matrices of the checkpoint's own type stay in its mapped files until they are settled.
+        matrix_dtype: of matrices that are not packed and of the embedding, where it is not `dtype`, which products are
+            computed in.
     """
 
     dtype: torch.dtype
@@ -44,6 +47,7 @@ class Storage:
     matrix_dtype: torch.dtype | None = None
     held: Mapping[str, Format] = field(default_factory=dict)
     product: Callable[[Any], Callable[[torch.Tensor], torch.Tensor]] | None = field(default=None, compare=False)
+    mapped: Mapped | None = field(default=None, repr=False, compare=False)
     _arena: Arena = field(default_factory=Arena, repr=False, compare=False)
 
     def __post_init__(self) -> None:

@@ -1,6 +1,5 @@
 """A checkpoint's tokenizer, whatever file it comes in."""
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +36,6 @@ class Tokenizer:
         self.settings: dict[str, Any] = source.settings
         try:
             self._fast = FastTokenizer.from_str(source.text())
-            description = json.loads(self._fast.to_str())
         except ModelError:
             raise
         except Exception as e:  # tokenizers raises plain Exception
@@ -46,7 +44,8 @@ class Tokenizer:
         self._fast.no_padding()
         self._added = self._fast.get_added_tokens_decoder()
         self._bytes: dict[int, bytes] = {}
-        decoder = json.dumps(description.get("decoder"))
+        # As JSON. That of the whole tokenizer would take as long as reading it did.
+        decoder = self._fast.decoder.__getstate__().decode() if self._fast.decoder is not None else ""
         self._byte_level = '"ByteLevel"' in decoder
         self._byte_fallback = '"ByteFallback"' in decoder
         self.strips_leading_space = '"Strip"' in decoder or '"Metaspace"' in decoder

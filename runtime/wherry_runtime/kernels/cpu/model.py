@@ -13,6 +13,7 @@ from wherry_runtime.engine.prepared import Prepared
 from wherry_runtime.kernels.cpu.library import Pool, Replay, Step
 from wherry_runtime.kernels.cpu.recorder import Capacity, Ranks, Recorder, Stage
 from wherry_runtime.kernels.cpu.sampling import NativeSampler
+from wherry_runtime.kernels.cpu.settling import Settling
 from wherry_runtime.models.decoder import Decoder
 
 # Rows computed at once. More would read the weights less often, which at this many no longer matters, and take memory.
@@ -38,6 +39,7 @@ class NativeModel:
     def __init__(self, model: Decoder, cache: NativeKVCache, threads: int, ranks: Ranks | None = None) -> None:
         self.cache = cache
         self.pool = Pool(threads, pinned_cores(threads))
+        self.settling = Settling(model.unsettled())
         attention = AttentionKernels(model.config, cache, model.rope, CAPACITY.rows, threads)
         recorder = Recorder(self.pool, CAPACITY, attention, ranks)
         hidden = model.hidden(recorder)
@@ -70,6 +72,7 @@ class NativeModel:
                     replay.run()
                     if exchange is not None:
                         exchange(replay.last)
+                self.settling.stepped.set()
                 if rows := len(section[-1][0].last.sampled_rows):
                     yield self._views[rows]
         if not prepared.sampled_rows:

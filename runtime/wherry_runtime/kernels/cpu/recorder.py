@@ -22,7 +22,7 @@ from wherry_runtime.models.ops import Attention
 from wherry_runtime.parallel.shard import Span
 from wherry_runtime.quantization.formats import padded_inputs
 from wherry_runtime.quantization.huge_pages import map_memory
-from wherry_runtime.quantization.packed import PackedMatrix
+from wherry_runtime.quantization.packed import PackedMatrix, Table
 
 CACHE_LINE = 64
 # Rows a whole number of pages apart would all meet in the same few sets of the first cache.
@@ -243,12 +243,17 @@ class Recorder(Missing):
         rows = self.capacity.sampled if sampled else self.capacity.rows
         return Value(self.arena, rows, width, sampled=sampled)
 
-    def embed(self, table: torch.Tensor, tokens: Span) -> Rows:
-        width = table.shape[1]
+    def embed(self, table: Table, tokens: Span) -> Rows:
+        width, depth = table.shape[1], 0
+        elements: torch.Tensor | None
+        if isinstance(table, PackedMatrix):
+            depth, elements, left = table.padded_inputs, table.data, table.rows
+        else:
+            elements, left = table, None
         out = self._value(width)
         rows: Rows = out if tokens.whole else self._meeting().summand(width)
-        numbers = [width, rows.stride, _dtype_code(table), tokens.length, tokens.start]
-        self.program.add("embed", [table, rows.buffer], numbers)
+        numbers = [width, rows.stride, _dtype_code(table), tokens.length, tokens.start, depth]
+        self.program.add("embed", [elements, rows.buffer, *[None] * 5, left], numbers)
         if not tokens.whole:
             self._meeting().record_sum(self, rows, out, add=False)
         return out
@@ -314,7 +319,7 @@ class Recorder(Missing):
         numbers = [matrix.num_panels, matrix.padded_inputs, stride, out.stride, held.group, add, x.sampled]
         numbers += [held.block, held.zero, held.minima]
         name = f"linear_{ {'float32': 'f32', 'bfloat16': 'bf16'}.get(held.method, held.method) }"
-        tensors = [operand, matrix.data, out.buffer, linear.bias, matrix.scales, scales, sums]
+        tensors = [operand, matrix.data, out.buffer, linear.bias, matrix.scales, scales, sums, matrix.rows]
         self.program.add(name, tensors, numbers, streams=(matrix.data, matrix.num_panels))
         for buffer in (operand, scales, sums):
             if buffer is not None and buffer is not x.buffer:
@@ -340,6 +345,6 @@ class Recorder(Missing):
         return operand, depth + SKEW, scales, sums
 
 
-def _dtype_code(table: torch.Tensor) -> int:
+def _dtype_code(table: Table) -> int:
     """float32 or bfloat16, as the kernels number them."""
     return {torch.float32: 0, torch.bfloat16: 1}[table.dtype]

@@ -20,6 +20,7 @@ from wherry_runtime.layers.norm import Norm, RMSNorm
 from wherry_runtime.models.ops import Attention
 from wherry_runtime.parallel.collective import Collective, embed_part
 from wherry_runtime.parallel.shard import Span
+from wherry_runtime.quantization.packed import Table, lookup
 
 
 @dataclass(slots=True, frozen=True)
@@ -43,9 +44,9 @@ class CudaOps(TensorOps):
         self._step = step
         self._partials = partials
 
-    def embed(self, table: torch.Tensor, tokens: Span) -> torch.Tensor:
+    def embed(self, table: Table, tokens: Span) -> torch.Tensor:
         if tokens.whole:
-            return functional.embedding(self._step.token_ids, table)
+            return lookup(table, self._step.token_ids)
         return self._collective.all_reduce(embed_part(table, tokens, self._step.token_ids)).to(table.dtype)
 
     def norm(self, norm: Norm, x: torch.Tensor) -> torch.Tensor:

@@ -6,7 +6,7 @@
 //
 // Operands of all linear_* kernels:
 //   pointers  0 x: see the kernel; 1 weights [panels][Kp words][64] words; 2 y float32; 3 bias float32 [panels * 64] or null;
-//             4 weight scales, 5 x scales, 6 x sums: of the integer kernels
+//             4 weight scales, 5 x scales, 6 x sums: of the integer kernels; 7 rows, or null: see `Rows`
 //   numbers   0 panels; 1 Kp; 2 stride of x in elements; 3 stride of y in floats; 4 group: weights per scale along K;
 //             5 add: 1 adds to y, 0 overwrites it; 6 sampled: 1 if the rows are those that draw a token; 7 … of linear_k.cpp
 // Goto and van de Geijn, 2008 (https://doi.org/10.1145/1356052.1356053) for the blocking.
@@ -15,6 +15,7 @@
 
 #include "abi.h"
 #include "simd_native.h"
+#include "transpose.h"
 
 namespace wherry::WHERRY_TARGET {
 
@@ -71,6 +72,40 @@ struct Linear {
       finish(sums, panel, first, count);
     }
   }
+};
+
+// Float weights that are still where they were read from, row by row: a block of a panel is turned when it is needed, at
+// the same values in the same order. Somebody else packs them meanwhile; each call looks once whether that is done.
+class Rows {
+ public:
+  // Pointer 7: [1 + panels * 64] int64: not zero until the weights are packed, then each row's address.
+  explicit Rows(const Call& call) {
+    auto* table = (const int64_t*)call.pointers[7];
+    if (table && __atomic_load_n(table, __ATOMIC_ACQUIRE)) at_ = (const uint8_t* const*)(table + 1);
+  }
+
+  explicit operator bool() const { return at_; }
+
+  const uint8_t* row(int64_t index) const { return at_[index]; }
+
+  // Words k … k + count - 1 of a panel, [count][64] in `scratch`; count is a multiple of 16.
+  const int32_t* block(int64_t panel, int64_t k, int64_t count, int32_t* scratch) const {
+    for (int64_t c = 0; c < PANEL; c += 8) {
+      const uint8_t* const* rows = at_ + panel * PANEL + c;
+      for (int64_t w = 0; w < count; w += 16) {
+        for (int i = 0; i < 8; i++) prefetch(rows[i] + 4 * (k + count + w));
+        for (int64_t half = w; half < w + 16; half += 8) {
+          __m256i columns[8];
+          transpose(rows, 4 * (k + half), columns);
+          for (int i = 0; i < 8; i++) _mm256_storeu_si256((__m256i*)(scratch + (half + i) * PANEL + c), columns[i]);
+        }
+      }
+    }
+    return scratch;
+  }
+
+ private:
+  const uint8_t* const* at_ = nullptr;
 };
 
 // What one of several passes over a block of weights brings nearer while it computes: its share of the next block, so that

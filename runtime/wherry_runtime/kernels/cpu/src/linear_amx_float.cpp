@@ -30,12 +30,17 @@ void linear_bf16(const Call& call, Context& context) {
   auto* x = (const uint8_t*)call.pointers[0];
   auto* weights = (const uint8_t*)call.pointers[1];
   int64_t words = op.depth / 2, stride = op.x_stride * 2;
+  const Rows spread(call);
+  alignas(64) int32_t scratch[BLOCK * PANEL];
   TilesInUse tiles(TILE_BYTES);
   op.for_each_item(context, [&](int64_t panel, int64_t first, int64_t rows, float* sums) {
     tiles.set_rows((int)std::min<int64_t>(rows, TILE_ROWS));
-    for (int64_t k = 0; k < words; k += BLOCK)
-      block(x + first * stride + k * PAIR, stride, rows, weights + (panel * words + k) * PANEL_BYTES,
-            std::min<int64_t>(BLOCK, words - k), sums);
+    for (int64_t k = 0; k < words; k += BLOCK) {
+      int64_t count = std::min<int64_t>(BLOCK, words - k);
+      auto* from = spread ? (const uint8_t*)spread.block(panel, k, count, scratch)
+                          : weights + (panel * words + k) * PANEL_BYTES;
+      block(x + first * stride + k * PAIR, stride, rows, from, count, sums);
+    }
   });
 }
 

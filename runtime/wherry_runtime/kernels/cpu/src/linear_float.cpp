@@ -41,10 +41,13 @@ static void linear(const Call& call, Context& context) {
   auto* x = (const int32_t*)call.pointers[0];
   auto* weights = (const int32_t*)call.pointers[1];
   int64_t words = op.depth / Type::PER_WORD, stride = op.x_stride / Type::PER_WORD;
+  const Rows spread(call);
+  alignas(64) int32_t scratch[BLOCK * PANEL];
   op.for_each_item(context, [&](int64_t panel, int64_t first, int64_t rows, float* sums) {
     for (int64_t k = 0; k < words; k += BLOCK) {
-      const int32_t* block = weights + (panel * words + k) * PANEL;
       int64_t count = std::min<int64_t>(BLOCK, words - k);
+      const int32_t* block =
+          spread ? spread.block(panel, k, count, scratch) : weights + (panel * words + k) * PANEL;
       for_each_tile<MOST_ROWS>(rows, [&]<int ROWS>(int64_t row, int64_t index, int64_t tiles) {
         for (int h = 0; h < HALVES; h++) {
           int column = h * COLUMNS * WIDTH;
