@@ -27,7 +27,7 @@ def app(
     ] = "",
 ) -> None:
     """Download a model and check it. Its path goes to stdout."""
-    set_up(level=30)
+    set_up(level=30, for_people=True)
     if not is_remote(uri):
         sys.stderr.write(f"wherry pull: {uri} is not downloaded; {', '.join(f'{s}://' for s in REMOTE)} are\n")
         raise typer.Exit(2)

@@ -172,7 +172,7 @@ def app(
     **settings: Any,
 ) -> None:
     """Serve one model over the OpenAI API, in this process."""
-    set_up(level=30)
+    set_up(level=30, for_people=True)
     try:
         _run(
             EngineConfig(

@@ -217,7 +217,7 @@ def app(settings: Simulated) -> None:
 
     Prints a line of JSON with the address of each replica. The defaults resemble a model of 8B parameters on one GPU.
     """
-    set_up(level=30)
+    set_up(level=30, for_people=True)
     try:
         settings.shape()
         token = _token(settings.api, settings.host)

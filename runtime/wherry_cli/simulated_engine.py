@@ -43,6 +43,7 @@ from wherry_runtime.engine.validation import (
 from wherry_runtime.scheduling.digest import Cursor, marks_for
 from wherry_runtime.scheduling.request import Request
 from wherry_runtime.scheduling.scheduler import DoesNotFitError, QueueFullError
+from wherry_runtime.server.surface import Rounded
 
 log = logging.getLogger("wherry.simulate")
 
@@ -112,6 +113,10 @@ class SimulatedEngine:
         self._beat: float | None = None  # while a step runs, when it began
         self._told = 0.0
         self.behind_s = 0.0
+
+    @property
+    def rounded(self) -> Rounded | None:
+        return None
 
     @property
     def max_model_len(self) -> int:

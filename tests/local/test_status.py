@@ -128,3 +128,22 @@ def test_loading_is_said_and_ends_in_ready(wherry: TestCluster) -> None:
     assert ("False", "Loading") in seen
     assert ("True", "Loaded") in seen
     wherry.kubectl("delete", "llmdeployment", "good", "--timeout=60s")
+
+
+def test_what_rounding_costs_is_told(wherry: TestCluster) -> None:
+    """Measured by the worker, once it is ready, and asked for by the operator's probes."""
+    wherry.apply(llmd("rounded", quantization={"method": "int4"}))
+
+    def told() -> dict[str, Any]:
+        found: dict[str, Any] = wherry.get("llmdeployment", "rounded").get("status", {}).get("quantization", {})
+        assert not found.get("message", "").startswith("not measured:"), found
+        return found
+
+    eventually(lambda: "divergence" in told(), "the status tells what int4 costs", 120)
+    found = told()
+    assert found["method"] == "int4"
+    assert 0.0004 < float(found["divergence"]) < 0.005
+    assert found["perplexityChange"].endswith("%")
+    assert found["tokens"] == 255
+    assert "nats per token" in found["message"]
+    wherry.kubectl("delete", "llmdeployment", "rounded", "--timeout=60s")

@@ -16,6 +16,7 @@ from wherry_operator.desired.common import RenderSettings
 from wherry_operator.desired.runtime import pod_template
 from wherry_operator.planning.causes import cause_of
 from wherry_operator.planning.downloads import progress_of
+from wherry_operator.planning.pods import Quality
 from wherry_protocol import naming
 
 CACHE = {"name": "WHERRY_MODEL_CACHE", "value": "/var/cache/wherry/models"}
@@ -100,7 +101,10 @@ def test_a_pod_that_downloads_says_so_as_its_cause() -> None:
 async def test_probes_follow_a_download_and_tell_of_each_step() -> None:
     health: dict[str, Any] = {"state": "loading"}
 
+    asked = asyncio.Event()
+
     async def answer(_: web.Request) -> web.Response:
+        asked.set()
         return web.json_response(health)
 
     app = web.Application()
@@ -113,6 +117,11 @@ async def test_probes_follow_a_download_and_tell_of_each_step() -> None:
     prober: Prober[str] = Prober(Api.__new__(Api), Nodes(Api.__new__(Api)), changed=told.append)
     prober.watch("key", [loading("a", ip=address)], [], 60.0)
     probing = asyncio.create_task(prober.run())
+
+    async def probing_round() -> None:
+        asked.clear()
+        await asked.wait()
+        await asyncio.sleep(0)
 
     async def until(text: str) -> None:
         for _ in range(1500):
@@ -132,6 +141,14 @@ async def test_probes_follow_a_download_and_tell_of_each_step() -> None:
         await until("")
         assert len(told) >= count + 2
         assert set(told) == {"key"}
+        count = len(told)
+        health |= {
+            "state": "ready",
+            "quality": {"method": "int4", "divergence": 0.001, "change": -0.002, "tokens": 255},
+        }
+        while "uid-a" not in prober.qualities or len(told) == count:
+            await asyncio.wait_for(probing_round(), 30)
+        assert prober.qualities["uid-a"] == Quality("int4", 0.001, -0.002, 255)
     finally:
         probing.cancel()
         with contextlib.suppress(asyncio.CancelledError):

@@ -12,7 +12,8 @@ from wherry_operator.desired.common import RenderSettings
 from wherry_operator.desired.objects import render
 from wherry_operator.planning.objects import difference, object_actions
 from wherry_operator.planning.plan import make_plan
-from wherry_operator.planning.pods import ContainerState, PodView
+from wherry_operator.planning.pods import ContainerState, PodView, Quality
+from wherry_operator.planning.quality import quality_of
 from wherry_operator.planning.revisions import choose
 from wherry_operator.planning.status import make_status
 from wherry_operator.planning.types import Observed, Plan, Refusal, Scale, Settings
@@ -271,3 +272,61 @@ def test_a_new_token_rolls_every_pod() -> None:
     one, two = (render(owner(), SETTINGS.render, token) for token in ("one", "two"))
     assert one.revision != two.revision
     assert one.applied[-1]["spec"]["template"] != two.applied[-1]["spec"]["template"]
+
+
+MEASURED = Quality("int4", divergence=0.0009257, change=0.00634, tokens=255)
+FIGURES = {"divergence": "0.000926", "perplexityChange": "+0.63%", "tokens": 255}
+WORDS = "0.0009 nats per token from the model as it was, over 255 tokens of a built-in text"
+BEFORE = {"method": "int4", "revision": REVISION, "divergence": "0.5", "tokens": 7, "message": "told before"}
+QUALITIES: dict[str, tuple[str, list[Quality | None], dict[str, Any] | None, dict[str, Any] | None]] = {
+    "nothing is rounded": ("none", [MEASURED], BEFORE, None),
+    "nobody has told yet": ("int4", [None, None], None, {"message": "not measured yet"}),
+    "one has": ("int4", [None, MEASURED], None, {**FIGURES, "message": WORDS}),
+    "one could not, and one could": (
+        "int4",
+        [Quality("int4", error="no"), MEASURED],
+        None,
+        {**FIGURES, "message": WORDS},
+    ),
+    "it could not be measured": (
+        "int4",
+        [Quality("int4", error="why " * 99)],
+        None,
+        {"message": f"not measured: {'why ' * 50}"},
+    ),
+    "the operator has just started": ("int4", [None], BEFORE, BEFORE),
+    "it was told of other pods": ("int4", [None], {**BEFORE, "revision": "old"}, {"message": "not measured yet"}),
+}
+
+
+@pytest.mark.parametrize("case", QUALITIES)
+def test_what_rounding_costs(case: str) -> None:
+    method, qualities, before, expected = QUALITIES[case]
+    who = owner({"quantization": {"method": method}}, status={"quantization": before} if before else {})
+    revision = render(who, SETTINGS.render, "token").revision
+    if before is not None and before["revision"] == REVISION:
+        before = who.status["quantization"] = {**before, "revision": revision}
+        expected = before if expected is BEFORE else expected
+    pods = [pod(f"p{i}", revision=revision, quality=quality) for i, quality in enumerate(qualities)]
+    found = make_status(plan(observed(*pods, who=who)), SETTINGS, NOW).to_wire().get("quantization")
+    if expected is None:
+        assert found is None
+    else:
+        assert found == {"method": method, "revision": revision, **expected}
+
+
+@pytest.mark.parametrize(
+    ("health", "found"),
+    [
+        (
+            b'{"state":"ready","quality":{"method":"int4","divergence":0.5,"change":0.1,"tokens":9}}',
+            Quality("int4", 0.5, 0.1, 9),
+        ),
+        (b'{"quality":{"method":"int8","error":"no"}}', Quality("int8", error="no")),
+        (b'{"state":"ready"}', None),
+        (b'{"quality":{"method":7}}', None),
+        (b"<html>", None),
+    ],
+)
+def test_what_a_worker_says_of_its_quality(health: bytes, found: Quality | None) -> None:
+    assert quality_of(health) == found

@@ -440,6 +440,24 @@ class OperatorInfo(CamelModel):
     )
 
 
+class QuantizationStatus(CamelModel):
+    """What rounding weights as they are loaded costs, as a replica measured it on a short built-in text once it was
+    ready. `wherry eval kl` measures on yours."""
+
+    method: str = Field(description="spec.quantization.method that it is about.")
+    revision: str | None = Field(None, description="Hash of the pod template whose pods measured it.")
+    divergence: str | None = Field(
+        None,
+        description="Mean Kullback-Leibler divergence from the model as it was, in nats per token; 0.01 is about as "
+        "bad as 1% of perplexity.",
+    )
+    perplexity_change: str | None = Field(
+        None, description="Change of perplexity. On so short a text it says less than the divergence."
+    )
+    tokens: int | None = Field(None, description="Tokens that were looked at.")
+    message: str | None = Field(None, description="The figures in words, or why there are none.")
+
+
 class LLMDeploymentStatus(CamelModel):
     """What runs now."""
 
@@ -455,6 +473,9 @@ class LLMDeploymentStatus(CamelModel):
     selector: str | None = Field(None, description="Label selector of the runtime pods.")
     url: str | None = Field(None, description="Base URL of the OpenAI API inside the cluster, without /v1.")
     operator: OperatorInfo | None = Field(None, description="The operator that wrote this status.")
+    quantization: QuantizationStatus | None = Field(
+        None, description="What spec.quantization.method costs; absent where nothing is rounded."
+    )
     plan: list[PendingAction] | None = Field(
         None,
         description="What the operator still has to do, and what each step waits for.",

@@ -20,7 +20,8 @@ from wherry_operator.cluster.nodes import KUBELET_PORT, Nodes
 from wherry_operator.metrics import ISOLATED, LOST_NODES
 from wherry_operator.planning.downloads import progress_of
 from wherry_operator.planning.failover import NodeSignal, PodSignal, Verdict, judge
-from wherry_operator.planning.pods import PodView
+from wherry_operator.planning.pods import PodView, Quality
+from wherry_operator.planning.quality import quality_of
 from wherry_protocol import naming
 
 logger = logging.getLogger("wherry.operator")
@@ -87,7 +88,8 @@ class _Target(Generic[K]):
 class Prober(Generic[K]):
     """Watches over the pods that it is told of.
 
-    `verdict` is what the last round came to; `downloads`: how far the pods are that download their model, by uid.
+    `verdict` is what the last round came to; `downloads`: how far the pods are that download their model, by uid;
+    `qualities`: what rounding cost it, as they measured it.
     """
 
     def __init__(
@@ -101,6 +103,7 @@ class Prober(Generic[K]):
         self.changed = changed
         self.verdict = Verdict()
         self.downloads: dict[str, str] = {}
+        self.qualities: dict[str, Quality] = {}
         self._targets: dict[K, tuple[_Target[K], ...]] = {}
         self._pods: dict[str, _Contact] = {}
         self._memory: dict[str, _NodeMemory] = {}
@@ -178,6 +181,7 @@ class Prober(Generic[K]):
         """Keeps notes on what is there, and drops those on what is not any more."""
         uids = {target.pod.uid for target in targets}
         self.downloads = {uid: text for uid, text in self.downloads.items() if uid in uids}
+        self.qualities = {uid: quality for uid, quality in self.qualities.items() if uid in uids}
         self._pods = {uid: self._pods.get(uid) or _Contact() for uid in uids}
         hosts = {target.pod.node: target.pod.host_ip for target in sorted(targets, key=lambda t: t.pod.host_ip)}
         spare = [name for name in self._nodes.names() if name not in hosts][:WITNESSES]
@@ -198,6 +202,9 @@ class Prober(Generic[K]):
             self._note(self._pods[pod.uid], begun, health is not None, reached)
         if health is not None and (text := progress_of(health)) != self.downloads.get(pod.uid, ""):
             self.downloads[pod.uid] = text
+            self.changed(target.key)
+        if health is not None and (quality := quality_of(health)) not in (None, self.qualities.get(pod.uid)):
+            self.qualities[pod.uid] = quality
             self.changed(target.key)
 
     def _note(self, contact: _Contact, begun: float, answered: bool, reached: bool = False) -> None:

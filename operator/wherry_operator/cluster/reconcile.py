@@ -21,6 +21,7 @@ from wherry_operator.planning.downloads import with_downloads
 from wherry_operator.planning.failover import with_verdict
 from wherry_operator.planning.group import ready_leaders
 from wherry_operator.planning.plan import make_plan
+from wherry_operator.planning.quality import with_qualities
 from wherry_operator.planning.routers import live_routers, worth_asking
 from wherry_operator.planning.status import make_status
 from wherry_operator.planning.types import Action, Observed, Plan, Refusal, Scale, Settings
@@ -93,7 +94,7 @@ class Reconciler:
         if spec := observed.owner.spec:
             patience = parse_duration(spec.failover.node_unreachable)
             self.prober.watch(key, observed.pods, observed.router_pods, patience)
-        observed = with_downloads(observed, self.prober.downloads)
+        observed = with_qualities(with_downloads(observed, self.prober.downloads), self.prober.qualities)
         return with_verdict(replace(observed, leaving_nodes=self.nodes.leaving()), self.prober.verdict)
 
     async def _ask_routers(self, observed: Observed, scale: Scale) -> Observed:

@@ -4,6 +4,8 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any
 
+import msgspec
+
 from wherry_operator.desired.common import ANNOTATION_AVOID, ANNOTATION_CAUSE, ANNOTATION_FAILURES
 from wherry_operator.desired.runtime import CONTAINER
 from wherry_protocol import naming
@@ -35,6 +37,16 @@ class ContainerState:
     ran_s: float = 0.0
 
 
+class Quality(msgspec.Struct, frozen=True):
+    """`quality` of `GET /health`; see wherry_runtime/server/drift.py."""
+
+    method: str
+    divergence: float | None = None
+    change: float | None = None
+    tokens: int = 0
+    error: str = ""
+
+
 @dataclass(frozen=True)
 class PodView:
     """One runtime pod. Times are UTC; `created` is what the API server wrote.
@@ -47,6 +59,7 @@ class PodView:
     `tls`: whether it answers by TLS; told by its readiness probe, so it holds for each pod of a rollout. `mutual_tls`:
     whether it is a worker that answers nobody without a certificate, and probes elsewhere; told by its port's name.
     `downloading`: how far its worker is with downloading the model, as it told the last probe.
+    `quality`: what rounding cost its model, as its worker told a probe.
     `lost_because`: why the operator holds its node for lost; not the pod's own word, see failover.py.
     """
 
@@ -81,6 +94,7 @@ class PodView:
     tls: bool = False
     mutual_tls: bool = False
     downloading: str = ""
+    quality: Quality | None = None
 
     @property
     def ended(self) -> bool:

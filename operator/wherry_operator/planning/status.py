@@ -6,11 +6,12 @@ from typing import Any
 
 from wherry_operator.api import conditions as c
 from wherry_operator.api.conditions import Finding, dated
-from wherry_operator.api.v1alpha1 import LLMDeploymentStatus, OperatorInfo, PendingAction
+from wherry_operator.api.v1alpha1 import LLMDeploymentStatus, OperatorInfo, PendingAction, QuantizationStatus
 from wherry_operator.desired.common import router_name, selector_text
 from wherry_operator.planning.causes import Cause, worst, worst_of_groups
 from wherry_operator.planning.group import GroupView, group_views
 from wherry_operator.planning.groups import DEFAULT_MAX_RESTARTS
+from wherry_operator.planning.quality import quantization_status
 from wherry_operator.planning.types import Observed, Plan, Refusal, Settings
 from wherry_protocol import naming
 
@@ -43,8 +44,18 @@ def make_status(plan: Plan, settings: Settings, now: datetime, refusals: Sequenc
             router_image=settings.render.router_image,
             sees_nodes=plan.observed.leaving_nodes is not None,
         ),
+        quantization=_quantization(plan),
         plan=pending or None,
         conditions=dated(findings, previous, text, owner.generation),
+    )
+
+
+def _quantization(plan: Plan) -> QuantizationStatus | None:
+    spec, before = plan.observed.owner.spec, plan.observed.owner.status
+    if spec is None:
+        return None
+    return quantization_status(
+        plan.observed.pods, plan.revision or "", spec.quantization.method, before.get("quantization")
     )
 
 

@@ -25,6 +25,16 @@ class JsonFormatter(logging.Formatter):
         return _encoder.encode(line).decode()
 
 
+class TextFormatter(logging.Formatter):
+    """The same for people: `warning: message (key: value, …)`, with the traceback of an error below."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        """One line, or more where the message has them."""
+        fields = ", ".join(f"{key}: {value}" for key, value in getattr(record, "fields", {}).items())
+        line = f"{record.levelname.lower()}: {record.getMessage()}{f' ({fields})' if fields else ''}"
+        return f"{line}\n{self.formatException(record.exc_info)}" if record.exc_info else line
+
+
 class Lines:
     """Lines of which there are thousands a second: made without a `LogRecord`, and written together, `LATE_S` later at
     most. All have one level (info), logger and message. Called within an event loop."""
@@ -63,13 +73,17 @@ def _second(now: int) -> str:
     return time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(now))
 
 
-def set_up(level: int = logging.INFO) -> None:
-    """Sends every log line of this process to stderr as JSON."""
+def set_up(level: int = logging.INFO, *, for_people: bool = False) -> None:
+    """Sends every log line of this process to stderr as JSON.
+
+    Args:
+        for_people: as text instead, where stderr is a terminal.
+    """
     # What no line says is not gathered: https://docs.python.org/3/howto/logging.html#optimization
     logging.logThreads = logging.logProcesses = logging.logMultiprocessing = False
     logging._srcfile = None
     handler = logging.StreamHandler(sys.stderr)
-    handler.setFormatter(JsonFormatter())
+    handler.setFormatter(TextFormatter() if for_people and sys.stderr.isatty() else JsonFormatter())
     logging.basicConfig(level=level, handlers=[handler], force=True)
     logging.getLogger("uvicorn").setLevel(logging.WARNING)
     logging.getLogger("asyncio").setLevel(logging.WARNING)

@@ -24,10 +24,11 @@ from wherry_runtime.engine.validation import (
     check_tokens,
 )
 from wherry_runtime.loading.errors import ModelError
-from wherry_runtime.loading.locate import with_local_models
+from wherry_runtime.loading.locate import locate, with_local_models
 from wherry_runtime.scheduling.digest import Cursor, Mark, marks_for
 from wherry_runtime.scheduling.request import Request
 from wherry_runtime.scheduling.scheduler import QueueFullError
+from wherry_runtime.server.surface import Rounded
 from wherry_runtime.sources.progress import Download
 from wherry_runtime.tokenization.chat_template import TemplateError
 from wherry_runtime.tokenization.detokenizer import Detokenizer
@@ -88,6 +89,7 @@ class AsyncEngine:
         self._inboxes: dict[str, _Inbox] = {}  # by key
         self._keys: dict[str, str] = {}  # request id → its key in the engine
         self._num_requests = 0
+        self.rounded: Rounded | None = None
 
     async def start(self) -> None:
         """Downloads the model unless it is here, loads it, off the event loop, and starts the step loop.
@@ -100,6 +102,8 @@ class AsyncEngine:
         self._loop = asyncio.get_running_loop()
         config = await asyncio.to_thread(with_local_models, self._config, self._download)
         self._loaded = await asyncio.to_thread(load, config)
+        if config.quantization != "none":
+            self.rounded = Rounded(locate(config.model_uri), config.quantization, config.quantization_group)
         # What is loaded stays: the garbage collector need not walk through PyTorch's objects during a step.
         gc.collect()
         gc.freeze()

@@ -15,6 +15,7 @@ from wherry_runtime.parallel.follow import Follower
 from wherry_runtime.parallel.group import place
 from wherry_runtime.parallel.members import Child
 from wherry_runtime.scheduling.digest import Cursor
+from wherry_runtime.server.surface import Rounded
 from wherry_runtime.sources.progress import Download
 
 
@@ -58,6 +59,11 @@ class RankEngine:
             end(f"step_failed: {type(e).__name__}: {e}")
         if self._serving:  # not by this process's own will
             end(f"{EXIT_PEER_LOST}: the leader has stopped")
+
+    @property
+    def rounded(self) -> Rounded | None:
+        """The leader's model is measured."""
+        return None
 
     @property
     def max_model_len(self) -> int:

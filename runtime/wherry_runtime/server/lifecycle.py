@@ -9,7 +9,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Literal
 
+import msgspec
+
 from wherry_protocol.http.server import drained
+from wherry_runtime.server.drift import Drift, measured
 from wherry_runtime.server.surface import Engine
 from wherry_runtime.sources.progress import Download
 
@@ -36,6 +39,7 @@ class Lifecycle:
         self.message = "the model is being loaded"
         self.stop = asyncio.Event()
         self.in_flight = 0
+        self.drift: Drift | None = None
         self._loaded = False
 
     def _enter(self, state: State, reason: str, message: str) -> None:
@@ -67,7 +71,10 @@ class Lifecycle:
         if not self._loaded:
             return 200, {"state": self.state}
         age = engine.heartbeat_age()
-        return (200 if age < MAX_HEARTBEAT_AGE_S else 503), {"state": self.state, "heartbeat_age_s": age}
+        body: dict[str, object] = {"state": self.state, "heartbeat_age_s": age}
+        if self.drift is not None:
+            body["quality"] = self.drift
+        return (200 if age < MAX_HEARTBEAT_AGE_S else 503), body
 
     def _downloads(self) -> bool:
         return self.state == "loading" and self.download.active
@@ -89,6 +96,16 @@ class Lifecycle:
         if self.state == "loading":
             self._enter("ready", "Ready", "")
         return True
+
+    async def measure(self, engine: Engine) -> None:
+        """Measures what rounding cost the model, for `/health` to tell. Answers go first."""
+        if (model := engine.rounded) is None:
+            return
+        from wherry_runtime.engine.resources import available_memory  # which is there by now, with torch
+
+        # What the KV cache and the weights will take is spoken for only in part by now: the rest is left to them.
+        self.drift = await measured(model, await asyncio.to_thread(available_memory) // 2)
+        log.info("quality", extra={"fields": {"quality": msgspec.to_builtins(self.drift)}})
 
     async def drain(self, timeout_s: float, engine: Engine) -> None:
         """Takes no more requests and waits for the running ones, and until nobody depends on `engine`, `timeout_s` at

@@ -47,6 +47,11 @@ async def _load(engine: Engine, lifecycle: Lifecycle) -> int:
     return EXIT_MODEL
 
 
+async def _measure(engine: Engine, lifecycle: Lifecycle, loading: "asyncio.Task[int]") -> None:
+    if await asyncio.shield(loading) == 0:
+        await lifecycle.measure(engine)
+
+
 class Listening(NamedTuple):
     """Where a worker listens: the worker API, with TLS where `tls` says so, and `probes` in the plain."""
 
@@ -106,7 +111,10 @@ async def run(
     lifecycle = Lifecycle(download)
     stop_on_signals(lifecycle.stop)
     loading = asyncio.create_task(_load(engine, lifecycle))
+    measuring = asyncio.create_task(_measure(engine, lifecycle, loading))
     await _serve(engine, config, where, token, lifecycle)
+    measuring.cancel()
+    await asyncio.gather(measuring, return_exceptions=True)
     if not loading.done():
         # The thread that loads, or waits for the group's other ranks, cannot be interrupted, and an orderly end would
         # wait for it.

@@ -1,7 +1,8 @@
 """What the worker's HTTP server asks of an engine. `wherry_runtime.engine.async_engine.AsyncEngine` has this shape."""
 
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
-from typing import Protocol, cast, runtime_checkable
+from pathlib import Path
+from typing import NamedTuple, Protocol, cast, runtime_checkable
 
 from wherry_protocol.worker import EmbedRequest, ErrorEvent, Event, ExecuteRequest, LoadReport, PrefixChange
 from wherry_runtime.scheduling.digest import Cursor
@@ -9,8 +10,20 @@ from wherry_runtime.scheduling.digest import Cursor
 Admitted = Callable[[], Awaitable[None]]
 
 
+class Rounded(NamedTuple):
+    """A model that was rounded as it was loaded: where it is, and how."""
+
+    directory: Path
+    method: str
+    group: int
+
+
 class Engine(Protocol):
     """One engine: loads a model, then runs requests. Every method is called on the server's event loop."""
+
+    @property
+    def rounded(self) -> Rounded | None:
+        """The model, once it is loaded, if it was rounded meanwhile and nobody else measures it."""
 
     @property
     def max_model_len(self) -> int:

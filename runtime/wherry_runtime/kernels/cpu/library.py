@@ -16,6 +16,7 @@ import numpy.typing as npt
 import torch
 
 LIBRARY = Path(__file__).resolve().parent / "libwherry_cpu.so"
+INTERFACE = 2  # `wherry_interface` of program.cpp
 NUM_POINTERS, NUM_NUMBERS, NUM_SCALARS = 10, 14, 4
 
 Longs = Sequence[int] | npt.NDArray[np.int64]
@@ -97,6 +98,7 @@ class _Functions:
             f.restype, f.argtypes = result, list(arguments)
             return f  # type: ignore[no-any-return]
 
+        self.interface = function("wherry_interface", number)
         self.target = function("wherry_target", ctypes.c_char_p)
         self.kernel = function("wherry_kernel", pointer, ctypes.c_char_p)
         self.pool_new = function("wherry_pool_new", pointer, number, pointer, number)
@@ -127,6 +129,10 @@ def load() -> _Functions:
         functions = _Functions(path)
     except (OSError, AttributeError) as e:
         raise NativeUnavailableError(f"{path} cannot be loaded: {e}") from e
+    if functions.interface() != INTERFACE:
+        raise NativeUnavailableError(
+            f"{path} is of another version; `python -m wherry_runtime.kernels.cpu.build` makes it anew"
+        )
     if functions.target() == b"none":
         raise NativeUnavailableError("this processor lacks AVX2, or WHERRY_CPU_TARGET names a set that it has not")
     return functions
