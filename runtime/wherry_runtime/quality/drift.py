@@ -65,7 +65,7 @@ def measure(what: Measured, memory: int, length: int = LENGTH) -> Summary:
     with torch.inference_mode():
         x, y = plain.start(tokens), rounded.start(tokens)
         for index in range(plain.num_layers):
-            x, y = plain.through(index, x), rounded.through(index, y)
+            x, y = plain.read_through(index, x), rounded.read_through(index, y)
         expected, found = (w.logits(v, HEAD_ROWS)[:-1].log_softmax(dim=-1) for w, v in ((plain, x), (rounded, y)))
         add(score, found, expected, tokens[1:])
     return score.summary()
