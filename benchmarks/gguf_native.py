@@ -1,10 +1,10 @@
 """A GGUF file computed with as it is, by Wherry and by llama.cpp: decoding speed and memory.
 
-`python -m benchmarks.gguf_native [WEIGHTS…]`, after `python -m benchmarks.engine.peers llamacpp`. A random Llama
-of 8 layers of the 1.1b shape becomes GGUF, and that each type by llama.cpp's own quantizer. Both engines load the same file and take
-turns. Beside them are Wherry's own int8 and int4 of the same checkpoint, and PyTorch: around the native kernels'
-products, as for architectures that these do not know, and alone in bfloat16. Memory is what the process holds after
-decoding: anonymous pages (weights, KV cache, buffers, and with Wherry the interpreter and PyTorch).
+`python -m benchmarks.gguf_native [WEIGHTS…]`, after `python -m benchmarks.engine.peers llamacpp`. A random Llama of 8
+layers of the 1.1b shape becomes GGUF, and that each type by llama.cpp's own quantizer. Both engines load the same file
+and take turns. Beside them are Wherry's own int8 and int4 of the same checkpoint, and PyTorch: around the native
+kernels' products, as for architectures that these do not know, and alone in bfloat16. Memory is what the process holds
+after decoding: anonymous pages (weights, KV cache, buffers, and with Wherry the interpreter and PyTorch).
 """
 
 import statistics
