@@ -1,13 +1,14 @@
 """A GGUF file computed with as it is, by Wherry and by llama.cpp: decoding speed and memory.
 
-`python -m benchmarks.gguf_native`, after `python -m benchmarks.engine.peers llamacpp`. A random Llama of 8 layers of
-the 1.1b shape becomes GGUF, and that each type by llama.cpp's own quantizer. Both engines load the same file and take
-turns. Beside them are Wherry's own int8 and int4 of the same checkpoint, and PyTorch: around the native kernels' products,
-as for architectures that these do not know, and alone in bfloat16. Memory is what the process holds after decoding:
-anonymous pages (weights, KV cache, buffers, and with Wherry the interpreter and PyTorch).
+`python -m benchmarks.gguf_native [WEIGHTS…]`, after `python -m benchmarks.engine.peers llamacpp`. A random Llama of 8
+layers of the 1.1b shape becomes GGUF, and that each type by llama.cpp's own quantizer. Both engines load the same file
+and take turns. Beside them are Wherry's own int8 and int4 of the same checkpoint, and PyTorch: around the native
+kernels' products, as for architectures that these do not know, and alone in bfloat16. Memory is what the process holds
+after decoding: anonymous pages (weights, KV cache, buffers, and with Wherry the interpreter and PyTorch).
 """
 
 import statistics
+import sys
 from pathlib import Path
 
 from benchmarks.engine import models
@@ -61,10 +62,10 @@ def jobs() -> dict[tuple[str, str], Job]:
     return found
 
 
-def main() -> None:
+def main(names: list[str]) -> None:
     if not installed("llamacpp"):
         raise SystemExit("install llama.cpp first: python -m benchmarks.engine.peers llamacpp")
-    wanted = jobs()
+    wanted = {key: job for key, job in jobs().items() if not names or key[0] in names}
     running = {key: EngineProcess(job) for key, job in wanted.items()}
     rates: dict[tuple[str, str, int], list[float]] = {}
     held: dict[tuple[str, str], float] = {}
@@ -86,4 +87,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    main(sys.argv[1:])

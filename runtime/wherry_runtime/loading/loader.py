@@ -13,6 +13,8 @@ from wherry_protocol.engine_config import Dtype
 from wherry_runtime.formats.detect import kind_of
 from wherry_runtime.kernels.cpu import library
 from wherry_runtime.kernels.cpu.product import Products
+from wherry_runtime.kernels.cuda import support as cuda_support
+from wherry_runtime.kvcache.formats import FORMATS
 from wherry_runtime.layers.linear import Slots
 from wherry_runtime.loading.checkpoint import fill, iterate_tensors, shard_files
 from wherry_runtime.loading.config import Layout, ModelConfig
@@ -224,7 +226,9 @@ def _keeping_blocks(storage: Storage, model: GGUFCheckpoint, config: ModelConfig
     """`storage` for a model in GGUF: blocks that our kernels can compute with stay as they are."""
     held = model.formats() if as_stored(config, fused=True) else {}
     if storage.device.type == "cuda":
-        held = {name: format_ for name, format_ in held.items() if not format_.two_level}
+        # What PyTorch computes there, it would unpack anew for every step.
+        kernels = cuda_support.unavailable(storage.device) or cuda_support.unsupported(config, FORMATS["float32"])
+        held = {name: format_ for name, format_ in held.items() if kernels is None and not format_.two_level}
     elif not storage.native:
         if storage.dtype is torch.float32 or not library.available():
             held = {}  # exact, or slow: PyTorch would unpack them anew for every step
