@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Literal
 
-Method = Literal["float32", "bfloat16", "int8", "int4"]
+Method = Literal["float32", "bfloat16", "int8", "int4", "ternary"]
 
 PANEL = 64  # output columns that lie together
 INPUT_MULTIPLE = 128  # rows of a panel are padded to this, so that whole groups fit whatever their size
@@ -15,8 +15,13 @@ def padded_inputs(width: int) -> int:
     return -(-width // INPUT_MULTIPLE) * INPUT_MULTIPLE
 
 
-_KINDS: dict[Method, int] = {"float32": 0, "bfloat16": 1, "int8": 2, "int4": 3}
-_BITS: dict[Method, int] = {"float32": 32, "bfloat16": 16, "int8": 8, "int4": 4}
+_KINDS: dict[Method, int] = {
+    "float32": 0,
+    "bfloat16": 1,
+    "int8": 2,
+    "int4": 3,
+}  # no kernel computes with ternary weights
+_BITS: dict[Method, int] = {"float32": 32, "bfloat16": 16, "int8": 8, "int4": 4, "ternary": 2}
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,7 +37,7 @@ class Format:
 
     @property
     def quantized(self) -> bool:
-        return self.method in ("int8", "int4")
+        return self.method in ("int8", "int4", "ternary")
 
     @property
     def kind(self) -> int:
@@ -41,7 +46,7 @@ class Format:
 
     @property
     def bits(self) -> int:
-        """Of a weight, without scales."""
+        """Of a weight, without scales; of ternary ones, which take 1.625, as whole ones."""
         return _BITS[self.method]
 
     @property

@@ -32,6 +32,11 @@ class Grouped:
     def shape(self) -> tuple[int, int]:
         return self.codes.shape[0], self.codes.shape[1]
 
+    @property
+    def ternary(self) -> bool:
+        """Whether all weights are -1, 0 or 1 times a scale."""
+        return bool((self.zeros == 1).all()) and int(self.codes.max()) <= 2
+
     def dequantized(self) -> torch.Tensor:
         """[N, K] float32."""
         at = self._columns()

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 import torch
 
-from wherry_runtime.quantization import floats, int4, int8
+from wherry_runtime.quantization import floats, int4, int8, ternary
 from wherry_runtime.quantization.formats import PANEL, Format, Method
 
 Quantized = tuple[torch.Tensor, torch.Tensor]
@@ -38,6 +38,10 @@ PACKINGS: dict[Method, Packing] = {
     "int4": Packing(
         *(torch.uint8, int4.pack, int4.unpack, lambda panels, depth: (panels, depth // 4, PANEL // 2, 4), 0x88),
         quantize=int4.quantize,
+    ),
+    "ternary": Packing(
+        *(torch.uint8, ternary.pack, ternary.unpack),
+        *(lambda panels, depth: (panels, depth, ternary.PANEL_BYTES), 121),
     ),
 }
 

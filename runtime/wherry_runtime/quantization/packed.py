@@ -24,6 +24,7 @@ class PackedMatrix:
         bfloat16  [P][Kp / 2][64][2] bfloat16
         int8      [P][Kp / 4][64][4] uint8: q + 128; q in [-127, 127] where it was rounded here
         int4      [P][Kp / 4][32][4] uint8: q + 8, q in [-8, 7]; column c in the low half of a byte, c + 32 in the high
+        ternary   [P][Kp][13] uint8: q in [-1, 1], five of them in a byte; in PyTorch only
 
     P = ⌈N / 64⌉ panels; Kp is K rounded up to a multiple of 128. Quantized weights are q · scale.
 
@@ -40,7 +41,9 @@ class PackedMatrix:
         self.padded_outputs = self.num_panels * PANEL
         self.padded_inputs = padded_inputs(num_inputs)
         weights = self.padded_outputs * self.padded_inputs
-        self.data = allocate(weights * format_.bits // 8)
+        packing = PACKINGS[format_.method]
+        shape = packing.shape(self.num_panels, self.padded_inputs)
+        self.data = allocate(math.prod(shape) * packing.dtype.itemsize)
         self.scales: torch.Tensor | None = None
         if format_.group:
             scales = allocate(2 * weights // format_.group).view(torch.float16)
@@ -61,21 +64,24 @@ class PackedMatrix:
         if rows.shape[1] != self.num_inputs or not 0 <= first_row <= self.num_outputs - rows.shape[0]:
             raise ValueError(f"rows {list(rows.shape)} from {first_row} on, of [{self.num_outputs}, {self.num_inputs}]")
         if isinstance(rows, Grouped):
-            own = rows.packable()
-            if (
-                own is not None
-                and self.format.quantized
-                and own.group == self.format.group
-                and own.bits <= self.format.bits
-            ):
+            if self._holds(rows):
                 self._fill_codes(first_row, rows)
                 return
             rows = rows.dequantized()
+        if self.format.method == "ternary":
+            raise ValueError("weights are rounded to ternary ones by --method ternary, not as they are loaded")
         # One sum sees any of them, at the speed of memory.
         if self.format.quantized and not math.isfinite(float(rows.sum(dtype=torch.float32))):
             raise ValueError(f"a weight is infinite or not a number, which {self.format} cannot hold")
         if not native.fill(self, first_row, rows):
             self.fill_reference(first_row, rows)
+
+    def _holds(self, rows: Grouped) -> bool:
+        """Whether this matrix's format has room for exactly these."""
+        own = rows.packable()
+        if own is None or not self.format.quantized or own.group != self.format.group:
+            return False
+        return rows.ternary if self.format.method == "ternary" else own.bits <= self.format.bits
 
     def fill_reference(self, first_row: int, rows: torch.Tensor) -> None:
         """`fill` in PyTorch; the native one gives equal bits."""
