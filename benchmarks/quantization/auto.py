@@ -91,8 +91,9 @@ def report(found: dict[str, Any]) -> str:
         ]
         wrong = [[name, f"{limit:g}", own, best] for name, limit, own, best in cases if own != best]
         right = len(cases) - len(wrong)
-        parts_.append(
-            f"\nWith {how}, auto is right in {right} of {len(cases)} cases ({right / len(cases):.0%}); not in\n"
-        )
-        parts_.append(table(["model", "limit", "auto", "true best"], wrong))
+        told = f"\nWith {how}, auto is right in {right} of {len(cases)} cases ({right / len(cases):.0%})"
+        if wrong:
+            parts_ += [f"{told}; not in\n", table(["model", "limit", "auto", "true best"], wrong)]
+        else:
+            parts_.append(f"{told}.")
     return "\n".join(parts_)

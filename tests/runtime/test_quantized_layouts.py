@@ -240,7 +240,10 @@ def test_a_part_of_a_matrix_that_begins_inside_a_group() -> None:
 @pytest.mark.parametrize(
     "config, message",
     [
-        ({"quant_method": "hqq"}, "'hqq' is not supported; awq, bitsandbytes, compressed-tensors, fp8, gptq are"),
+        (
+            {"quant_method": "hqq"},
+            "'hqq' is not supported; awq, bitnet, bitsandbytes, compressed-tensors, fp8, gptq, ternary are",
+        ),
         ({"bits": 4}, "None is not supported"),
         ("gptq", "None is not supported"),
         ({"quant_method": "gptq", "bits": 5}, "bits 5 is not supported; 2, 3, 4, 8 are"),
@@ -256,7 +259,7 @@ def test_unknown_settings_are_refused_by_name(config: Any, message: str) -> None
 
 
 def test_the_layouts_are_found() -> None:
-    assert sorted(known()) == ["awq", "bitsandbytes", "compressed-tensors", "fp8", "gptq"]
+    assert sorted(known()) == ["awq", "bitnet", "bitsandbytes", "compressed-tensors", "fp8", "gptq", "ternary"]
 
 
 @pytest.fixture

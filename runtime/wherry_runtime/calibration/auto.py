@@ -4,6 +4,7 @@ import math
 import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import groupby
 from pathlib import Path
 from statistics import fmean, stdev
 
@@ -113,20 +114,26 @@ class Trials:
 def first_within(limit: float, loss: Callable[[Candidate], Loss]) -> tuple[Candidate, Loss]:
     """The smallest candidate that keeps `limit`, and what it loses; larger ones are not looked at.
 
+    Of equally large ones it is the one that loses least.
+
     Raises:
         ModelError: none_good_enough with what was measured.
     """
     measured: list[str] = []
-    for candidate in candidates():
-        try:
-            lost = loss(candidate)
-        except ModelError as error:
-            if error.code != "too_few_bits":
-                raise
-            continue
-        if lost.within(limit):
-            return candidate, lost
-        measured.append(f"{candidate}: {lost}")
+    for _, equal in groupby(candidates(), key=lambda candidate: candidate.bits):
+        found: list[tuple[Candidate, Loss]] = []
+        for candidate in equal:
+            try:
+                lost = loss(candidate)
+            except ModelError as error:
+                if error.code != "too_few_bits":
+                    raise
+                continue
+            if lost.within(limit):
+                found.append((candidate, lost))
+            measured.append(f"{candidate}: {lost}")
+        if found:
+            return min(found, key=lambda one: one[1].mean)
     raise ModelError("none_good_enough", f"nothing keeps the divergence within {limit}: {'; '.join(measured)}")
 
 
@@ -149,17 +156,24 @@ def choose(
     if target.exists():
         raise ModelError("target_exists", f"{target}: is there already; remove it, or name another directory")
     trials = Trials(source, windows, text)
-    trial = target.with_name(f"{target.name}.trial")
+    kept: dict[str, Path] = {}  # what is good enough
 
     def loss(candidate: Candidate) -> Loss:
+        trial = target.with_name(f"{target.name}.trial{len(kept)}")
         shutil.rmtree(trial, ignore_errors=True)
-        return trials.loss(candidate, trial, trying(candidate))
+        lost = trials.loss(candidate, trial, trying(candidate))
+        if lost.within(limit):
+            kept[str(candidate)] = trial
+        else:
+            shutil.rmtree(trial)
+        return lost
 
     try:
         found = first_within(limit, loss)
-        trial.replace(target)
+        kept[str(found[0])].replace(target)
     finally:
-        shutil.rmtree(trial, ignore_errors=True)
+        for trial in kept.values():
+            shutil.rmtree(trial, ignore_errors=True)
     return found
 
 

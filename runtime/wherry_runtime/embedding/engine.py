@@ -22,9 +22,11 @@ from wherry_runtime.embedding.model import Embedder, load_embedder
 from wherry_runtime.engine.core import EngineClosedError
 from wherry_runtime.engine.setup import SHORT_TEXT
 from wherry_runtime.engine.validation import RequestError, check_text, check_token_id, check_work
+from wherry_runtime.loading.locate import locate
 from wherry_runtime.scheduling.digest import Cursor
 from wherry_runtime.scheduling.embedding import EmbeddingQueue, EmbeddingRequest
 from wherry_runtime.scheduling.scheduler import QueueFullError
+from wherry_runtime.server.surface import Rounded
 
 
 class _Inbox:
@@ -56,6 +58,7 @@ class EmbeddingEngine:
         self._inboxes: dict[str, _Inbox] = {}  # by key
         self._keys: dict[str, str] = {}  # request id → its key, which is never used again
         self._num_requests = 0
+        self.rounded: Rounded | None = None
 
     async def start(self) -> None:
         """Loads the model off the event loop.
@@ -65,6 +68,8 @@ class EmbeddingEngine:
         """
         self._loop = asyncio.get_running_loop()
         self._embedder = await asyncio.to_thread(load_embedder, self._config)
+        if (config := self._config).quantization != "none":
+            self.rounded = Rounded(locate(config.model_uri), config.quantization, config.quantization_group)
         queue = EmbeddingQueue(self._config.max_running, self._config.max_queued)
         self._core = EmbeddingCore(self._embedder, queue, self._report, self._config.max_batched_tokens)
         self._core.start()

@@ -10,7 +10,7 @@ from wherry_runtime.embedding.model import is_embedding_model
 from wherry_runtime.engine.async_engine import AsyncEngine
 from wherry_runtime.loading.locate import with_local_models
 from wherry_runtime.scheduling.digest import Cursor
-from wherry_runtime.server.surface import Admitted, Engine, events_of
+from wherry_runtime.server.surface import Admitted, Engine, Rounded, events_of
 from wherry_runtime.sources.progress import Download
 
 
@@ -39,6 +39,11 @@ class ModelEngine:
     def embeds(self) -> bool:
         """Whether it turns texts into vectors."""
         return isinstance(self._inner, EmbeddingEngine)
+
+    @property
+    def rounded(self) -> Rounded | None:
+        """See `Engine`."""
+        return self._inner.rounded
 
     @property
     def max_model_len(self) -> int:

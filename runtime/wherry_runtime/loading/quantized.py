@@ -106,6 +106,13 @@ class QuantizedCheckpoint:
             found = {name: kind.format(self._parts(name)) for name, kind in self._matrices.items()}
         return {name: format_ for name, format_ in found.items() if format_ is not None}
 
+    def ternary(self) -> dict[str, Format]:
+        """Matrices of -1, 0 and 1, in the format that takes the least memory, which PyTorch unpacks in each step."""
+        of = [name for name, kind in self._matrices.items() if kind.ternary]
+        with _explained(self.directory):
+            found = {name: self._matrices[name].format(self._parts(name)) for name in of}
+        return {name: Format("ternary", format_.group) for name, format_ in found.items() if format_ is not None}
+
     def describe(self, held: Mapping[str, Format], dtype: torch.dtype) -> str:
         """One line: what is held how."""
         counts = Counter(str(format_) for format_ in held.values())

@@ -51,7 +51,13 @@ def measure(what: Measured, memory: int, length: int = LENGTH) -> Summary:
             memory is short.
     """
     config = read_config(what.directory)
-    if config.recurrent or config.experts or not as_stored(config) or what.directory.suffix == ".gguf":
+    if (
+        config.encoder
+        or config.recurrent
+        or config.experts
+        or not as_stored(config)
+        or what.directory.suffix == ".gguf"
+    ):
         raise ModelError("not_measured", f"{config.architecture} is not measured layer by layer")
     held = DTYPES[config.dtype]
     outline = Decoder(config, 1, Storage(held, torch.device("meta")))

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
-Method = Literal["float32", "bfloat16", "int8", "int4", "k4", "k5", "k6"]
+Method = Literal["float32", "bfloat16", "int8", "int4", "k4", "k5", "k6", "ternary"]
 
 PANEL = 64  # output columns that lie together
 INPUT_MULTIPLE = 128  # rows of a panel are padded to this, so that whole groups fit whatever their size
@@ -18,8 +18,17 @@ def padded_inputs(width: int) -> int:
     return -(-width // INPUT_MULTIPLE) * INPUT_MULTIPLE
 
 
-_KINDS: dict[Method, int] = {"float32": 0, "bfloat16": 1, "int8": 2, "int4": 3}
-_BITS: dict[Method, int] = {"float32": 32, "bfloat16": 16, "int8": 8, "int4": 4, "k4": 4, "k5": 5, "k6": 6}
+_KINDS: dict[Method, int] = {"float32": 0, "bfloat16": 1, "int8": 2, "int4": 3}  # that the kernels quantize to
+_BITS: dict[Method, int] = {
+    "float32": 32,
+    "bfloat16": 16,
+    "int8": 8,
+    "k6": 6,
+    "k5": 5,
+    "k4": 4,
+    "int4": 4,
+    "ternary": 2,
+}
 _OF_BITS: dict[int, Method] = {4: "k4", 5: "k5", 6: "k6"}
 
 
@@ -57,7 +66,7 @@ class Format:
 
     @property
     def quantized(self) -> bool:
-        return self.two_level or self.method in ("int8", "int4")
+        return self.two_level or self.method in ("int8", "int4", "ternary")
 
     @property
     def two_level(self) -> bool:
@@ -71,7 +80,7 @@ class Format:
 
     @property
     def bits(self) -> int:
-        """Of a weight, without scales."""
+        """Of a weight, without scales; of ternary ones, which take 1.625, as whole ones."""
         return _BITS[self.method]
 
     @property

@@ -32,6 +32,11 @@ class Grouped:
     def shape(self) -> tuple[int, int]:
         return self.codes.shape[0], self.codes.shape[1]
 
+    @property
+    def ternary(self) -> bool:
+        """Whether all weights are -1, 0 or 1 times a scale."""
+        return bool((self.zeros == 1).all()) and int(self.codes.max()) <= 2
+
     def dequantized(self) -> torch.Tensor:
         """[N, K] float32."""
         at = self._columns()
@@ -55,7 +60,8 @@ class Grouped:
         own = self.packable()
         if own is None or format_.two_level or not format_.quantized:
             return False
-        return own.group == format_.group and own.bits <= format_.bits
+        room = self.ternary if format_.method == "ternary" else own.bits <= format_.bits
+        return room and own.group == format_.group
 
     def packed(self, format_: Format) -> tuple[torch.Tensor, torch.Tensor]:
         """As the engine packs it: [N, Kp] int8 and [N, Kp / format's group] float16, of a format that it `fits`."""

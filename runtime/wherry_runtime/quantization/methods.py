@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 import torch
 
-from wherry_runtime.quantization import floats, int4, int8, super_blocks
+from wherry_runtime.quantization import floats, int4, int8, super_blocks, ternary
 from wherry_runtime.quantization.formats import PANEL, Format, Method
 
 Quantized = tuple[torch.Tensor, torch.Tensor]
@@ -54,6 +54,10 @@ PACKINGS: dict[Method, Packing] = {
         quantize=int4.quantize,
     ),
     **{method: _two_level(bits) for method, bits in _K_BITS.items()},
+    "ternary": Packing(
+        *(torch.uint8, ternary.pack, ternary.unpack),
+        *(lambda panels, depth: (panels, depth, ternary.PANEL_BYTES), 121),
+    ),
 }
 
 

@@ -51,6 +51,7 @@ class PackedMatrix:
         bfloat16  [P][Kp / 2][64][2] bfloat16
         int8      [P][Kp / 4][64][4] uint8: q + 128; q in [-127, 127] where it was rounded here
         int4      [P][Kp / 4][32][4] uint8: q + 8, q in [-8, 7]; column c in the low half of a byte, c + 32 in the high
+        ternary   [P][Kp][13] uint8: q in [-1, 1], five of them in a byte; in PyTorch only
 
         k4, k5, k6  see super_blocks: q + zero
 
@@ -78,7 +79,9 @@ class PackedMatrix:
         self.padded_outputs = self.num_panels * PANEL
         self.padded_inputs = padded_inputs(num_inputs)
         weights = self.padded_outputs * self.padded_inputs
-        self.data = allocate(weights * format_.bits // 8)
+        packing = PACKINGS[format_.method]
+        shape = packing.shape(self.num_panels, self.padded_inputs)
+        self.data = allocate(math.prod(shape) * packing.dtype.itemsize)
         self.scales: torch.Tensor | None = None
         if format_.two_level:
             shape = (self.num_panels, -(-self.padded_inputs // format_.block), Scales.nbytes(format_))
@@ -120,7 +123,7 @@ class PackedMatrix:
                 self._fill_codes(first_row, rows)
                 return
             rows = rows.dequantized()
-        if self.format.two_level:
+        if self.format.two_level or self.format.method == "ternary":
             raise ValueError(f"{self.format} takes what was quantized that way, and no other weights")
         if self._mapped is not None:
             if self._leave(first_row, rows, self._mapped):

@@ -1,4 +1,4 @@
-"""Layouts of quantized checkpoints: each module here declares the one that it reads, as `LAYOUT`."""
+"""Layouts of quantized checkpoints: each module here declares those that it reads, as `LAYOUT` or `LAYOUTS`."""
 
 import importlib
 import pkgutil
@@ -12,6 +12,7 @@ def known() -> dict[str, Layout]:
     names = [module.name for module in pkgutil.iter_modules(__path__)]
     modules = [importlib.import_module(f"{__name__}.{name}") for name in names]
     layouts: list[Layout] = [module.LAYOUT for module in modules if hasattr(module, "LAYOUT")]
+    layouts += [layout for module in modules for layout in getattr(module, "LAYOUTS", ())]
     return {layout.method: layout for layout in layouts}
 
 

@@ -27,6 +27,7 @@ class Kind:
         format: the engine's format that holds it exactly, from the small tensors alone; None: it is read as floats.
         optional: suffixes that may be there as well.
         unused: of tensors that nothing here needs, such as the scales of rounded activations.
+        ternary: all weights are -1, 0 or 1 times a scale.
     """
 
     suffixes: tuple[str, ...]
@@ -34,6 +35,7 @@ class Kind:
     format: Callable[[Parts], Format | None] = not_held
     optional: tuple[str, ...] = ()
     unused: tuple[str, ...] = ()
+    ternary: bool = False
 
 
 @dataclass(frozen=True, slots=True)
