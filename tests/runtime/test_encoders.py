@@ -19,7 +19,7 @@ from transformers import BertTokenizerFast
 from wherry_protocol.engine_config import EngineConfig
 from wherry_runtime.embedding.model import Embedder, load_embedder
 from wherry_runtime.loading.errors import ModelError
-from wherry_runtime.models.registry import ENCODERS, FAMILIES, read_config
+from wherry_runtime.models.registry import FAMILIES, read_config
 
 LENGTHS = (3, 17, 3, 1, 62, 30, 3, 17)
 
@@ -125,9 +125,9 @@ def test_rounded_weights(reference: Reference, settings: dict[str, Any], least: 
 
 
 def test_every_encoder_is_in_the_table() -> None:
-    known = {name for module in ENCODERS for name in (module.FAMILY.architecture, *module.FAMILY.also)}
+    known = {name for name, family in FAMILIES.items() if family.encoder}
     assert {case.model or f"{case.family}Model" for case in CASES} <= known <= set(FAMILIES)
-    assert {module.FAMILY.architecture for module in ENCODERS} <= {f"{case.family}Model" for case in CASES}
+    assert {FAMILIES[name].architecture for name in known} <= {f"{case.family}Model" for case in CASES}
 
 
 def test_names_of_checkpoints(bert: Path, tmp_path: Path) -> None:

@@ -30,6 +30,7 @@ class Family:
 
     Attributes:
         architecture: as `config.json` names it.
+        encoder: it turns texts into vectors.
         also: other names of it, of models with a head that is left out.
         fields: what differs from a plain decoder, from `config.json`.
         defaults: of `config.json`, where a file leaves them out.
@@ -50,6 +51,7 @@ class Family:
     interleaved: bool = False
     rotary: bool = True
     quantization: str = ""
+    encoder: bool = False
     also: tuple[str, ...] = ()
 
     def common(self, raw: dict[str, Any]) -> dict[str, Any]:

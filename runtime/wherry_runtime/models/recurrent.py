@@ -11,9 +11,9 @@ from wherry_runtime.layers.recurrent import Kept, Part, RecurrentLayer, States
 from wherry_runtime.loading.config import ModelConfig
 from wherry_runtime.loading.recurrent_config import RecurrentConfig
 from wherry_runtime.models.decoder import Embedding
-from wherry_runtime.models.mamba import MambaLayer
-from wherry_runtime.models.mamba2 import Mamba2Layer
-from wherry_runtime.models.rwkv import RwkvLayer
+from wherry_runtime.models.families.mamba import MambaLayer
+from wherry_runtime.models.families.mamba2 import Mamba2Layer
+from wherry_runtime.models.families.rwkv import RwkvLayer
 from wherry_runtime.parallel.shard import Span
 from wherry_runtime.quantization.storage import Storage
 

@@ -14,67 +14,11 @@ from wherry_runtime.loading.config import (
 from wherry_runtime.loading.errors import ModelError
 from wherry_runtime.loading.gguf import raw_config
 from wherry_runtime.loading.rope_config import rope_config
-from wherry_runtime.models import (
-    bert,
-    bitnet,
-    bloom,
-    cohere,
-    distilbert,
-    falcon,
-    gemma,
-    gemma2,
-    gemma3,
-    gpt2,
-    gpt_neox,
-    gpt_oss,
-    gptj,
-    granite,
-    llama,
-    mamba,
-    mamba2,
-    mistral,
-    mixtral,
-    olmo,
-    olmo2,
-    opt,
-    phi,
-    phi3,
-    qwen2,
-    qwen2_moe,
-    qwen3,
-    qwen3_moe,
-    roberta,
-    rwkv,
-    stablelm,
-    xlm_roberta,
-)
+from wherry_runtime.models.families import modules
 from wherry_runtime.models.family import Family
 
-MODULES = (
-    *(
-        bitnet,
-        bloom,
-        cohere,
-        falcon,
-        gemma,
-        gemma2,
-        gemma3,
-        gpt2,
-        gpt_neox,
-        gpt_oss,
-        gptj,
-        granite,
-        llama,
-        mamba,
-        mamba2,
-    ),
-    *(mistral, mixtral, olmo, olmo2, opt, phi, phi3, qwen2, qwen2_moe, qwen3, qwen3_moe, rwkv, stablelm),
-)
-ENCODERS = (bert, distilbert, roberta, xlm_roberta)
 FAMILIES: dict[str, Family] = {
-    name: module.FAMILY
-    for module in (*MODULES, *ENCODERS)
-    for name in (module.FAMILY.architecture, *module.FAMILY.also)
+    name: module.FAMILY for module in modules() for name in (module.FAMILY.architecture, *module.FAMILY.also)
 }
 
 

@@ -3,7 +3,7 @@
 from typing import Any
 
 from wherry_runtime.loading.config import ExpertsConfig, Layout, count
-from wherry_runtime.models import mistral
+from wherry_runtime.models.families import mistral
 from wherry_runtime.models.family import Family, Fields
 
 LAYOUT = Layout(

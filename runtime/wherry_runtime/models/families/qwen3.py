@@ -2,8 +2,8 @@
 
 from typing import Any
 
+from wherry_runtime.models.families.qwen2 import windows
 from wherry_runtime.models.family import Family, Fields, flag
-from wherry_runtime.models.qwen2 import windows
 
 
 def fields(raw: dict[str, Any]) -> Fields:

@@ -4,8 +4,8 @@
 from typing import Any
 
 from wherry_runtime.loading.config import ExpertsConfig, count
+from wherry_runtime.models.families.qwen2 import typed_windows
 from wherry_runtime.models.family import Family, Fields, flag
-from wherry_runtime.models.qwen2 import typed_windows
 
 
 def fields(raw: dict[str, Any]) -> Fields:

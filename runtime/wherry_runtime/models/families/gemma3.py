@@ -4,9 +4,9 @@ their own for each without (https://arxiv.org/abs/2503.19786)."""
 from typing import Any
 
 from wherry_runtime.loading.rope_config import rope_config
-from wherry_runtime.models import gemma2
+from wherry_runtime.models.families import gemma2
+from wherry_runtime.models.families.qwen2 import typed_windows
 from wherry_runtime.models.family import Family, Fields
-from wherry_runtime.models.qwen2 import typed_windows
 
 THETA, LOCAL_THETA = 1e6, 1e4
 

@@ -4,7 +4,7 @@ from typing import Any
 
 from wherry_runtime.loading.config import Layout
 from wherry_runtime.loading.encoder_config import EncoderConfig
-from wherry_runtime.models.bert import encoder_fields
+from wherry_runtime.models.families.bert import encoder_fields
 from wherry_runtime.models.family import Family, Fields
 
 LAYOUT = Layout(
@@ -46,4 +46,5 @@ FAMILY = Family(
         "activation": "hidden_act",
     },
     rotary=False,
+    encoder=True,
 )

@@ -3,7 +3,7 @@ https://arxiv.org/abs/1907.11692)."""
 
 from typing import Any
 
-from wherry_runtime.models.bert import encoder_fields
+from wherry_runtime.models.families.bert import encoder_fields
 from wherry_runtime.models.family import Family, Fields, refuse
 
 
@@ -24,4 +24,5 @@ FAMILY = Family(
     also=("RobertaForMaskedLM",),
     defaults=DEFAULTS,
     rotary=False,
+    encoder=True,
 )

@@ -10,8 +10,8 @@ from wherry_runtime.layers.norm import RMSNorm
 from wherry_runtime.layers.recurrent import CausalConvolution, Kept, Parameter, Part, States, project
 from wherry_runtime.loading.config import ModelConfig
 from wherry_runtime.loading.recurrent_config import RecurrentConfig
+from wherry_runtime.models.families.mamba import with_state
 from wherry_runtime.models.family import RECURRENT, Family, Fields, refuse
-from wherry_runtime.models.mamba import with_state
 from wherry_runtime.parallel.shard import Span
 from wherry_runtime.quantization.storage import Storage
 

@@ -3,7 +3,7 @@
 from typing import Any
 
 from wherry_runtime.loading.config import count
-from wherry_runtime.models import qwen2_moe, qwen3
+from wherry_runtime.models.families import qwen2_moe, qwen3
 from wherry_runtime.models.family import Family, Fields, flag
 
 

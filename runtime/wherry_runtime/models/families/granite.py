@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from wherry_runtime.models import llama
+from wherry_runtime.models.families import llama
 from wherry_runtime.models.family import Family, Fields
 
 

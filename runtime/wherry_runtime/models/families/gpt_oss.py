@@ -4,8 +4,8 @@
 from typing import Any
 
 from wherry_runtime.loading.config import ExpertsConfig, Layout, count
+from wherry_runtime.models.families.qwen2 import typed_windows
 from wherry_runtime.models.family import Family, Fields, flag, refuse
-from wherry_runtime.models.qwen2 import typed_windows
 
 ROPE = {"rope_type": "yarn", "factor": 32.0, "truncate": False, "original_max_position_embeddings": 4096}
 

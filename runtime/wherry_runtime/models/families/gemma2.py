@@ -4,9 +4,9 @@
 from typing import Any
 
 from wherry_runtime.loading.config import NormConfig
-from wherry_runtime.models import gemma
+from wherry_runtime.models.families import gemma
+from wherry_runtime.models.families.qwen2 import typed_windows
 from wherry_runtime.models.family import Family, Fields
-from wherry_runtime.models.qwen2 import typed_windows
 
 
 def fields(raw: dict[str, Any]) -> Fields:

@@ -5,7 +5,7 @@ from typing import Any
 
 from wherry_runtime.loading.config import Layout, NormConfig
 from wherry_runtime.loading.rope_config import RopeConfig
-from wherry_runtime.models import gpt2
+from wherry_runtime.models.families import gpt2
 from wherry_runtime.models.family import Family, Fields
 
 LAYOUT = Layout(

@@ -64,4 +64,5 @@ FAMILY = Family(
     also=("BertForMaskedLM", "BertForPreTraining"),
     defaults={"max_position_embeddings": 512, "hidden_act": "gelu"},
     rotary=False,
+    encoder=True,
 )
