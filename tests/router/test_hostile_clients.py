@@ -392,7 +392,7 @@ def test_metrics_have_no_label_that_a_client_chose(front: Front, client: httpx.C
     assert len(after - before) <= 5, after - before
     assert not [name for name in after if "canary" in name or "key" in name.partition("{")[2]]
     routes = set(re.findall(r'route="([^"]*)"', "".join(after)))
-    assert routes <= {"chat/completions", "completions", "other", "/internal/usage", "/internal/replicas"}
+    assert routes <= {"chat/completions", "completions", "embeddings", "other", "/internal/usage", "/internal/replicas"}
 
 
 def test_after_all_that_it_serves_as_before(front: Front) -> None:

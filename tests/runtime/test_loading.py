@@ -104,7 +104,7 @@ BROKEN: dict[str, tuple[Callable[[Path], None], str, str]] = {
     "unknown architecture": (
         edit_config(architectures=["LlamaForCausalLLM"]),
         "unknown_architecture",
-        r"LlamaForCausalLLM is not known\. Known: BitNet.*, LlamaFor.*, Qwen3Moe.*; the nearest is LlamaForCausalLM",
+        r"LlamaForCausalLLM is not known\. Known: Bert.*, LlamaFor.*, Qwen3Moe.*; the nearest is LlamaForCausalLM",
     ),
     "no architecture": (edit_config(architectures=None), "unknown_architecture", "architecture none is not known"),
     "odd architectures": (edit_config(architectures=[5, {}]), "unknown_architecture", "architecture none is not known"),
