@@ -158,7 +158,7 @@ def test_measures_the_sample_model(tmp_path: Path) -> None:
     assert [p["prompt_tokens"] for p in report["prefill"]] == [16]
     for row in report["decode"]:
         assert 0 < row["rate"]["low"] <= row["rate"]["median"] <= row["rate"]["high"]
-        assert 0 <= row["gap_s"]["p50"] <= row["gap_s"]["p99"] > 0  # a starved reader finds several tokens at once
+        assert 0 <= row["gap_s"]["p50"] <= row["gap_s"]["p99"]  # a starved reader finds all tokens at once
     memory = report["memory"]
     assert memory["weights"] >= 8e6
     assert memory["process"]["total"] == memory["weights"] + memory["kv_cache"] + memory["beyond"]
