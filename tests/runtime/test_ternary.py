@@ -82,7 +82,7 @@ def test_products_are_those_of_unpacked_weights_bit_for_bit(outputs: int, inputs
 
 def test_other_weights_do_not_become_ternary_unseen() -> None:
     matrix = PackedMatrix(Format("ternary", 128), 64, 128, lambda n: torch.zeros(n, dtype=torch.uint8))
-    with pytest.raises(ValueError, match="not as they are loaded"):
+    with pytest.raises(ValueError, match="and no other weights"):
         matrix.fill(0, torch.randn(64, 128))
 
 
