@@ -18,7 +18,7 @@ from tests.runtime.passed_before import Run
 from wherry_runtime.kernels.cpu import build, library
 
 HERE = Path(__file__).resolve().parent
-FILES = [f"test_kernels_{name}.py" for name in ("attention", "elementwise", "sampling", "linear")]
+FILES = [f"test_kernels_{name}.py" for name in ("attention", "elementwise", "sampling", "linear", "blocks")]
 SAMPLING = FILES[2]  # it alone reads what schedules and carries requests, which changes often: a run by itself
 AMX = ["test_kernels_linear.py", "test_kernels_amx.py"]
 SANITIZERS = ("-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-O1", "-g1", "-fno-omit-frame-pointer")
