@@ -29,7 +29,7 @@ check: setup ## Format, lint, types, import contracts
 
 unit: setup ## Every test that needs no container: tests/
 	@$(STEP) "control-plane binaries" $(BIN)/wherry local assets --for local
-	@$(STEP) "tests" $(BIN)/pytest tests -m "not alone" --numprocesses 4 --dist loadfile --no-loadscope-reorder
+	@$(STEP) "tests" $(BIN)/pytest tests -m "not alone" --numprocesses 3 --dist loadfile --no-loadscope-reorder
 	@$(STEP) "tests that count seconds" $(BIN)/pytest $$(grep -rl --include "*.py" "mark.alone" tests) -m alone
 
 e2e: setup ## The tests on a three-node kind cluster: e2e/

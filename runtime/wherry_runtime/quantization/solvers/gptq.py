@@ -24,7 +24,7 @@ def solve(weights: torch.Tensor, inputs: Inputs, grid: Grid, *, act_order: bool,
     diagonal = inputs.hessian.diagonal()
     scales, zeros = grid.fit(grid.grouped(weights), grid.grouped(diagonal[None])[0])
     order = torch.argsort(diagonal, descending=True, stable=True) if act_order else torch.arange(len(diagonal))
-    factor = _factor(inputs.hessian[order][:, order], damping)
+    factor = _factor(inputs.hessian, order, damping)
     codes = torch.empty_like(weights)
     codes[:, order] = _columns(weights[:, order], factor, grid, scales, zeros, order // grid.group)
     solved = grid.made(codes, scales, zeros)
@@ -50,11 +50,12 @@ def _plain(weights: torch.Tensor, grid: Grid, scales: torch.Tensor, zeros: torch
     return codes.flatten(1)[:, : weights.shape[1]]
 
 
-def _factor(hessian: torch.Tensor, damping: float) -> torch.Tensor:
-    """[K, K] upper triangular U with UᵀU = H⁻¹. Damped more where rounding left H not positive."""
-    own = hessian.diagonal().double()
+def _factor(hessian: torch.Tensor, order: torch.Tensor, damping: float) -> torch.Tensor:
+    """[K, K] upper triangular U with UᵀU = H⁻¹, columns in `order`. Damped more where rounding left H not positive."""
+    # In place and let go of early: with 8,192 inputs each of these takes half a gigabyte.
+    damped = hessian[order][:, order].double()
+    own = damped.diagonal().clone()
     mean = float(own.mean()) or 1.0
-    damped = hessian.double()  # in place and let go of early: with 8,192 inputs each of these takes half a gigabyte
     for _ in range(10):
         damped.diagonal().copy_(own + damping * mean)
         lower, failed = torch.linalg.cholesky_ex(damped)
