@@ -2,9 +2,9 @@
 
     python -m benchmarks.architectures [NAME…] [--rounds 3] [--quantization int8]
 
-Random weights in bfloat16, in the shapes of small models of each family with as many layers as make some hundred million
-weights, and 32,000 tokens. All three engines are resident and take turns. A rate is that of the median step: one answer
-at a time, and eight.
+Random weights in bfloat16, in the shapes of small models of each family with as many layers as make some hundred
+million weights, and 32,000 tokens. All three engines are resident and take turns. A rate is that of the median step:
+one answer at a time, and eight.
 """
 
 import argparse
