@@ -113,7 +113,7 @@ def build(
         from wherry_runtime.kernels.cuda.model import CudaModel
 
         return CudaModel(model, cache, max_decodes, collective)
-    if model.storage.quantization != "none":
+    if model.storage.quantization != "none" and model.storage.product is None:
         log.warning("%s weights save memory but are slow on PyTorch, which unpacks them anew", model.storage)
     return EagerModel(model, cache, collective)
 

@@ -116,6 +116,7 @@ def _load(
         storage = _keeping(storage, quantized, config, directory)
     elif quantized is not None and storage.quantization == "none":
         storage = _keeping_blocks(storage, quantized, config, directory)
+    storage = _with_products(storage)
     cache = None
     if cache_root is not None and storage.packs:
         # Queries' and keys' order, for one, is a matter of config.json.
@@ -215,11 +216,29 @@ def _keeping(storage: Storage, quantized: QuantizedCheckpoint, config: ModelConf
             "bad_setting",
             f"{directory} is quantized already, by {quantized.method}; leave out --quantization {storage.quantization}",
         )
-    # PyTorch on CPU unpacks them anew for every step, which only ternary ones are worth, with a tenth of the memory.
-    computed = storage.native or storage.device.type == "cuda"
-    held = (quantized.formats() if computed else quantized.ternary()) if as_stored(config) else {}
+    held: dict[str, Format] = {}
+    if as_stored(config):
+        computed = storage.native or storage.device.type == "cuda"
+        # Ternary ones PyTorch unpacks anew for every step, which a tenth of the memory is worth.
+        held = {} if computed else quantized.ternary()
+        if computed or (not held and _multiplies(storage)):
+            held = quantized.formats()
     log.info("%s: %s", directory, quantized.describe(held, storage.dtype))
     return replace(storage, held=held)
+
+
+def _multiplies(storage: Storage) -> bool:
+    """Whether what a checkpoint has packed is multiplied as it is where PyTorch computes the rest on a CPU. In float32
+    it is dequantized, and exact; without the native kernels PyTorch would unpack it anew for every step."""
+    return storage.dtype is not torch.float32 and library.available()
+
+
+def _with_products(storage: Storage) -> Storage:
+    """`storage` with the native kernels' products, where PyTorch computes the rest on a CPU."""
+    packed = storage.quantization != "none" or any(f.method != "ternary" for f in storage.held.values())
+    if storage.native or storage.device.type != "cpu" or not packed or not library.available():
+        return storage
+    return replace(storage, product=Products(torch.get_num_threads()))
 
 
 def _keeping_blocks(storage: Storage, model: GGUFCheckpoint, config: ModelConfig, directory: Path) -> Storage:
@@ -229,11 +248,8 @@ def _keeping_blocks(storage: Storage, model: GGUFCheckpoint, config: ModelConfig
         # What PyTorch computes there, it would unpack anew for every step.
         kernels = cuda_support.unavailable(storage.device) or cuda_support.unsupported(config, FORMATS["float32"])
         held = {name: format_ for name, format_ in held.items() if kernels is None and not format_.two_level}
-    elif not storage.native:
-        if storage.dtype is torch.float32 or not library.available():
-            held = {}  # exact, or slow: PyTorch would unpack them anew for every step
-        elif held:
-            storage = replace(storage, product=Products(torch.get_num_threads()))
+    elif not storage.native and not _multiplies(storage):
+        held = {}
     log.info("%s: %s", directory, model.describe(held, storage.dtype))
     return replace(storage, held=held | _parts(held, config.layout.fused))
 

@@ -33,7 +33,7 @@ class Storage:
         group: weights that share a scale; 0: the method's own.
         native: matrices are packed for the native kernels, vectors are float32.
         held: matrices that the checkpoint has in a packed format already, by name: they keep it.
-        product: makes the products of layers that are held so, where PyTorch computes what is around them.
+        product: makes the products of packed layers, where PyTorch computes what is around them.
         mapped: lets native matrices of the checkpoint's own type stay in its mapped files until they are settled.
         matrix_dtype: of matrices that are not packed and of the embedding, where it is not `dtype`, which products are
             computed in.
