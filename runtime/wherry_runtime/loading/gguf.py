@@ -20,7 +20,7 @@ from wherry_runtime.quantization.formats import Format, joined, padded_inputs
 from wherry_runtime.quantization.packed import Rows
 from wherry_runtime.quantization.super_blocks import SuperBlocks
 
-_PLAIN = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+_PLAIN = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "U8": torch.uint8}
 
 
 def raw_config(path: Path) -> tuple[dict[str, Any], Path]:

@@ -1,9 +1,11 @@
 """A random model of each architecture that GGUF files are written of."""
 
-from tests.runtime.architectures import longrope
+from tests.runtime.architectures import GPT, longrope
 from tests.runtime.random_models import LLAMA3_ROPE, Case
 
 MOE = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 48}
+SEQUENTIAL = {"use_parallel_residual": False, "rotary_pct": 0.5}
+STATES = (*GPT, "num_attention_heads", "max_position_embeddings")
 FACTORS = {
     "embedding_multiplier": 6.0,
     "residual_multiplier": 0.4,
@@ -43,4 +45,23 @@ MODELS = [
     Case("phi2", "Phi", {"num_key_value_heads": 4}),
     Case("olmo", "Olmo", {"clip_qkv": 0.4}),
     Case("olmo2", "Olmo2"),
+    Case(
+        *("gpt-oss", "GptOss"),
+        {"num_local_experts": 4, "num_experts_per_tok": 2, "head_dim": 16, "sliding_window": 13}
+        | {"attention_bias": True},
+    ),
+    Case("gpt2", "GPT2", {"n_inner": 96}, model="GPT2LMHeadModel", unknown=GPT),
+    Case("gpt-neox", "GPTNeoX", unknown=("num_key_value_heads",)),
+    Case("gpt-neox-sequential", "GPTNeoX", SEQUENTIAL, unknown=("num_key_value_heads",)),
+    Case("falcon-7b", "Falcon", {"alibi": False}, unknown=GPT),
+    Case("falcon-40b", "Falcon", {"new_decoder_architecture": True, "num_kv_heads": 2}, unknown=GPT),
+    Case(
+        *("falcon-11b", "Falcon", {"new_decoder_architecture": True, "num_kv_heads": 2, "num_ln_in_parallel_attn": 1}),
+        unknown=GPT,
+    ),
+    Case("bloom", "Bloom", unknown=(*GPT, "max_position_embeddings")),
+    Case("mamba", "Mamba", unknown=STATES),
+    Case("mamba2", "Mamba2", {"num_heads": 8, "head_dim": 16, "state_size": 16, "n_groups": 2}, unknown=STATES),
+    Case("bert", "Bert", {"pad_token_id": 0}, model="BertModel", unknown=("num_key_value_heads",)),
+    Case("bitnet", "BitNet", {"hidden_act": "silu", "tie_word_embeddings": True}),
 ]

@@ -25,7 +25,7 @@ from wherry_cli.main import app
 from wherry_protocol.worker import ChatMessage, Prompt
 from wherry_runtime.formats.conversion.source import Source, SourceTensor, open_source
 from wherry_runtime.formats.conversion.to_gguf import to_gguf
-from wherry_runtime.formats.gguf.architectures import rows_from_neighbours, rows_to_neighbours
+from wherry_runtime.formats.gguf.changes import rows_from_neighbours, rows_to_neighbours
 from wherry_runtime.formats.gguf.model import GGUFModel
 from wherry_runtime.formats.gguf.reader import GGUFFile
 from wherry_runtime.formats.gguf.rope import inverse_frequencies, llama3_scaling

@@ -125,8 +125,11 @@ def test_the_sample_models_tokenizer_through_gguf(tmp_path: Path, carried: bool)
 # What those families' own tokenizer.json have.
 GPT2 = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
 STARCODER = pre_tokenizers.Sequence([pre_tokenizers.Digits(individual_digits=True), GPT2])
+UNSPLIT = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+BLOOM = pre_tokenizers.Split(Regex(r" ?[^(\s|[.,!?…。，、।۔،])]+"), "isolated")
 ORIGINALS: dict[str, tuple[Any, bool]] = {
     "gpt-2": (GPT2, False),
+    "bloom": (pre_tokenizers.Sequence([BLOOM, UNSPLIT]), False),
     "starcoder": (STARCODER, False),
     "llama-bpe": (
         pre_tokenizers.Sequence(
@@ -138,7 +141,7 @@ ORIGINALS: dict[str, tuple[Any, bool]] = {
                     ),
                     "isolated",
                 ),
-                pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+                UNSPLIT,
             ]
         ),
         True,
