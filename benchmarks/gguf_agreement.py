@@ -14,6 +14,7 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
+from typing import Any
 
 from benchmarks.engine.peers import installed, python
 from tests.runtime.engines import BACKENDS, ask, running
@@ -33,13 +34,12 @@ PROMPTS = 8
 THEIRS = {"Q5_1": 9, "Q2_K": 10, "Q3_K_M": 12, "Q4_K_M": 15, "IQ4_NL": 25, "IQ4_XS": 30}
 
 
-def peer(file: Path, prompts: list[list[int]], **more: object) -> list[list[int]]:
-    """What llama.cpp makes of them."""
+def peer(file: Path, prompts: list[list[int]], *, field: str = "answers", **more: object) -> Any:
+    """What llama.cpp makes of them; `field` of its answer."""
     job = {"file": str(file), "prompts": prompts, "new_tokens": NEW_TOKENS, "texts": [], **more}
     command = [python("llamacpp"), ROOT / "benchmarks" / "gguf_peer.py"]
     done = subprocess.run(command, input=json.dumps(job), capture_output=True, text=True, check=True)
-    answers: list[list[int]] = json.loads(done.stdout)["answers"]
-    return answers
+    return json.loads(done.stdout)[field]
 
 
 async def ours(file: Path, prompts: list[list[int]], backend: str = "pytorch") -> list[list[int]]:

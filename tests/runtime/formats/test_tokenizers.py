@@ -200,7 +200,7 @@ def bpe(**changes: Value | None) -> dict[str, Value]:
 BAD: dict[str, tuple[dict[str, Value], str, str]] = {
     "no vocabulary": (bpe(tokens=None), "missing_tokenizer", "no vocabulary"),
     "none": (bpe(model="none"), "missing_tokenizer", "no vocabulary"),
-    "another model": (bpe(model="t5"), "unsupported_tokenizer", "'t5'"),
+    "another model": (bpe(model="rwkv"), "unsupported_tokenizer", "'rwkv'"),
     "an unknown pre-tokenizer": (bpe(pre="llama-bpee"), "unknown_pre_tokenizer", "nearest is llama-bpe"),
     "no merges": (bpe(merges=None), "bad_tokenizer", "merges"),
     "merges of no tokens": (bpe(merges=["a c"]), "bad_tokenizer", "merges"),

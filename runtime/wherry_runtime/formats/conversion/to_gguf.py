@@ -16,8 +16,10 @@ from wherry_runtime.formats.gguf.blocks.encode import ENCODE
 from wherry_runtime.formats.gguf.changes import Change
 from wherry_runtime.formats.gguf.config import metadata_of
 from wherry_runtime.formats.gguf.cursor import Value
+from wherry_runtime.formats.gguf.fields import Metadata
 from wherry_runtime.formats.gguf.fused_experts import separated
 from wherry_runtime.formats.gguf.names import change_of, gguf_name
+from wherry_runtime.formats.gguf.particular import POOLING
 from wherry_runtime.formats.gguf.reader import TensorInfo
 from wherry_runtime.formats.gguf.types import BY_NAME, FILE_TYPES, GGMLType
 from wherry_runtime.formats.gguf.writer import encoded_header, pad, planned
@@ -60,7 +62,7 @@ def to_gguf(source: Source, target: Path, wanted: GGMLType | None, progress: Pro
         raise ModelError("unknown_type", f"{wanted.name} is read only; written are {', '.join(ENCODE)}")
     metadata, factors = metadata_of(source.config)
     plan = _plan(source, wanted)
-    metadata |= _described(source, plan)
+    metadata |= _described(source, plan) | _pooling(source)
     tensors: list[tuple[str, tuple[int, ...], GGMLType]] = [(p.name, p.shape, p.type) for p in plan]
     tensors += [(name, values.shape, BY_NAME["F32"]) for name, values in factors.items()]
     infos = planned(tensors)
@@ -146,6 +148,20 @@ def _described(source: Source, plan: list[_Planned]) -> dict[str, Value]:
         described["general.file_type"] = FILE_TYPES[mostly]
     described["general.architecture"] = architecture_for(source.config).name
     return described
+
+
+def _pooling(source: Source) -> Metadata:
+    """How an embedding model makes a vector of a text's rows."""
+    if not architecture_for(source.config).own.pooled:
+        return {}
+    # Imported late: it needs torch, and whoever converts another model does not.
+    from wherry_runtime.embedding.pooling import read_pooling
+
+    kind = read_pooling(source.path, source.config).kind
+    number = next((number for number, name in POOLING.items() if name == kind), None)
+    if number is None:
+        raise ModelError("unsupported_pooling", f"pooling by {kind} cannot be said in GGUF")
+    return {f"{architecture_for(source.config).name}.pooling_type": number}
 
 
 def _bytes(planned_tensor: _Planned) -> Iterator[npt.NDArray[np.uint8]]:

@@ -31,6 +31,7 @@ class Particular(NamedTuple):
         aliases: its own names in config.json → the common ones.
         also: other names of it in config.json.
         fits: whether a checkpoint that has the architecture's name is this one.
+        pooled: it makes vectors of texts.
     """
 
     read: Callable[[Fields, Tensors, Config], Config] = lambda fields, tensors, config: config
@@ -41,6 +42,7 @@ class Particular(NamedTuple):
     aliases: Mapping[str, str] = {}
     also: tuple[str, ...] = ()
     fits: Callable[[Config], bool] = lambda config: True
+    pooled: bool = False
 
 
 def _without(config: Config, *names: str) -> Config:
@@ -348,4 +350,5 @@ BERT = Particular(
         **config,
     },
     also=("BertForMaskedLM", "BertForPreTraining"),
+    pooled=True,
 )
