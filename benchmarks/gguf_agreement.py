@@ -27,6 +27,7 @@ from wherry_runtime.tokenization.tokenizer import Tokenizer
 ROOT = Path(__file__).resolve().parents[1]
 TYPES = ["F32", "BF16", "F16", "Q8_0", "Q6_K", "Q5_K", "Q5_0", "Q4_K", "Q4_0"]
 NEW_TOKENS = 64
+PART = 9_000_000  # bytes
 PROMPTS = 8
 
 
@@ -69,6 +70,9 @@ def main(model: Path) -> None:
             file = Path(directory) / f"{name}.gguf"
             to_gguf(open_source(model), file, type_named(name), lambda _: None)
             row(name, "Wherry", file, prompts, peer(file, prompts))
+        to_gguf(open_source(model), Path(directory) / "parts" / "p.gguf", type_named("F32"), lambda _: None, PART)
+        first = min((Path(directory) / "parts").iterdir())
+        row("F32 in several files", "Wherry", first, prompts, peer(first, prompts))
         for name, file_type in THEIRS.items():
             file = Path(directory) / f"theirs-{name}.gguf"
             theirs = peer(Path(directory) / "F32.gguf", prompts, quantize=[str(file), file_type])
@@ -77,7 +81,7 @@ def main(model: Path) -> None:
 
 def row(name: str, writer: str, file: Path, prompts: list[list[int]], theirs: list[list[int]]) -> None:
     """A line of the table about one file."""
-    plain = file.with_suffix(".float.gguf")
+    plain = file.with_suffix(".float")
     to_gguf(open_source(file), plain, type_named("F32"), lambda _: None)
     mine = asyncio.run(ours(file, prompts))
     blocks = asyncio.run(ours(file, prompts, "native"))

@@ -114,14 +114,14 @@ class GGUFCheckpoint:
         """Each matrix, without `.weight`, whose blocks one of the engine's formats holds exactly."""
         return {
             name.removesuffix(".weight"): HELD[info.type.name]
-            for name, info in self.model.names().items()
+            for name, info in self.model.names.items()
             if info.type.name in HELD and len(info.shape) == 2 and name.endswith(".weight")
         }
 
     def describe(self, held: Mapping[str, Format], dtype: torch.dtype) -> str:
         """One line: which types are held how."""
         counts: Counter[str] = Counter()
-        for name, info in self.model.names().items():
+        for name, info in self.model.names.items():
             if len(info.shape) < 2 or info.type.name in _PLAIN:
                 continue
             format_ = held.get(name.removesuffix(".weight"))

@@ -97,7 +97,7 @@ def _gguf(path: Path, files: list[Path]) -> Source:
     model = GGUFModel.open(files)
     tensors = [
         SourceTensor(name, part.shape, part.type, lambda name=name: model.read(name).raw)  # type: ignore[misc]
-        for name, part in model.names().items()
+        for name, part in model.names.items()
     ]
     return Source(path, model.config, tensors, model.metadata)
 

@@ -1,15 +1,16 @@
 """Any model into a GGUF file."""
 
-import hashlib
-import itertools
-from collections.abc import Iterable, Iterator
+from collections import Counter
+from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
-from wherry_runtime.formats.conversion.output import Progress, appearing, converted, finish, write_data
+from wherry_runtime.formats.conversion.gguf_files import Written, write_gguf
+from wherry_runtime.formats.conversion.output import Progress, converted
 from wherry_runtime.formats.conversion.source import Source, SourceTensor
 from wherry_runtime.formats.gguf.architectures import architecture_for
 from wherry_runtime.formats.gguf.blocks.encode import ENCODE
@@ -20,16 +21,10 @@ from wherry_runtime.formats.gguf.fields import Metadata
 from wherry_runtime.formats.gguf.fused_experts import separated
 from wherry_runtime.formats.gguf.names import change_of, gguf_name
 from wherry_runtime.formats.gguf.particular import POOLING
-from wherry_runtime.formats.gguf.reader import TensorInfo
 from wherry_runtime.formats.gguf.types import BY_NAME, FILE_TYPES, GGMLType
-from wherry_runtime.formats.gguf.writer import encoded_header, pad, planned
 from wherry_runtime.loading.errors import ModelError
 from wherry_runtime.tokenization.to_gguf import tokenizer_metadata
 
-CHECKSUMS = "wherry.sha256"
-# Which tensors the sums are of: tools that make another file of this one copy what they do not know.
-LAYOUT = "wherry.layout"
-_NO_SUM = "0" * 64
 _CARRIED = ("tokenizer.", "general.")
 _FLOATS = ("F32", "F16", "BF16")
 # What llama.cpp wants of the head: it decides each token, and takes little of the model.
@@ -46,12 +41,15 @@ class _Planned(NamedTuple):
     change: Change
 
 
-def to_gguf(source: Source, target: Path, wanted: GGMLType | None, progress: Progress) -> dict[str, int]:
+def to_gguf(
+    source: Source, target: Path, wanted: GGMLType | None, progress: Progress, part_size: int = 0
+) -> dict[str, int]:
     """Writes the model to the file `target`.
 
     Args:
         wanted: of matrices; None: what they are in.
         progress: told how many bytes were written.
+        part_size: bytes of tensors after which there is another file; 0: one file.
 
     Returns: how many tensors there are of each type.
 
@@ -63,25 +61,13 @@ def to_gguf(source: Source, target: Path, wanted: GGMLType | None, progress: Pro
     metadata, factors = metadata_of(source.config)
     plan = _plan(source, wanted)
     metadata |= _described(source, plan) | _pooling(source)
-    tensors: list[tuple[str, tuple[int, ...], GGMLType]] = [(p.name, p.shape, p.type) for p in plan]
-    tensors += [(name, values.shape, BY_NAME["F32"]) for name, values in factors.items()]
-    infos = planned(tensors)
-    metadata |= {CHECKSUMS: [_NO_SUM] * len(infos), LAYOUT: layout_of(infos, 0)}
-    start = len(encoded_header(metadata, infos))
-    with appearing(target, start + infos[-1].offset + infos[-1].nbytes) as partial, partial.open("xb") as file:
-        data: Iterator[Iterable[npt.NDArray[np.uint8]]] = (_bytes(p) for p in plan)
-        data = itertools.chain(data, ([values.view(np.uint8)] for values in factors.values()))
-        offsets = (info.offset for info in infos)
-        metadata[CHECKSUMS] = write_data(file, zip(offsets, data, strict=True), start, progress)
-        pad(file)
-        finish(file, encoded_header(metadata, infos))
-    return {name: sum(i.type.name == name for i in infos) for name in dict.fromkeys(i.type.name for i in infos)}
-
-
-def layout_of(infos: Iterable[TensorInfo], data_start: int) -> str:
-    """A digest of names, types, shapes and places, in hexadecimal."""
-    lines = (f"{info.name} {info.type.name} {info.shape} {info.offset - data_start}" for info in infos)
-    return hashlib.sha256("\n".join(lines).encode()).hexdigest()
+    tensors = [Written(p.name, p.shape, p.type, partial(_bytes, p)) for p in plan]
+    tensors += [
+        Written(name, values.shape, BY_NAME["F32"], partial(iter, [values.view(np.uint8)]))
+        for name, values in factors.items()
+    ]
+    write_gguf(target, metadata, tensors, progress, part_size)
+    return dict(Counter(tensor.type.name for tensor in tensors))
 
 
 def _plan(source: Source, wanted: GGMLType | None) -> list[_Planned]:

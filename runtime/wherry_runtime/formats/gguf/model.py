@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import NamedTuple
 
@@ -68,6 +69,7 @@ class GGUFModel:
             raise ModelError(e.code, f"{paths[0]}: {e.message}") from None
         return cls(files, metadata, infos, config)
 
+    @cached_property
     def names(self) -> dict[str, Part]:
         """Name in a checkpoint → tensor, in the order of the files.
 
@@ -82,7 +84,7 @@ class GGUFModel:
         Raises:
             ModelError: as `names`.
         """
-        return (self._read(name, part) for name, part in self.names().items())
+        return (self._read(name, part) for name, part in self.names.items())
 
     def read(self, name: str) -> CheckpointTensor:
         """The tensor that a checkpoint calls `name`.
@@ -91,7 +93,7 @@ class GGUFModel:
             ModelError: wrong_shape.
             KeyError: there is none.
         """
-        return self._read(name, self.names()[name])
+        return self._read(name, self.names[name])
 
     def _read(self, name: str, part: Part) -> CheckpointTensor:
         """`raw` is a view of the memory map, or a copy where it lies otherwise in a checkpoint."""
