@@ -87,7 +87,10 @@ def token_id(metadata: Metadata, role: str, count: int) -> int | None:
 
 
 def _flag(metadata: Metadata, name: str, default: bool) -> bool:
-    return bool(metadata.get(f"{PREFIX}{name}", default))
+    value = metadata.get(f"{PREFIX}{name}", default)
+    if not isinstance(value, bool):
+        raise ModelError("bad_tokenizer", f"{PREFIX}{name} is {value!r}; true or false is expected")
+    return value
 
 
 def _numbers(metadata: Metadata, name: str, count: int) -> list[Any]:

@@ -16,14 +16,17 @@ from tests.runtime.random_models import Case
 from wherry_runtime.formats.conversion.source import open_source
 from wherry_runtime.formats.conversion.to_gguf import to_gguf
 from wherry_runtime.formats.conversion.to_safetensors import to_safetensors
+from wherry_runtime.formats.gguf.cursor import Value
 from wherry_runtime.formats.gguf.model import GGUFModel
 from wherry_runtime.formats.gguf.reader import GGUFFile
 from wherry_runtime.formats.gguf.types import type_named
 from wherry_runtime.formats.gguf.writer import encoded_header
 from wherry_runtime.loading.checkpoint import iterate_tensors
 from wherry_runtime.loading.errors import ModelError
+from wherry_runtime.loading.loader import load_encoder, load_model
 from wherry_runtime.models.registry import read_config
 from wherry_runtime.quantization.fp4 import unpack_mxfp4
+from wherry_runtime.quantization.storage import Storage
 
 BY_NAME = {case.name: case for case in MODELS}
 
@@ -159,6 +162,8 @@ HOSTILE: list[tuple[str, str, Any]] = [
     ("gpt-oss", "gpt-oss.expert_count", 1 << 30),
     ("mamba", "mamba.ssm.inner_size", 1 << 40),
     ("mamba", "mamba.ssm.inner_size", 65),
+    ("llama", "llama.expert_count", np.zeros(2, np.float32)),
+    ("gpt-neox", "gptneox.use_parallel_residual", np.zeros(2, np.float32)),
     ("mamba", "mamba.ssm.state_size", "many"),
     ("mamba", "mamba.ssm.state_size", 1 << 40),
     ("mamba2", "mamba2.ssm.conv_kernel", 1 << 40),
@@ -171,12 +176,47 @@ HOSTILE: list[tuple[str, str, Any]] = [
 ]
 
 
+def changed(file: Path, metadata: dict[str, Value], **shapes: tuple[int, ...]) -> Path:
+    """A copy with other metadata, and with other shapes of tensors of its first layer (`_` for `.`)."""
+    header = GGUFFile.open(file).header
+    infos = [info._replace(offset=info.offset - header.data_start) for info in header.tensors.values()]
+    infos = [info._replace(shape=shapes.get(info.name.replace(".", "_"), info.shape)) for info in infos]
+    bad = file.with_name("bad.gguf")
+    bad.write_bytes(encoded_header(metadata, infos) + file.read_bytes()[header.data_start :])
+    return bad
+
+
+def load(file: Path) -> None:
+    config, storage = read_config(file), Storage(torch.float32, torch.device("cpu"), "none", 0)
+    if config.encoder is not None:
+        load_encoder(file, config, config.encoder, storage)
+    else:
+        load_model(file, config, 64, storage)
+
+
+SHAPES: list[tuple[str, str, tuple[int, ...]]] = [
+    ("gpt2", "blk_0_attn_output_weight", ()),
+    ("gpt-neox", "blk_1_attn_qkv_weight", (7, 64)),
+    ("mamba2", "blk_0_ssm_norm_weight", ()),
+    ("mamba2", "blk_0_ssm_a", ()),
+    ("bert", "token_types_weight", ()),
+    ("gpt-oss", "blk_0_ffn_down_exps_weight", (4, 64)),
+    ("gpt-oss", "blk_1_ffn_gate_exps_bias", (4, 1)),
+]
+
+
+@pytest.mark.parametrize("name, tensor, shape", SHAPES, ids=lambda v: str(v))
+def test_tensors_of_odd_shapes_are_refused(tmp_path: Path, name: str, tensor: str, shape: tuple[int, ...]) -> None:
+    file = write(BY_NAME[name], tmp_path)
+    bad = changed(file, GGUFFile.open(file).header.metadata, **{tensor: shape})
+    with pytest.raises(ModelError):
+        load(bad)
+
+
 @pytest.mark.parametrize("name, key, value", HOSTILE, ids=lambda v: str(v))
 def test_metadata_that_is_not_the_tensors_is_refused(tmp_path: Path, name: str, key: str, value: Any) -> None:
     file = write(BY_NAME[name], tmp_path)
-    header = GGUFFile.open(file).header
-    infos = [info._replace(offset=info.offset - header.data_start) for info in header.tensors.values()]
-    bad = tmp_path / "bad.gguf"
-    bad.write_bytes(encoded_header({**header.metadata, key: value}, infos) + file.read_bytes()[header.data_start :])
+    metadata = GGUFFile.open(file).header.metadata
+    bad = changed(file, {**metadata, key: value})
     with pytest.raises(ModelError):
         read_config(bad)

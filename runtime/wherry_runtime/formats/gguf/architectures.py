@@ -16,7 +16,7 @@ from wherry_runtime.formats.gguf.changes import (
     in_groups,
     ungrouped,
 )
-from wherry_runtime.formats.gguf.fields import Config, Metadata
+from wherry_runtime.formats.gguf.fields import Config, Fields, Metadata
 from wherry_runtime.formats.gguf.particular import Particular
 from wherry_runtime.loading.errors import ModelError
 
@@ -285,7 +285,7 @@ def architecture_of(metadata: Metadata, tensors: Container[str] = ()) -> Archite
         ModelError: unknown_architecture, with the known ones and the nearest.
     """
     name = str(metadata.get("general.architecture"))
-    if name == "llama" and metadata.get("llama.expert_count"):
+    if name == "llama" and Fields(metadata, name).get("expert_count", int, 0):
         return MIXTRAL
     if name == "falcon" and "blk.0.attn_norm_2.weight" in tensors:
         return TWO_NORMS

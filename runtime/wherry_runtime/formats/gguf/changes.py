@@ -105,6 +105,8 @@ class Turned(Change):
         return self._turned(raw, shape[::-1], kind)
 
     def _turned(self, raw: Raw, shape: Shape, kind: GGMLType) -> Raw:
+        if len(shape) != 2:
+            raise ModelError("wrong_shape", f"a matrix is expected, and {list(shape)} is none")
         plain = raw if kind.block == 1 else dequantize(raw, kind).view(np.uint8)
         cells = plain.reshape(*shape, self.held(kind).size)
         return np.ascontiguousarray(cells.swapaxes(0, 1)).reshape(-1)

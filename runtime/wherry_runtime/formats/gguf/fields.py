@@ -36,8 +36,15 @@ class Fields:
         return value
 
     def flag(self, name: str, *, default: bool) -> bool:
-        """A switch."""
-        return bool(self.metadata.get(f"{self._prefix}.{name}", default))
+        """A switch.
+
+        Raises:
+            ModelError: bad_config, when it is something else.
+        """
+        value = self.metadata.get(f"{self._prefix}.{name}", default)
+        if not isinstance(value, bool):
+            raise ModelError("bad_config", f"{self._prefix}.{name} is {value!r}; true or false is expected")
+        return value
 
     def text(self, name: str, default: str) -> str:
         """A word."""

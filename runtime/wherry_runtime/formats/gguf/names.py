@@ -78,7 +78,10 @@ def parts_of(architecture: Architecture, infos: dict[str, TensorInfo], config: C
 def _parts(architecture: Architecture, info: TensorInfo, config: Config) -> dict[str, Part]:
     """`blk.3.ffn_up.weight` → `model.layers.3.mlp.up_proj.weight`, or the same for each expert."""
     change = change_of(architecture, info.name, config)
-    whole = Part(change.shape_back(info.shape), change.held(info.type), (info,), change)
+    try:
+        whole = Part(change.shape_back(info.shape), change.held(info.type), (info,), change)
+    except IndexError:
+        raise ModelError("wrong_shape", f"tensor {info.name} is of shape {list(info.shape)}") from None
     match = _LAYER.fullmatch(info.name)
     if match is None:
         stem, kind = _split(info.name)

@@ -326,7 +326,10 @@ def _bert_read(fields: Fields, tensors: Tensors, config: Config) -> Config:
     if pooling not in (0, *POOLING):
         known = ", ".join(f"{number} ({name})" for number, name in POOLING.items())
         raise ModelError("unsupported_pooling", f"bert.pooling_type {pooling} is not supported; {known} are")
-    found = {**_without(config, "head_dim", "num_key_value_heads"), "type_vocab_size": types.shape[0] if types else 0}
+    found = {
+        **_without(config, "head_dim", "num_key_value_heads"),
+        "type_vocab_size": types.shape[0] if types and types.shape else 0,
+    }
     return found | ({"pooling_type": POOLING[pooling]} if pooling else {})
 
 
