@@ -1,6 +1,6 @@
 """A random model of each architecture that GGUF files are written of."""
 
-from tests.runtime.architectures import GPT, longrope
+from tests.runtime.architectures import GPT, YARN, longrope
 from tests.runtime.random_models import LLAMA3_ROPE, Case
 
 MOE = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 48}
@@ -18,6 +18,7 @@ LINEAR = {
 }
 MODELS = [
     Case("llama", "Llama", {"rope_parameters": LLAMA3_ROPE, "attention_bias": True}),
+    Case("llama-yarn", "Llama", {"rope_parameters": YARN}),
     Case("qwen2", "Qwen2", {"tie_word_embeddings": True, "hidden_size": 128}),
     Case("qwen3", "Qwen3", {"head_dim": 48, "tie_word_embeddings": False}),
     Case("gemma", "Gemma", {"head_dim": 24, "num_key_value_heads": 1}),

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from tests.runtime.architectures import YARN
 from tests.runtime.formats.gguf_models import MODELS
 from tests.runtime.formats.test_gguf_architectures import write
 from tests.runtime.random_models import Case
@@ -135,6 +136,8 @@ REFUSED = [
     (Case("bitnet", "BitNet", {"tie_word_embeddings": True}), "hidden_act relu2"),
     (Case("bitnet", "BitNet", {"hidden_act": "silu", "tie_word_embeddings": False}), "tie_word_embeddings False"),
     (Case("llama", "Llama", {"hidden_act": "gelu"}), "hidden_act gelu"),
+    (Case("llama", "Llama", {"rope_parameters": {**YARN, "attention_factor": 2.0}}), "YaRN with attention_factor 2.0"),
+    (Case("llama", "Llama", {"rope_parameters": {**YARN, "truncate": False}}), "YaRN with truncate False"),
     (Case("mamba", "Mamba", {"expand": 1}, unknown=BY_NAME["mamba"].unknown), "64 channels"),
     (Case("mamba", "Mamba", {"use_bias": True}, unknown=BY_NAME["mamba"].unknown), "use_bias True"),
     (Case("opt", "OPT", unknown=("intermediate_size", "num_key_value_heads")), "GGUF has no name for OPT"),
@@ -160,6 +163,8 @@ HOSTILE: list[tuple[str, str, Any]] = [
     ("gpt-oss", "gpt-oss.block_count", 1 << 31),
     ("gpt-oss", "gpt-oss.expert_feed_forward_length", 7),
     ("gpt-oss", "gpt-oss.expert_count", 1 << 30),
+    ("gpt-oss", "gpt-oss.attention.sliding_window_pattern", 3),
+    ("gpt-oss", "gpt-oss.attention.sliding_window_pattern", np.array([True, True, False])),
     ("mamba", "mamba.ssm.inner_size", 1 << 40),
     ("mamba", "mamba.ssm.inner_size", 65),
     ("llama", "llama.expert_count", np.zeros(2, np.float32)),
@@ -216,7 +221,6 @@ def test_tensors_of_odd_shapes_are_refused(tmp_path: Path, name: str, tensor: st
 @pytest.mark.parametrize("name, key, value", HOSTILE, ids=lambda v: str(v))
 def test_metadata_that_is_not_the_tensors_is_refused(tmp_path: Path, name: str, key: str, value: Any) -> None:
     file = write(BY_NAME[name], tmp_path)
-    metadata = GGUFFile.open(file).header.metadata
-    bad = changed(file, {**metadata, key: value})
+    bad = changed(file, {**GGUFFile.open(file).header.metadata, key: value})
     with pytest.raises(ModelError):
         read_config(bad)

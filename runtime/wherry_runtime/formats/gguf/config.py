@@ -64,6 +64,7 @@ def config_of(metadata: Metadata, tensors: dict[str, TensorInfo], factors: Facto
         config |= {"sliding_window": window, "use_sliding_window": True, "max_window_layers": 0}
     if architecture.period:
         config["layer_types"] = layer_types(architecture, config["num_hidden_layers"])
+        _check_pattern(read, architecture, config["layer_types"])
         config |= _gemma_of(read, architecture, config)
     config = architecture.own.read(read, tensors, config)
     _check(config, tensors, architecture)
@@ -136,6 +137,16 @@ def layer_types(architecture: Architecture, layers: int) -> list[str]:
     """Which of the layers have a window, as config.json tells."""
     last = architecture.period - 1
     return ["full_attention" if i % architecture.period == last else "sliding_attention" for i in range(layers)]
+
+
+def _check_pattern(read: Fields, architecture: Architecture, kinds: list[str]) -> None:
+    """That the layers with a window are the usual ones, where a file tells: by their period, or each."""
+    told = read.metadata.get(f"{architecture.name}.attention.sliding_window_pattern", architecture.period)
+    usual: object = architecture.period
+    if isinstance(told, np.ndarray):
+        told, usual = told.astype(bool).tolist(), [kind == "sliding_attention" for kind in kinds]
+    if told != usual:
+        raise ModelError("unsupported_config", f"{architecture.name} with windows in other layers than usual")
 
 
 def _check(config: Config, tensors: dict[str, TensorInfo], architecture: Architecture) -> None:
@@ -288,12 +299,25 @@ def _rope_metadata(architecture: Architecture, config: Config, metadata: Metadat
         metadata[f"{name}.rope.scaling.factor"] = float(rope["factor"])
         if original := rope.get("original_max_position_embeddings"):
             metadata[f"{name}.rope.scaling.original_context_length"] = int(original)
-        for beta in _BETAS:
-            if kind == "yarn" and rope.get(beta) is not None:
-                metadata[f"{name}.rope.scaling.yarn_{beta}"] = float(rope[beta])
+        if kind == "yarn":
+            metadata |= {f"{name}.rope.scaling.yarn_{b}": float(rope[b]) for b in _BETAS if rope.get(b) is not None}
+            _refuse_yarn(architecture, rope)
     elif kind != "default":
         raise ModelError("unsupported_rope", f"rope type {kind!r} is not written to GGUF; default, linear, llama3 are")
     return {}
+
+
+def _refuse_yarn(architecture: Architecture, rope: Config) -> None:
+    """What llama.cpp takes for granted: how much scores are scaled by, and, but of GPT-OSS, where the ramp ends."""
+    usual = 0.1 * math.log(float(rope["factor"])) + 1.0 if float(rope["factor"]) > 1 else 1.0
+    factor = rope.get("attention_factor")
+    odd = [f"{name} {rope[name]}" for name in ("mscale", "mscale_all_dim") if rope.get(name)]
+    odd += [f"attention_factor {factor}"] * (
+        factor is not None and not math.isclose(float(factor), usual, rel_tol=1e-4)
+    )
+    odd += ["truncate False"] * (rope.get("truncate") is False and architecture.name != "gpt-oss")
+    if odd:
+        raise ModelError("unsupported_rope", f"YaRN with {' and '.join(odd)} cannot be said in GGUF")
 
 
 def _longrope(config: Config, rope: Config, kind: str, metadata: Metadata) -> Factors:
