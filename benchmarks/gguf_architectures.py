@@ -2,13 +2,15 @@
 
 `python -m benchmarks.gguf_architectures`, after `python -m benchmarks.engine.peers llamacpp`. A small random model of
 each, made by transformers, becomes a GGUF file in float32, and both continue the same prompts from it. Of BERT, which
-continues nothing, both make vectors of the same texts, with llama.cpp's tokens of them.
+continues nothing, both make vectors of the same texts. GPT-OSS comes with experts in MXFP4, too: llama.cpp, which
+rounds what it multiplies with these to 8 bits, gets that file converted to float32.
 """
 
 import asyncio
 import random
 import sys
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -17,15 +19,17 @@ from benchmarks.gguf_agreement import peer
 from tests.runtime.encoders import BERT, save_modules
 from tests.runtime.engines import ask, running
 from tests.runtime.formats.corpus import corpus
-from tests.runtime.formats.gguf_models import MODELS
+from tests.runtime.formats.gguf_models import MODELS, published
 from tests.runtime.random_models import Case
 
 from wherry_protocol.engine_config import EngineConfig
 from wherry_runtime.embedding.model import load_embedder
 from wherry_runtime.formats.conversion.source import open_source
 from wherry_runtime.formats.conversion.to_gguf import to_gguf
+from wherry_runtime.formats.gguf.types import type_named
 
 NEW_TOKENS, PROMPTS, LENGTH = 64, 8, 24
+MXFP4 = replace(next(case for case in MODELS if case.name == "gpt-oss-without-yarn"), name="gpt-oss-mxfp4")
 
 
 async def ours(file: Path, prompts: list[list[int]]) -> list[list[int]]:
@@ -36,12 +40,18 @@ async def ours(file: Path, prompts: list[list[int]]) -> list[list[int]]:
 
 def row(case: Case, directory: Path) -> str:
     """A line of the table."""
-    source, file = directory / "source", directory / "model.gguf"
-    case.build(source)
+    source, file, plain = (directory / name for name in ("source", "model.gguf", "plain.gguf"))
+    if packed := case.name == MXFP4.name:
+        published(case, source)
+    else:
+        case.build(source)
     to_gguf(open_source(source), file, None, lambda _: None)
+    if packed:
+        to_gguf(open_source(file), plain, type_named("F32"), lambda _: None)
     draw = random.Random(3)
     prompts = [[draw.randrange(256) for _ in range(LENGTH)] for _ in range(PROMPTS)]
-    mine, theirs = asyncio.run(ours(file, prompts)), peer(file, prompts, new_tokens=NEW_TOKENS)
+    theirs = peer(plain if packed else file, prompts, new_tokens=NEW_TOKENS)
+    mine = asyncio.run(ours(file, prompts))
     same = sum(x == y for a, b in zip(mine, theirs, strict=True) for x, y in zip(a, b, strict=True))
     return f"| {case.name} | {same} of {NEW_TOKENS * PROMPTS} |"
 
@@ -68,7 +78,7 @@ def main(names: list[str]) -> None:
     if not installed("llamacpp"):
         raise SystemExit("install llama.cpp first: python -m benchmarks.engine.peers llamacpp")
     print("| model | equal greedy tokens |\n|---|---|")
-    for case in MODELS:
+    for case in (*MODELS, MXFP4):
         if not names or case.name in names:
             with tempfile.TemporaryDirectory() as directory:
                 path = Path(directory)

@@ -1,6 +1,5 @@
 """What lies otherwise in GGUF than in a checkpoint: against gguf-py, and as llama.cpp's conversion scripts have it."""
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from tests.runtime.architectures import YARN
-from tests.runtime.formats.gguf_models import MODELS
+from tests.runtime.formats.gguf_models import MODELS, published
 from tests.runtime.formats.test_gguf_architectures import write
 from tests.runtime.random_models import Case
 
@@ -37,24 +36,8 @@ def tensors_of(file: Path) -> dict[str, Any]:
     return {t.name: gguf.quants.dequantize(t.data, t.tensor_type) for t in gguf.GGUFReader(file).tensors}
 
 
-def published(directory: Path) -> Path:
-    """A GPT-OSS whose experts are in MXFP4, as OpenAI has them."""
-    BY_NAME["gpt-oss"].build(directory)
-    tensors, generator = load_file(directory / "model.safetensors"), torch.Generator().manual_seed(5)
-    for name in [n for n in tensors if n.endswith(("gate_up_proj", "down_proj"))]:
-        experts, inputs, outputs = tensors.pop(name).shape
-        shape = (experts, outputs, inputs // 32)
-        tensors[f"{name}_blocks"] = torch.randint(0, 256, (*shape, 16), generator=generator, dtype=torch.uint8)
-        tensors[f"{name}_scales"] = torch.randint(118, 124, shape, generator=generator, dtype=torch.uint8)
-    save_file(tensors, directory / "model.safetensors")
-    config = json.loads((directory / "config.json").read_text())
-    config["quantization_config"] = {"quant_method": "mxfp4"}
-    (directory / "config.json").write_text(json.dumps(config))
-    return directory
-
-
 def test_experts_in_mxfp4_keep_their_bits(tmp_path: Path) -> None:
-    source = published(tmp_path / "source")
+    source = published(BY_NAME["gpt-oss"], tmp_path / "source")
     to_gguf(open_source(source), tmp_path / "m.gguf", None, lambda _: None)
     wanted, found = load_file(source / "model.safetensors"), tensors_of(tmp_path / "m.gguf")
     kinds = {name: info.type.name for name, info in GGUFModel.open([tmp_path / "m.gguf"]).infos.items()}
@@ -80,7 +63,7 @@ def test_experts_in_mxfp4_keep_their_bits(tmp_path: Path) -> None:
 
 
 def test_experts_of_several_types_become_floats(tmp_path: Path) -> None:
-    source = published(tmp_path / "source")
+    source = published(BY_NAME["gpt-oss"], tmp_path / "source")
     to_gguf(open_source(source), tmp_path / "q.gguf", type_named("Q8_0"), lambda _: None)
     tensors, found = dict(iterate_tensors(tmp_path / "q.gguf")), tensors_of(tmp_path / "q.gguf")
     assert not read_config(tmp_path / "q.gguf").experts.packed  # type: ignore[union-attr]
