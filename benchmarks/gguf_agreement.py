@@ -14,6 +14,7 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
+from typing import Any
 
 from benchmarks.engine.peers import installed, python
 from tests.runtime.engines import BACKENDS, ask, running
@@ -26,6 +27,7 @@ from wherry_runtime.tokenization.tokenizer import Tokenizer
 ROOT = Path(__file__).resolve().parents[1]
 TYPES = ["F32", "BF16", "F16", "Q8_0", "Q6_K", "Q5_K", "Q5_0", "Q4_K", "Q4_0"]
 NEW_TOKENS = 64
+PART = 9_000_000  # bytes
 PROMPTS = 8
 
 
@@ -33,13 +35,12 @@ PROMPTS = 8
 THEIRS = {"Q5_1": 9, "Q2_K": 10, "Q3_K_M": 12, "Q4_K_M": 15, "IQ4_NL": 25, "IQ4_XS": 30}
 
 
-def peer(file: Path, prompts: list[list[int]], **more: object) -> list[list[int]]:
-    """What llama.cpp makes of them."""
+def peer(file: Path, prompts: list[list[int]], *, field: str = "answers", **more: object) -> Any:
+    """What llama.cpp makes of them; `field` of its answer."""
     job = {"file": str(file), "prompts": prompts, "new_tokens": NEW_TOKENS, "texts": [], **more}
     command = [python("llamacpp"), ROOT / "benchmarks" / "gguf_peer.py"]
     done = subprocess.run(command, input=json.dumps(job), capture_output=True, text=True, check=True)
-    answers: list[list[int]] = json.loads(done.stdout)["answers"]
-    return answers
+    return json.loads(done.stdout)[field]
 
 
 async def ours(file: Path, prompts: list[list[int]], backend: str = "pytorch") -> list[list[int]]:
@@ -69,6 +70,9 @@ def main(model: Path) -> None:
             file = Path(directory) / f"{name}.gguf"
             to_gguf(open_source(model), file, type_named(name), lambda _: None)
             row(name, "Wherry", file, prompts, peer(file, prompts))
+        to_gguf(open_source(model), Path(directory) / "parts" / "p.gguf", type_named("F32"), lambda _: None, PART)
+        first = min((Path(directory) / "parts").iterdir())
+        row("F32 in several files", "Wherry", first, prompts, peer(first, prompts))
         for name, file_type in THEIRS.items():
             file = Path(directory) / f"theirs-{name}.gguf"
             theirs = peer(Path(directory) / "F32.gguf", prompts, quantize=[str(file), file_type])
@@ -77,7 +81,7 @@ def main(model: Path) -> None:
 
 def row(name: str, writer: str, file: Path, prompts: list[list[int]], theirs: list[list[int]]) -> None:
     """A line of the table about one file."""
-    plain = file.with_suffix(".float.gguf")
+    plain = file.with_suffix(".float")
     to_gguf(open_source(file), plain, type_named("F32"), lambda _: None)
     mine = asyncio.run(ours(file, prompts))
     blocks = asyncio.run(ours(file, prompts, "native"))

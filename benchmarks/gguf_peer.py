@@ -1,8 +1,8 @@
 """llama.cpp on a GGUF file, in its own environment (see `benchmarks.gguf_agreement`): JSON in, JSON out.
 
 stdin: {"file", "prompts": [[ids]], "new_tokens", "texts": [str]}; with "quantize": [to, file type] the file is first
-quantized by llama.cpp, and what came of it is used.
-stdout: {"answers": [[ids]], "ids": [[ids]]}, greedy continuations and how the texts are tokenized.
+quantized by llama.cpp, and what came of it is used; with "embed": true, vectors of the prompts are made instead.
+stdout: {"answers": [[ids]], "ids": [[ids]]}, greedy continuations (or vectors) and how the texts are tokenized.
 """
 
 import ctypes
@@ -15,15 +15,30 @@ import llama_cpp
 import numpy as np
 
 
-def decode(context: Any, batch: Any, tokens: list[int], start: int, vocab_size: int) -> int:
-    """Feeds tokens and returns the likeliest next one."""
+def fill(batch: Any, tokens: list[int], start: int) -> None:
+    """Puts tokens of one sequence into the batch, the first at a position."""
     batch.n_tokens = len(tokens)
     for i, token in enumerate(tokens):
         batch.token[i], batch.pos[i], batch.n_seq_id[i] = token, start + i, 1
         batch.seq_id[i][0], batch.logits[i] = 0, i == len(tokens) - 1
+
+
+def decode(context: Any, batch: Any, tokens: list[int], start: int, vocab_size: int) -> int:
+    """Feeds tokens and returns the likeliest next one."""
+    fill(batch, tokens, start)
     if code := llama_cpp.llama_decode(context, batch):
         raise SystemExit(f"llama_decode failed: {code}")
     return int(np.ctypeslib.as_array(llama_cpp.llama_get_logits_ith(context, -1), shape=(vocab_size,)).argmax())
+
+
+def embed(context: Any, batch: Any, tokens: list[int], width: int) -> list[float]:
+    """The vector of a text, as the file's own pooling makes it."""
+    fill(batch, tokens, 0)
+    for i in range(len(tokens)):
+        batch.logits[i] = True
+    if code := llama_cpp.llama_encode(context, batch):
+        raise SystemExit(f"llama_encode failed: {code}")
+    return [float(x) for x in np.ctypeslib.as_array(llama_cpp.llama_get_embeddings_seq(context, 0), shape=(width,))]
 
 
 def tokenize(vocab: Any, text: str) -> list[int]:
@@ -60,9 +75,14 @@ def main() -> None:
     params.n_ctx, params.n_threads, params.n_threads_batch = 1024, 1, 1
     params.type_k = params.type_v = llama_cpp.GGML_TYPE_F32
     params.flash_attn_type = llama_cpp.LLAMA_FLASH_ATTN_TYPE_DISABLED
-    answers = []
+    params.embeddings = bool(job.get("embed"))
+    answers: list[Any] = []
     for prompt in job["prompts"]:
         context = llama_cpp.llama_init_from_model(model, params)
+        if params.embeddings:
+            answers.append(embed(context, batch, prompt, llama_cpp.llama_model_n_embd(model)))
+            llama_cpp.llama_free(context)
+            continue
         tokens = [decode(context, batch, prompt, 0, size)]
         while len(tokens) < job["new_tokens"]:
             tokens.append(decode(context, batch, tokens[-1:], len(prompt) + len(tokens) - 1, size))

@@ -11,7 +11,7 @@ from types import ModuleType
 from typing import Any
 
 from wherry_runtime.attention.native import unsupported as not_native
-from wherry_runtime.formats.gguf.architectures import ARCHITECTURES, MIXTRAL
+from wherry_runtime.formats.gguf.architectures import EVERY
 from wherry_runtime.kernels.cuda.support import unsupported as not_cuda
 from wherry_runtime.kvcache.formats import FORMATS
 from wherry_runtime.loading.config import ModelConfig, build_config
@@ -87,8 +87,8 @@ Encoders turn texts into vectors, and are served by [`/v1/embeddings`](embedding
 holds each to transformers: the same vectors within 1e-4 in float32, texts of unequal lengths together. PyTorch computes
 them, on CPUs and GPUs; a replica has the whole model. `--quantization int8` and `int4` work with each.
 
-| architecture | also read, without its head | models | paper |
-|---|---|---|---|
+| architecture | also read, without its head | models | GGUF | paper |
+|---|---|---|---|---|
 """
 REFUSED = """
 ## What is refused
@@ -139,14 +139,14 @@ def _rows() -> Iterator[str]:
 
 def _gguf(architecture: str) -> str:
     """What GGUF files call it."""
-    return next((f"`{a.name}`" for a in (*ARCHITECTURES.values(), MIXTRAL) if architecture in a.models), "no")
+    return next((f"`{a.name}`" for a in EVERY if architecture in a.models), "no")
 
 
 def _encoder_rows() -> Iterator[str]:
     for module in _by_name(encoders=True):
         models, papers = _described(module)
         also = ", ".join(f"`{name}`" for name in module.FAMILY.also)
-        yield f"| `{module.FAMILY.architecture}` | {also} | {models} | {papers} |"
+        yield f"| `{module.FAMILY.architecture}` | {also} | {models} | {_gguf(module.FAMILY.architecture)} | {papers} |"
 
 
 def _short(reason: str) -> str:

@@ -22,6 +22,7 @@ _KINDS: dict[str, Kind] = {
 }
 # The same, where it is one word.
 _WORDS: dict[str, Kind] = {"cls": "cls", "mean": "mean", "max": "max", "lasttoken": "last"}
+_GGUF: dict[str, Kind] = {"cls": "cls", "mean": "mean", "last": "last"}
 # [texts, length, width] → [texts, width]
 _POOLED: dict[Kind, Callable[[torch.Tensor], torch.Tensor]] = {
     "cls": lambda rows: rows[:, 0],
@@ -65,17 +66,18 @@ class Pooling(msgspec.Struct, frozen=True, kw_only=True):
 
 def read_pooling(directory: Path, raw: dict[str, Any]) -> Pooling:
     """What the files say: `modules.json`, the pooling's `config.json`, `sentence_bert_config.json`; without these the
-    mean of all rows, normalized.
+    mean of all rows, normalized, or what a GGUF file says in place of it.
 
     Args:
-        raw: `config.json`, which says by `is_matryoshka` or `matryoshka_dimensions` what vectors may be cut to.
+        raw: `config.json`, which says by `is_matryoshka` or `matryoshka_dimensions` what vectors may be cut to, and by
+            `pooling_type`, where it is that of a GGUF file, what they are made of.
 
     Raises:
         ModelError: bad_json, bad_config, unsupported_module or unsupported_pooling.
     """
     shortened = _shortened(raw, directory)
     if not directory.is_dir() or not (directory / "modules.json").is_file():
-        return Pooling(shortened=shortened)
+        return Pooling(kind=_GGUF.get(str(raw.get("pooling_type")), "mean"), shortened=shortened)
     modules = _modules(directory / "modules.json")
     kind: Kind = "mean"
     if (path := modules.get("Pooling")) is not None:

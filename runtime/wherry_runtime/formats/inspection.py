@@ -8,9 +8,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from wherry_runtime.formats.conversion.gguf_files import CHECKSUMS as GGUF_CHECKSUMS
+from wherry_runtime.formats.conversion.gguf_files import LAYOUT, layout_of
 from wherry_runtime.formats.conversion.output import checksum_of
-from wherry_runtime.formats.conversion.to_gguf import CHECKSUMS as GGUF_CHECKSUMS
-from wherry_runtime.formats.conversion.to_gguf import LAYOUT, layout_of
 from wherry_runtime.formats.conversion.to_safetensors import CHECKSUMS
 from wherry_runtime.formats.detect import gguf_files, kind_of
 from wherry_runtime.formats.gguf.cursor import Value

@@ -20,7 +20,7 @@ from wherry_runtime.quantization.formats import Format, joined, padded_inputs
 from wherry_runtime.quantization.packed import Rows
 from wherry_runtime.quantization.super_blocks import SuperBlocks
 
-_PLAIN = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+_PLAIN = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "U8": torch.uint8}
 
 
 def raw_config(path: Path) -> tuple[dict[str, Any], Path]:
@@ -114,14 +114,14 @@ class GGUFCheckpoint:
         """Each matrix, without `.weight`, whose blocks one of the engine's formats holds exactly."""
         return {
             name.removesuffix(".weight"): HELD[info.type.name]
-            for name, info in self.model.names().items()
+            for name, info in self.model.names.items()
             if info.type.name in HELD and len(info.shape) == 2 and name.endswith(".weight")
         }
 
     def describe(self, held: Mapping[str, Format], dtype: torch.dtype) -> str:
         """One line: which types are held how."""
         counts: Counter[str] = Counter()
-        for name, info in self.model.names().items():
+        for name, info in self.model.names.items():
             if len(info.shape) < 2 or info.type.name in _PLAIN:
                 continue
             format_ = held.get(name.removesuffix(".weight"))

@@ -28,6 +28,7 @@ _DEEPSEEK_V3 = (
     ),
 )
 _DEFAULT = (r"[\p{P}\$\+<=>\^~\|]+", _GPT2, r"\p{N}+", "[0-9][0-9][0-9]")
+_BLOOM = r" ?[^(\s|[.,!?…。，、।۔،])]+"
 _FALCON = (r"[\p{P}\$\+<=>\^~\|`]+", _GPT2, "[0-9][0-9][0-9]")
 
 
@@ -56,6 +57,7 @@ PRE_TOKENIZERS = {
     "gpt-4o": PreTokenizer((_GPT4O,)),
     "deepseek-v3": PreTokenizer(_DEEPSEEK_V3),
     "falcon": PreTokenizer(_FALCON),
+    "bloom": PreTokenizer((_BLOOM,)),
 }
 _ALIASES = {
     "gpt-2": ("phi-2", "olmo", "mpt", "jais", "trillion", "modern-bert", "mellum"),
@@ -64,6 +66,7 @@ _ALIASES = {
     "smaug-bpe": ("dbrx", "chatglm-bpe", "glm4"),
     "starcoder": ("refact", "command-r", "smollm", "codeshell", "exaone"),
     "gpt-4o": ("llama4",),
+    "bloom": ("poro-chat", "gpt3-finnish"),
 }
 _BY_NAME = PRE_TOKENIZERS | {alias: PRE_TOKENIZERS[name] for name, names in _ALIASES.items() for alias in names}
 

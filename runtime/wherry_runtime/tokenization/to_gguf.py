@@ -8,8 +8,17 @@ import numpy as np
 
 from wherry_runtime.loading.config import read_json, token_ids
 from wherry_runtime.loading.errors import ModelError
+from wherry_runtime.tokenization import wordpiece
 from wherry_runtime.tokenization.chat_template import find_template
-from wherry_runtime.tokenization.gguf import ORIGINAL, PREFIX, TEMPLATE, Metadata
+from wherry_runtime.tokenization.gguf import (
+    LOWERCASE,
+    ORIGINAL,
+    PREFIX,
+    ROLES,
+    STRIP_ACCENTS,
+    TEMPLATE,
+    Metadata,
+)
 from wherry_runtime.tokenization.pieces import (
     BYTE,
     CONTROL,
@@ -22,8 +31,6 @@ from wherry_runtime.tokenization.pieces import (
 )
 from wherry_runtime.tokenization.pre_tokenizers import name_of
 from wherry_runtime.tokenization.sources import sentencepiece_vocabulary
-
-_ROLES = {"bos_token": "bos", "eos_token": "eos", "unk_token": "unknown", "pad_token": "padding"}
 
 
 def tokenizer_metadata(directory: Path, config: dict[str, Any]) -> Metadata:
@@ -59,7 +66,7 @@ def tokenizer_metadata(directory: Path, config: dict[str, Any]) -> Metadata:
 def _roles(directory: Path, config: dict[str, Any], settings: dict[str, Any], tokens: list[str]) -> Metadata:
     ids = {token: i for i, token in enumerate(tokens)}
     found: dict[str, int] = {}
-    for name, role in _ROLES.items():
+    for name, role in ROLES.items():
         token = settings.get(name)
         token = token.get("content") if isinstance(token, dict) else token
         if token in ids:
@@ -79,8 +86,12 @@ def _roles(directory: Path, config: dict[str, Any], settings: dict[str, Any], to
 
 def _from_json(description: dict[str, Any], count: int) -> Metadata:
     model = description["model"]
+    if model["type"] == "WordPiece":
+        return _from_wordpiece(description, count)
     if model["type"] != "BPE":
-        raise ModelError("unsupported_tokenizer", f"{model['type']} tokenizers are not written to GGUF; BPE ones are")
+        raise ModelError(
+            "unsupported_tokenizer", f"{model['type']} tokenizers are not written to GGUF; BPE and WordPiece ones are"
+        )
     tokens, kinds = _tokens(description, count)
     merges = [m.split(" ", 1) if isinstance(m, str) else list(m) for m in model["merges"]]
     common: Metadata = {f"{PREFIX}tokens": tokens, **_added(*_around(description.get("post_processor")))}
@@ -107,6 +118,27 @@ def _from_json(description: dict[str, Any], count: int) -> Metadata:
     }
 
 
+def _from_wordpiece(description: dict[str, Any], count: int) -> Metadata:
+    tokens, kinds = _tokens(description, count)
+    lowercase, strip_accents = wordpiece.normalization(description)
+    begin, end = _around(description.get("post_processor"))
+    ids = {token: i for i, token in enumerate(tokens)}
+    # Both names of what goes before a text: llama.cpp came to use the other.
+    named = {"cls": begin, "bos": begin, "seperator": end, "unknown": ids[description["model"]["unk_token"]]}
+    named |= {"padding": ids.get("[PAD]"), "mask": ids.get("[MASK]")}
+    return {
+        f"{PREFIX}model": "bert",
+        f"{PREFIX}pre": "default",
+        f"{PREFIX}tokens": wordpiece.to_gguf(tokens, kinds),
+        f"{PREFIX}token_type": np.array(kinds, np.int32),
+        f"{PREFIX}{LOWERCASE}": lowercase,
+        f"{PREFIX}{STRIP_ACCENTS}": strip_accents,
+        f"{PREFIX}add_bos_token": begin is not None,
+        f"{PREFIX}add_sep_token": end is not None,
+        **{f"{PREFIX}{role}_token_id": i for role, i in named.items() if i is not None},
+    }
+
+
 def _tokens(description: dict[str, Any], count: int) -> tuple[list[str], list[int]]:
     """Texts and kinds of `count` tokens; ids that the tokenizer does not have are unused."""
     texts = {i: text for text, i in description["model"]["vocab"].items()}
@@ -126,6 +158,8 @@ def _around(processor: dict[str, Any] | None) -> tuple[int | None, int | None]:
             single, ids = step["single"], {name: token["ids"][0] for name, token in step["special_tokens"].items()}
             first, last = (ids.get(part.get("SpecialToken", {}).get("id")) for part in (single[0], single[-1]))
             return first, last
+        if step.get("type") == "BertProcessing":
+            return int(step["cls"][1]), int(step["sep"][1])
     return None, None
 
 

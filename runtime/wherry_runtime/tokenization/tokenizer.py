@@ -38,7 +38,9 @@ class Tokenizer:
             self._fast = FastTokenizer.from_str(source.text())
         except ModelError:
             raise
-        except Exception as e:  # tokenizers raises plain Exception
+        except BaseException as e:  # tokenizers raises plain Exception, and its panics are of no kind of that
+            if not isinstance(e, Exception) and type(e).__name__ != "PanicException":
+                raise
             raise ModelError("bad_tokenizer", f"{source.path}: not a tokenizer: {e}") from e
         self._fast.no_truncation()
         self._fast.no_padding()

@@ -25,7 +25,7 @@ from wherry_cli.main import app
 from wherry_protocol.worker import ChatMessage, Prompt
 from wherry_runtime.formats.conversion.source import Source, SourceTensor, open_source
 from wherry_runtime.formats.conversion.to_gguf import to_gguf
-from wherry_runtime.formats.gguf.architectures import rows_from_neighbours, rows_to_neighbours
+from wherry_runtime.formats.gguf.changes import rows_from_neighbours, rows_to_neighbours
 from wherry_runtime.formats.gguf.model import GGUFModel
 from wherry_runtime.formats.gguf.reader import GGUFFile
 from wherry_runtime.formats.gguf.rope import inverse_frequencies, llama3_scaling
@@ -188,6 +188,38 @@ def test_a_split_model_loads(tmp_path: Path, tiny_gguf: Path) -> None:
         read_config(tmp_path)
 
 
+def test_a_model_is_split_as_it_is_written(tmp_path: Path, tiny_gguf: Path) -> None:
+    """gguf-py reads each part, and the parts are the model, bit for bit."""
+    done("convert", TINY, tmp_path / "parts" / "t.gguf", "--split-size", "5M")
+    files = sorted((tmp_path / "parts").iterdir())
+    assert [file.name for file in files] == [f"t-{i:05d}-of-00004.gguf" for i in range(1, 5)]
+    names = []
+    for number, file in enumerate(files):
+        reader = gguf.GGUFReader(file)
+        fields = [reader.fields[key] for key in ("split.no", "split.count", "split.tensors.count")]
+        kinds = gguf.GGUFValueType
+        assert [(f.contents(), f.types) for f in fields] == [
+            (number, [kinds.UINT16]), (4, [kinds.UINT16]), (74, [kinds.INT32]),
+        ]  # fmt: skip
+        assert sum(t.n_bytes for t in reader.tensors) <= 5_000_000
+        assert ("llama.block_count" in reader.fields) == (number == 0)
+        names += [t.name for t in reader.tensors]
+    assert names == [t.name for t in gguf.GGUFReader(tiny_gguf).tensors]
+    wanted = load_file(TINY / "model.safetensors")
+    for start in (files[0], files[2], tmp_path / "parts"):
+        found = dict(iterate_tensors(start))
+        assert found.keys() == wanted.keys()
+        assert all(torch.equal(found[k].float(), wanted[k].float()) for k in found)
+    assert "checksums hold" in done("verify", tmp_path / "parts")
+    done("convert", tmp_path / "parts", tmp_path / "whole.gguf", "--split-size", "1G")
+    done("convert", tiny_gguf, tmp_path / "again.gguf")
+    assert (tmp_path / "whole.gguf").read_bytes() == (tmp_path / "again.gguf").read_bytes()
+    result = wherry("convert", TINY, tmp_path / "parts" / "t.gguf", "--split-size", "5M")
+    assert result.exit_code == 1
+    assert "target_exists" in result.output
+    assert sorted((tmp_path / "parts").iterdir()) == files
+
+
 def test_checksums_tell_what_a_header_cannot(tmp_path: Path, tiny_gguf: Path) -> None:
     done("convert", tiny_gguf, tmp_path / "dir")
     for path in (Path(shutil.copy(tiny_gguf, tmp_path / "t.gguf")), tmp_path / "dir" / "model.safetensors"):
@@ -255,6 +287,8 @@ REFUSED: dict[str, tuple[list[str], str]] = {
     "a type that is read only": ([str(TINY), "out.gguf", "--type", "IQ2_XS"], "unknown_type"),
     "a block type in safetensors": ([str(TINY), "out", "--type", "Q4_0"], "unknown_type"),
     "no such format": ([str(TINY), "out", "--to", "onnx"], "unknown_format"),
+    "a size that is none": ([str(TINY), "out.gguf", "--split-size", "4 GB"], "bad_size"),
+    "parts of safetensors": ([str(TINY), "out", "--split-size", "4G"], "bad_size"),
     "what is there": ([str(TINY), "."], "target_exists"),
 }
 

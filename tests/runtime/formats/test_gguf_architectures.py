@@ -1,5 +1,6 @@
 """Every architecture through GGUF and back. That llama.cpp computes the same: `benchmarks/gguf_architectures.py`."""
 
+import re
 from pathlib import Path
 
 import gguf
@@ -10,7 +11,7 @@ from tests.runtime.random_models import Case
 
 from wherry_runtime.formats.conversion.source import open_source
 from wherry_runtime.formats.conversion.to_gguf import to_gguf
-from wherry_runtime.formats.gguf.architectures import ARCHITECTURES, MIXTRAL
+from wherry_runtime.formats.gguf.architectures import EVERY
 from wherry_runtime.formats.gguf.reader import GGUFFile
 from wherry_runtime.formats.gguf.types import type_named
 from wherry_runtime.loading.checkpoint import iterate_tensors
@@ -33,18 +34,19 @@ def test_there_is_a_model_of_each(tmp_path: Path) -> None:
     for case in MODELS:
         case.build(tmp_path / case.name)
         written.add(read_config(tmp_path / case.name).architecture)
-    assert written == {a.models[0] for a in (*ARCHITECTURES.values(), MIXTRAL)}
+    assert written == {a.models[0] for a in EVERY}
 
 
 @pytest.mark.parametrize("case", MODELS, ids=lambda c: c.name)
 def test_through_gguf_and_back(tmp_path: Path, case: Case) -> None:
     file = write(case, tmp_path)
     ours, theirs = dict(iterate_tensors(file)), dict(iterate_tensors(tmp_path / "source"))
-    assert ours.keys() == theirs.keys() - {"lm_head.weight"} or ours.keys() == theirs.keys()
+    assert theirs.keys() - ours.keys() <= {"lm_head.weight", "pooler.dense.weight", "pooler.dense.bias"}
+    assert ours.keys() <= theirs.keys()
     for name, tensor in ours.items():
         assert tensor.shape == theirs[name].shape
-        # One is added to the norms of some, which takes float32's last bits.
-        near = 2e-7 if "norm" in name and case.name.startswith("gemma") else 0
+        # One is added to the norms of some, and a logarithm is taken, which takes float32's last bits.
+        near = 2e-7 if ("norm" in name and case.name.startswith("gemma")) or name.endswith("A_log") else 0
         torch.testing.assert_close(tensor.float(), theirs[name].float(), rtol=0, atol=near)
     read, wanted = read_config(file), read_config(tmp_path / "source")
     for field in set(wanted.__struct_fields__) - UNSAID - {"rope"}:
@@ -63,7 +65,7 @@ def test_tensors_are_named_as_gguf_py_has_them(tmp_path: Path, case: Case) -> No
     architecture = next(a for a, known in gguf.MODEL_ARCH_NAMES.items() if known == name)
     patterns = {gguf.TENSOR_NAMES[t] for t in gguf.MODEL_TENSORS[architecture]}
     for tensor in header.tensors:
-        stem = tensor.rpartition(".")[0]
+        stem = re.sub(r"\.(weight|bias)$", "", tensor)
         parts = stem.split(".")
         pattern = stem if parts[0] != "blk" else ".".join(["blk", "{bid}", *parts[2:]])
         assert pattern in patterns, tensor
@@ -91,7 +93,6 @@ REFUSED = [
     ),
     (Case("qwen2-moe", "Qwen2Moe", {**MOE, "norm_topk_prob": True}), "norm_topk_prob True"),
     (Case("qwen2-moe", "Qwen2Moe", {**MOE, "decoder_sparse_step": 2}), "experts in some of the layers only"),
-    (Case("gpt2", "GPT2", model="GPT2LMHeadModel", unknown=("intermediate_size", "num_key_value_heads")), "Known: "),
 ]
 
 

@@ -125,8 +125,11 @@ def test_the_sample_models_tokenizer_through_gguf(tmp_path: Path, carried: bool)
 # What those families' own tokenizer.json have.
 GPT2 = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
 STARCODER = pre_tokenizers.Sequence([pre_tokenizers.Digits(individual_digits=True), GPT2])
+UNSPLIT = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+BLOOM = pre_tokenizers.Split(Regex(r" ?[^(\s|[.,!?…。，、।۔،])]+"), "isolated")
 ORIGINALS: dict[str, tuple[Any, bool]] = {
     "gpt-2": (GPT2, False),
+    "bloom": (pre_tokenizers.Sequence([BLOOM, UNSPLIT]), False),
     "starcoder": (STARCODER, False),
     "llama-bpe": (
         pre_tokenizers.Sequence(
@@ -138,7 +141,7 @@ ORIGINALS: dict[str, tuple[Any, bool]] = {
                     ),
                     "isolated",
                 ),
-                pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+                UNSPLIT,
             ]
         ),
         True,
@@ -197,7 +200,7 @@ def bpe(**changes: Value | None) -> dict[str, Value]:
 BAD: dict[str, tuple[dict[str, Value], str, str]] = {
     "no vocabulary": (bpe(tokens=None), "missing_tokenizer", "no vocabulary"),
     "none": (bpe(model="none"), "missing_tokenizer", "no vocabulary"),
-    "another model": (bpe(model="t5"), "unsupported_tokenizer", "'t5'"),
+    "another model": (bpe(model="rwkv"), "unsupported_tokenizer", "'rwkv'"),
     "an unknown pre-tokenizer": (bpe(pre="llama-bpee"), "unknown_pre_tokenizer", "nearest is llama-bpe"),
     "no merges": (bpe(merges=None), "bad_tokenizer", "merges"),
     "merges of no tokens": (bpe(merges=["a c"]), "bad_tokenizer", "merges"),

@@ -9,10 +9,10 @@ import numpy as np
 import numpy.typing as npt
 
 from wherry_runtime.formats.detect import gguf_files
-from wherry_runtime.formats.gguf.architectures import Config
 from wherry_runtime.formats.gguf.cursor import Value
+from wherry_runtime.formats.gguf.fields import Config
 from wherry_runtime.formats.gguf.model import GGUFModel
-from wherry_runtime.formats.gguf.types import BY_NAME, GGMLType
+from wherry_runtime.formats.gguf.types import BY_NAME, BYTES, GGMLType
 from wherry_runtime.formats.safetensors.reader import SafetensorsFile
 from wherry_runtime.formats.safetensors.shards import IGNORED, indexed_files, safetensors_files
 from wherry_runtime.loading.config import read_json
@@ -86,6 +86,8 @@ def _not_empty(path: Path, tensors: Iterator[SourceTensor]) -> list[SourceTensor
 
 
 def _type(name: str, dtype: str) -> GGMLType:
+    if dtype == BYTES.name:
+        return BYTES
     if dtype not in BY_NAME:
         raise ModelError("unsupported_dtype", f"tensor {name}: {dtype} is not converted")
     return BY_NAME[dtype]
@@ -94,8 +96,8 @@ def _type(name: str, dtype: str) -> GGMLType:
 def _gguf(path: Path, files: list[Path]) -> Source:
     model = GGUFModel.open(files)
     tensors = [
-        SourceTensor(name, info.shape, info.type, lambda name=name: model.read(name).raw)  # type: ignore[misc]
-        for name, info in model.names().items()
+        SourceTensor(name, part.shape, part.type, lambda name=name: model.read(name).raw)  # type: ignore[misc]
+        for name, part in model.names.items()
     ]
     return Source(path, model.config, tensors, model.metadata)
 

@@ -11,7 +11,7 @@ from wherry_runtime.formats.conversion.output import Progress, appearing, conver
 from wherry_runtime.formats.conversion.source import Source, SourceTensor
 from wherry_runtime.formats.gguf.blocks import dequantized_pieces
 from wherry_runtime.formats.gguf.blocks.encode import encode
-from wherry_runtime.formats.gguf.types import BY_NAME, GGMLType
+from wherry_runtime.formats.gguf.types import BY_NAME, BYTES, GGMLType
 from wherry_runtime.formats.safetensors.reader import TensorInfo
 from wherry_runtime.formats.safetensors.shards import SINGLE
 from wherry_runtime.formats.safetensors.writer import encoded_header
@@ -68,6 +68,8 @@ def _metadata(infos: list[TensorInfo], sums: list[str]) -> dict[str, str]:
 
 def _target_type(source: Source, tensor: SourceTensor, wanted: GGMLType | None) -> GGMLType:
     if wanted is not None:
+        if tensor.type == BYTES:
+            raise ModelError("unsupported_dtype", f"{tensor.name}: is packed and stays so; leave out --type")
         return wanted if tensor.type.name not in ("I8", "I16", "I32", "I64") else tensor.type
     if tensor.type.block > 1:
         return BY_NAME["BF16"]

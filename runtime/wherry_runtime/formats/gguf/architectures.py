@@ -1,18 +1,24 @@
-"""The architectures of GGUF files, and what a checkpoint calls their tensors. Names and meanings: llama.cpp's
-gguf-py/gguf/constants.py and src/llama-model.cpp. What they are configured with is in `config`."""
+"""The architectures of GGUF files. Names and meanings: llama.cpp's gguf-py/gguf/constants.py and src/models. What a
+checkpoint calls their tensors is in `names`, what they are configured with in `config` and `particular`."""
 
 import difflib
-import re
-from typing import Any, NamedTuple
+from collections.abc import Callable, Container, Mapping
+from typing import NamedTuple
 
-import numpy as np
-
-from wherry_runtime.formats.gguf.cursor import Value
-from wherry_runtime.formats.gguf.reader import TensorInfo
+from wherry_runtime.formats.gguf import particular
+from wherry_runtime.formats.gguf.changes import (
+    COLUMN,
+    CONVOLUTION,
+    DECAY,
+    DECAY_COLUMN,
+    Change,
+    Turned,
+    in_groups,
+    ungrouped,
+)
+from wherry_runtime.formats.gguf.fields import Config, Fields, Metadata
+from wherry_runtime.formats.gguf.particular import Particular
 from wherry_runtime.loading.errors import ModelError
-
-Metadata = dict[str, Value]
-Config = dict[str, Any]
 
 
 class Experts(NamedTuple):
@@ -24,6 +30,8 @@ class Experts(NamedTuple):
         inner: field of config.json with an expert's width; None: the MLP's.
         normalized: whether llama.cpp makes the chosen experts' weights sum to one.
         shared: whether there is one for every token.
+        router: in the module.
+        fused: all of a layer are in one tensor; see `fused_experts`.
     """
 
     module: str = "mlp"
@@ -33,6 +41,8 @@ class Experts(NamedTuple):
     inner: str | None = "moe_intermediate_size"
     normalized: bool = True
     shared: bool = False
+    router: str = "gate"
+    fused: bool = False
 
 
 class Architecture(NamedTuple):
@@ -43,7 +53,9 @@ class Architecture(NamedTuple):
         models: what config.json calls it, the usual one first.
         model_type: of config.json.
         neighbours: rotary dimensions i and i + n/2 of a head of queries and keys lie side by side in GGUF.
-        names: of a layer's modules, in GGUF and in a checkpoint, where they are not as in most.
+        names: of a layer's modules, in GGUF and in a checkpoint, where they are not as in most; all of them, where
+            `layers` is not, either.
+        whole: names of a layer's tensors, `weight` or `bias` included, that a checkpoint has none of these for.
         activation: `hidden_act`
         offset: added to the weights of norms in GGUF.
         period: of every so many layers all but the last have the window; 0: all of them have it.
@@ -54,6 +66,14 @@ class Architecture(NamedTuple):
         outside: modules beside the layers, where they are not as in most.
         tied: the head is always the embedding.
         experts: None: it never has any.
+        layers: what a checkpoint calls them.
+        prefix: that some checkpoints have before names, or leave out.
+        dropped: beginnings of names of what GGUF has no use for.
+        changes: tensors (of layers by their names in them) that lie otherwise in GGUF; of which some depend on the
+            configuration.
+        rotary: whether there are rotary embeddings.
+        attention: whether there is any.
+        own: what of its configuration only it has.
     """
 
     name: str
@@ -71,6 +91,14 @@ class Architecture(NamedTuple):
     outside: dict[str, str] = {}  # noqa: RUF012
     tied: bool = False
     experts: Experts | None = None
+    layers: str = "model.layers"
+    prefix: str = ""
+    whole: dict[str, str] = {}  # noqa: RUF012
+    dropped: tuple[str, ...] = ()
+    changes: Mapping[str, Change | Callable[[Config], Change]] = {}
+    rotary: bool = True
+    attention: bool = True
+    own: Particular = Particular()
 
 
 _AROUND = {
@@ -90,6 +118,30 @@ _FACTORS: dict[str, tuple[str, float | None]] = {
     "logit_scale": ("logits_scaling", 1.0),
 }
 _LAYER_NORM = ("layer_norm_epsilon", "layer_norm_eps")
+_FUSED = {"attn_qkv.weight": ungrouped, "attn_qkv.bias": ungrouped}
+_TWO_NORMS = {"attn_norm": "ln_mlp", "attn_norm_2": "ln_attn"}
+_GPT2 = {
+    "attn_norm": "ln_1", "attn_qkv": "attn.c_attn", "attn_output": "attn.c_proj",
+    "ffn_norm": "ln_2", "ffn_up": "mlp.c_fc", "ffn_down": "mlp.c_proj",
+}  # fmt: skip
+_DENSE = {"ffn_up": "mlp.dense_h_to_4h", "ffn_down": "mlp.dense_4h_to_h"}
+_NEOX = {
+    "attn_norm": "input_layernorm", "attn_qkv": "attention.query_key_value", "attn_output": "attention.dense",
+    "ffn_norm": "post_attention_layernorm", **_DENSE,
+}  # fmt: skip
+_BLOOM = {
+    "attn_norm": "input_layernorm", "attn_qkv": "self_attention.query_key_value",
+    "attn_output": "self_attention.dense", "ffn_norm": "post_attention_layernorm", **_DENSE,
+}  # fmt: skip
+_BERT = {
+    "attn_q": "attention.self.query", "attn_k": "attention.self.key", "attn_v": "attention.self.value",
+    "attn_output": "attention.output.dense", "attn_output_norm": "attention.output.LayerNorm",
+    "ffn_up": "intermediate.dense", "ffn_down": "output.dense", "layer_output_norm": "output.LayerNorm",
+}  # fmt: skip
+_MAMBA = {
+    "attn_norm": "norm", "ssm_in": "mixer.in_proj", "ssm_conv1d": "mixer.conv1d", "ssm_out": "mixer.out_proj",
+}  # fmt: skip
+_BACKBONE = {"token_embd": "backbone.embeddings", "output_norm": "backbone.norm_f"}
 ARCHITECTURES = {
     a.name: a
     for a in (
@@ -118,7 +170,10 @@ ARCHITECTURES = {
             *("command-r", ("CohereForCausalLM",), "cohere"),
             numbers={"logit_scale": ("logit_scale", 0.0625)}, eps=_LAYER_NORM, tied=True,
         ),
-        Architecture("stablelm", ("StableLmForCausalLM",), "stablelm", eps=_LAYER_NORM, partial=0.25),
+        Architecture(
+            *("stablelm", ("StableLmForCausalLM",), "stablelm"),
+            eps=_LAYER_NORM, partial=0.25, own=particular.STABLELM,
+        ),
         Architecture(
             *("phi2", ("PhiForCausalLM",), "phi"),
             names={"attn_output": "self_attn.dense", "ffn_up": "mlp.fc1", "ffn_down": "mlp.fc2"},
@@ -132,6 +187,69 @@ ARCHITECTURES = {
             *("olmo2", ("Olmo2ForCausalLM",), "olmo2"),
             names={"post_attention_norm": "post_attention_layernorm", "post_ffw_norm": "post_feedforward_layernorm"},
         ),
+        Architecture(
+            *("gpt-oss", ("GptOssForCausalLM",), "gpt_oss"),
+            names={"post_attention_norm": "post_attention_layernorm"}, whole={"attn_sinks.weight": "self_attn.sinks"},
+            period=2, head_dim=64, experts=Experts(inner=None, router="router", fused=True), own=particular.GPT_OSS,
+        ),
+        Architecture(
+            *("gpt2", ("GPT2LMHeadModel",), "gpt2"),
+            names=_GPT2, activation="gelu_new", eps=("layer_norm_epsilon", "layer_norm_epsilon"), rotary=False,
+            outside={"token_embd": "transformer.wte", "position_embd": "transformer.wpe",
+                     "output_norm": "transformer.ln_f"},
+            layers="transformer.h", prefix="transformer.", own=particular.GPT2,
+            changes=dict.fromkeys((f"{name}.weight" for name in ("attn_qkv", "attn_output", "ffn_up", "ffn_down")),
+                                  Turned()),
+        ),
+        Architecture(
+            *("gptneox", ("GPTNeoXForCausalLM",), "gpt_neox"),
+            names=_NEOX, activation="gelu", eps=_LAYER_NORM, partial=0.25, changes=_FUSED, own=particular.GPT_NEOX,
+            outside={"token_embd": "gpt_neox.embed_in", "output_norm": "gpt_neox.final_layer_norm",
+                     "output": "embed_out"},
+            layers="gpt_neox.layers",
+        ),
+        Architecture(
+            *("falcon", ("FalconForCausalLM",), "falcon"),
+            names={name: theirs for name, theirs in _BLOOM.items() if name != "ffn_norm"}, activation="gelu",
+            eps=("layer_norm_epsilon", "layer_norm_epsilon"), changes=_FUSED, own=particular.FALCON,
+            outside={"token_embd": "transformer.word_embeddings", "output_norm": "transformer.ln_f"},
+            layers="transformer.h", prefix="transformer.",
+        ),
+        Architecture(
+            *("bloom", ("BloomForCausalLM",), "bloom"),
+            names=_BLOOM, activation="gelu_pytorch_tanh", eps=("layer_norm_epsilon", "layer_norm_epsilon"),
+            rotary=False, changes=_FUSED, own=particular.BLOOM,
+            outside={"token_embd": "transformer.word_embeddings", "output_norm": "transformer.ln_f",
+                     "token_embd_norm": "transformer.word_embeddings_layernorm"},
+            layers="transformer.h", prefix="transformer.",
+        ),
+        Architecture(
+            *("mamba", ("MambaForCausalLM",), "mamba"),
+            names={**_MAMBA, "ssm_x": "mixer.x_proj", "ssm_dt": "mixer.dt_proj"},
+            whole={"ssm_a": "mixer.A_log", "ssm_d": "mixer.D"}, outside=_BACKBONE, layers="backbone.layers",
+            eps=("layer_norm_rms_epsilon", "layer_norm_epsilon"), rotary=False, attention=False, own=particular.MAMBA,
+            changes={"ssm_a": DECAY, "ssm_conv1d.weight": CONVOLUTION},
+        ),
+        Architecture(
+            *("mamba2", ("Mamba2ForCausalLM",), "mamba2"),
+            names={**_MAMBA, "ssm_norm": "mixer.norm"}, outside=_BACKBONE, layers="backbone.layers",
+            whole={"ssm_a": "mixer.A_log", "ssm_d": "mixer.D", "ssm_dt.bias": "mixer.dt_bias"},
+            eps=("layer_norm_rms_epsilon", "layer_norm_epsilon"), rotary=False, attention=False, own=particular.MAMBA2,
+            changes={"ssm_a": DECAY_COLUMN, "ssm_d": COLUMN, "ssm_conv1d.weight": CONVOLUTION,
+                     "ssm_norm.weight": in_groups},
+        ),
+        Architecture(
+            *("bitnet", ("BitNetForCausalLM",), "bitnet"),
+            names={"attn_sub_norm": "self_attn.attn_sub_norm", "ffn_sub_norm": "mlp.ffn_sub_norm"}, tied=True,
+            own=particular.BITNET,
+        ),
+        Architecture(
+            *("bert", ("BertModel",), "bert"),
+            names=_BERT, activation="gelu", eps=_LAYER_NORM, rotary=False, layers="encoder.layer", prefix="bert.",
+            outside={"token_embd": "embeddings.word_embeddings", "token_types": "embeddings.token_type_embeddings",
+                     "position_embd": "embeddings.position_embeddings", "token_embd_norm": "embeddings.LayerNorm"},
+            dropped=("pooler.", "cls.", "embeddings.position_ids"), own=particular.BERT,
+        ),
     )
 }  # fmt: skip
 # Of Llama's architecture in GGUF, too.
@@ -140,38 +258,37 @@ MIXTRAL = Architecture(
     neighbours=True,
     experts=Experts("block_sparse_moe", "w1", "w3", "w2", inner=None),
 )
-_OUTSIDE = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"}
-_INSIDE = {
-    "attn_norm": "input_layernorm",
-    "attn_q": "self_attn.q_proj",
-    "attn_k": "self_attn.k_proj",
-    "attn_v": "self_attn.v_proj",
-    "attn_output": "self_attn.o_proj",
-    "attn_q_norm": "self_attn.q_norm",
-    "attn_k_norm": "self_attn.k_norm",
-    "ffn_norm": "post_attention_layernorm",
-    "ffn_gate": "mlp.gate_proj",
-    "ffn_up": "mlp.up_proj",
-    "ffn_down": "mlp.down_proj",
+# Of two norms in each layer, as Falcon 40B and 180B have them; of one name with Falcon 7B and 11B.
+TWO_NORMS = ARCHITECTURES["falcon"]._replace(
+    names={**ARCHITECTURES["falcon"].names, **_TWO_NORMS}, own=particular.FALCON_TWO_NORMS
+)
+EVERY = (*ARCHITECTURES.values(), MIXTRAL, TWO_NORMS)
+# Of what Wherry runs, and why it is not here.
+_NOT_IN_GGUF = {
+    "GPTJForCausalLM": "llama.cpp knows the name gptj and cannot compute it",
+    "OPTForCausalLM": "GGUF has no name for OPT",
+    "RwkvForCausalLM": "of RWKV, llama.cpp has versions 6 and 7, and Wherry 4",
+    "gptj": "llama.cpp knows its name and cannot compute it",
+    "bitnet-b1.58": "a type of Microsoft's own program that llama.cpp does not read; use its safetensors",
+    **dict.fromkeys(("rwkv6", "rwkv7"), "of RWKV, Wherry runs version 4"),
+    **dict.fromkeys(("RobertaModel", "XLMRobertaModel", "DistilBertModel"), "of encoders, BERT's are read and written"),
 }
-_LAYER = re.compile(r"blk\.(\d+)\.(\w+)\.(weight|bias)")
-_LAYER_BACK = re.compile(r"model\.layers\.(\d+)\.([\w.]+)\.(weight|bias)")
-_EXPERT = re.compile(r"(\w+)\.experts\.(\d+)\.(\w+)")
-# What frequencies are divided by, each [rotated / 2] float32: Llama 3's, and of long and short contexts.
-ROPE_FACTORS = "rope_freqs.weight"
-LONG_FACTORS, SHORT_FACTORS = "rope_factors_long.weight", "rope_factors_short.weight"
-FACTORS = (ROPE_FACTORS, LONG_FACTORS, SHORT_FACTORS)
 
 
-def architecture_of(metadata: Metadata) -> Architecture:
+def architecture_of(metadata: Metadata, tensors: Container[str] = ()) -> Architecture:
     """The one that a file is of.
+
+    Args:
+        tensors: their names, for architectures that are told by what there is.
 
     Raises:
         ModelError: unknown_architecture, with the known ones and the nearest.
     """
     name = str(metadata.get("general.architecture"))
-    if name == "llama" and metadata.get("llama.expert_count"):
+    if name == "llama" and Fields(metadata, name).get("expert_count", int, 0):
         return MIXTRAL
+    if name == "falcon" and "blk.0.attn_norm_2.weight" in tensors:
+        return TWO_NORMS
     return _known(name, ARCHITECTURES, "GGUF")
 
 
@@ -183,109 +300,30 @@ def architecture_for(config: Config) -> Architecture:
     """
     named = config.get("architectures")
     name = str(named[0]) if isinstance(named, list) and named else "none"
-    return _known(name, {model: a for a in (*ARCHITECTURES.values(), MIXTRAL) for model in a.models}, "config.json")
+    fitting = {model: a for a in EVERY if a.own.fits(config) for model in (*a.models, *a.own.also)}
+    return _known(name, fitting, "config.json")
+
+
+def common(architecture: Architecture, config: Config) -> Config:
+    """config.json by the names that most architectures have, with what this one's own names say.
+
+    Raises:
+        KeyError, TypeError or ValueError: it is odd.
+    """
+    own = {name: config[alias] for alias, name in architecture.own.aliases.items() if config.get(alias) is not None}
+    found = architecture.own.common({**config, **own})
+    if architecture.attention and found.get("num_key_value_heads") is None:
+        found["num_key_value_heads"] = found["num_attention_heads"]
+    return found
 
 
 def _known(name: str, known: dict[str, Architecture], where: str) -> Architecture:
     if name in known:
         return known[name]
+    if (reason := _NOT_IN_GGUF.get(name)) is not None:
+        raise ModelError("unknown_architecture", f"{where} architecture {name!r} is not converted: {reason}")
     near = difflib.get_close_matches(name, known, n=1)
     hint = f"; the nearest is {near[0]}" if near else ""
     raise ModelError(
         "unknown_architecture", f"{where} architecture {name!r} is not converted. Known: {', '.join(known)}{hint}"
     )
-
-
-def _modules(architecture: Architecture) -> dict[str, str]:
-    """A layer's modules: name in GGUF → in a checkpoint."""
-    found = {**_INSIDE, **architecture.names}
-    if (experts := architecture.experts) is not None:
-        found["ffn_gate_inp"] = f"{experts.module}.gate"
-        if experts.shared:
-            found |= {f"ffn_{part}_shexp": f"mlp.shared_expert.{part}_proj" for part in ("gate", "up", "down")}
-            found["ffn_gate_inp_shexp"] = "mlp.shared_expert_gate"
-    return found
-
-
-def _stacked(architecture: Architecture) -> dict[str, str]:
-    """Tensors of all experts of a layer in GGUF → what a checkpoint calls that matrix of an expert."""
-    experts = architecture.experts
-    if experts is None:
-        return {}
-    return {"ffn_gate_exps": experts.gate, "ffn_up_exps": experts.up, "ffn_down_exps": experts.down}
-
-
-def checkpoint_tensors(architecture: Architecture, info: TensorInfo) -> dict[str, TensorInfo]:
-    """`blk.3.ffn_up.weight` → `model.layers.3.mlp.up_proj.weight`; all experts' matrices, one by one; nothing for what
-    is part of the configuration.
-
-    Raises:
-        ModelError: unexpected_tensors.
-    """
-    if info.name in FACTORS:
-        return {}
-    stem, _, kind = info.name.rpartition(".")
-    if (outside := {**_OUTSIDE, **architecture.outside}.get(stem)) is not None:
-        return {f"{outside}.{kind}": info}
-    if match := _LAYER.fullmatch(info.name):
-        layer, module = f"model.layers.{match[1]}", match[2]
-        if module == "ffn_gate_inp_shexp" and len(info.shape) == 1:
-            info = info._replace(shape=(1, *info.shape))  # a gate's only row
-        if architecture.experts is not None and module in _stacked(architecture) and len(info.shape) == 3:
-            names = f"{layer}.{architecture.experts.module}.experts.{{}}.{_stacked(architecture)[module]}.{kind}"
-            return {names.format(i): part for i, part in enumerate(_parts(info))}
-        if (name := _modules(architecture).get(module)) is not None:
-            return {f"{layer}.{name}.{kind}": info}
-    raise ModelError("unexpected_tensors", f"tensor {info.name} has no place in the architectures that are known")
-
-
-def _parts(info: TensorInfo) -> list[TensorInfo]:
-    """What `info` is a stack of."""
-    size = info.nbytes // info.shape[0]
-    return [
-        info._replace(shape=info.shape[1:], offset=info.offset + i * size, nbytes=size) for i in range(info.shape[0])
-    ]
-
-
-def gguf_name(architecture: Architecture, name: str) -> tuple[str, int | None]:
-    """`model.layers.3.mlp.up_proj.weight` → `blk.3.ffn_up.weight`, and which of the stack there, if it is one.
-
-    Raises:
-        ModelError: unexpected_tensors.
-    """
-    stem, _, kind = name.rpartition(".")
-    outside = {theirs: ours for ours, theirs in {**_OUTSIDE, **architecture.outside}.items()}
-    if stem in outside:
-        return f"{outside[stem]}.{kind}", None
-    if match := _LAYER_BACK.fullmatch(name):
-        back = {theirs: ours for ours, theirs in _modules(architecture).items()}
-        if match[2] in back:
-            return f"blk.{match[1]}.{back[match[2]]}.{kind}", None
-        experts, parts = architecture.experts, {theirs: ours for ours, theirs in _stacked(architecture).items()}
-        expert = _EXPERT.fullmatch(match[2])
-        if experts is not None and expert is not None and expert[1] == experts.module and expert[3] in parts:
-            return f"blk.{match[1]}.{parts[expert[3]]}.{kind}", int(expert[2])
-    raise ModelError("unexpected_tensors", f"tensor {name} has no name in GGUF files of {architecture.name}")
-
-
-def norm_offset(architecture: Architecture, name: str) -> float:
-    """What GGUF has added to a tensor (by its GGUF name)."""
-    return architecture.offset if name.endswith("norm.weight") else 0.0
-
-
-def rotated_heads(architecture: Architecture, name: str, config: Config) -> int:
-    """The heads of a tensor (by its GGUF name) whose rows lie otherwise than in a checkpoint; 0: they do not."""
-    match = _LAYER.fullmatch(name)
-    if not architecture.neighbours or match is None or match[2] not in ("attn_q", "attn_k"):
-        return 0
-    return int(config["num_attention_heads" if match[2] == "attn_q" else "num_key_value_heads"])
-
-
-def rows_from_neighbours(rows: int, heads: int) -> np.ndarray[Any, np.dtype[np.int64]]:
-    """For each row of a checkpoint's q or k the row of GGUF's that it is: [rows]."""
-    return np.arange(rows).reshape(heads, rows // heads // 2, 2).swapaxes(1, 2).reshape(-1)
-
-
-def rows_to_neighbours(rows: int, heads: int) -> np.ndarray[Any, np.dtype[np.int64]]:
-    """For each row of GGUF's q or k the row of a checkpoint's that it is: [rows]."""
-    return np.arange(rows).reshape(heads, 2, rows // heads // 2).swapaxes(1, 2).reshape(-1)

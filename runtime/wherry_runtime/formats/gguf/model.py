@@ -2,27 +2,21 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
-from wherry_runtime.formats.gguf.architectures import (
-    FACTORS,
-    Architecture,
-    Config,
-    architecture_of,
-    checkpoint_tensors,
-    norm_offset,
-    rotated_heads,
-    rows_from_neighbours,
-)
+from wherry_runtime.formats.gguf.architectures import architecture_of
 from wherry_runtime.formats.gguf.blocks import dequantize
 from wherry_runtime.formats.gguf.config import config_of
 from wherry_runtime.formats.gguf.cursor import Value
+from wherry_runtime.formats.gguf.fields import Config
+from wherry_runtime.formats.gguf.names import FACTORS, Part, parts_of
 from wherry_runtime.formats.gguf.reader import GGUFFile, TensorInfo
-from wherry_runtime.formats.gguf.types import BY_NAME, GGMLType
+from wherry_runtime.formats.gguf.types import GGMLType
 from wherry_runtime.loading.errors import ModelError
 
 SPLIT_COUNT, SPLIT_TENSORS = "split.count", "split.tensors.count"
@@ -75,28 +69,22 @@ class GGUFModel:
             raise ModelError(e.code, f"{paths[0]}: {e.message}") from None
         return cls(files, metadata, infos, config)
 
-    def names(self) -> dict[str, TensorInfo]:
-        """Name in a checkpoint → tensor, or its part of one that has all experts', in the order of the files.
+    @cached_property
+    def names(self) -> dict[str, Part]:
+        """Name in a checkpoint → tensor, in the order of the files.
 
         Raises:
-            ModelError: unexpected_tensors.
+            ModelError: unexpected_tensors, missing_tensors or wrong_shape.
         """
-        found: dict[str, TensorInfo] = {}
-        for info in self.infos.values():
-            found |= checkpoint_tensors(self._architecture, info)
-        return found
-
-    @property
-    def _architecture(self) -> Architecture:
-        return architecture_of(self.metadata)
+        return parts_of(architecture_of(self.metadata, self.infos), self.infos, self.config)
 
     def tensors(self) -> Iterator[CheckpointTensor]:
         """Each tensor, in the order of the files.
 
         Raises:
-            ModelError: unexpected_tensors or wrong_shape.
+            ModelError: as `names`.
         """
-        return (self._read(name, info) for name, info in self.names().items())
+        return (self._read(name, part) for name, part in self.names.items())
 
     def read(self, name: str) -> CheckpointTensor:
         """The tensor that a checkpoint calls `name`.
@@ -105,21 +93,21 @@ class GGUFModel:
             ModelError: wrong_shape.
             KeyError: there is none.
         """
-        return self._read(name, self.names()[name])
+        return self._read(name, self.names[name])
 
-    def _read(self, name: str, info: TensorInfo) -> CheckpointTensor:
-        """`raw` is a view of the memory map, or a copy where rows change places or norms are of another kind."""
-        file = next(f for f in self.files if info.name in f.header.tensors)
-        raw = file.raw(info)
-        if added := norm_offset(self._architecture, info.name):
-            values = dequantize(raw, info.type) - np.float32(added)
-            return CheckpointTensor(name, info.shape, BY_NAME["F32"], values.view(np.uint8))
-        if heads := rotated_heads(self._architecture, info.name, self.config):
-            rows = info.shape[0] if info.shape else 1
-            if rows % (2 * heads):
-                raise ModelError("wrong_shape", f"{file.path}: {info.name}: {rows} rows of {heads} heads")
-            raw = raw.reshape(rows, -1)[rows_from_neighbours(rows, heads)].reshape(-1)
-        return CheckpointTensor(name, info.shape, info.type, raw)
+    def _read(self, name: str, part: Part) -> CheckpointTensor:
+        """`raw` is a view of the memory map, or a copy where it lies otherwise in a checkpoint."""
+        raws = [self._file(info).raw(info) for info in part.stored]
+        if part.fused is not None:
+            return CheckpointTensor(name, part.shape, part.type, part.fused(raws))
+        try:
+            raw = part.change.back(raws[0], part.shape, part.stored[0].type)
+        except ModelError as e:
+            raise ModelError(e.code, f"{self.files[0].path}: {part.stored[0].name}: {e.message}") from None
+        return CheckpointTensor(name, part.shape, part.type, raw)
+
+    def _file(self, info: TensorInfo) -> GGUFFile:
+        return next(f for f in self.files if info.name in f.header.tensors)
 
 
 def _check_split(files: list[GGUFFile], num_tensors: int) -> None:

@@ -62,6 +62,8 @@ _TABLE = (
     GGMLType(42, "Q2_0", 64, 18),
 )
 TYPES = {t.id: t for t in _TABLE}
+# What checkpoints have and GGUF has not: bytes that mean something to their own layout alone.
+BYTES = GGMLType(-1, "U8", 1, 1)
 BY_NAME = {t.name: t for t in _TABLE}
 # Ids that the format once had, or that only llama.cpp's memory has.
 GONE = {

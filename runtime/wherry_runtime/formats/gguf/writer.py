@@ -24,7 +24,8 @@ def _string(text: str) -> bytes:
 
 
 def _value(key: str, value: Value | list[str]) -> bytes:
-    """A value with its type: whole numbers take 32 bits where they fit, others are float32."""
+    """A value with its type: that of an array without dimensions its own; other whole numbers take 32 bits where
+    they fit, others are float32."""
     if isinstance(value, bool):
         return struct.pack("<IB", BOOL, value)
     if isinstance(value, int):
@@ -38,6 +39,8 @@ def _value(key: str, value: Value | list[str]) -> bytes:
         return struct.pack("<IIQ", ARRAY, STRING, len(value)) + b"".join(map(_string, value))
     if (array_kind := _KIND_OF.get(value.dtype.newbyteorder("<"))) is None:
         raise ModelError("bad_metadata", f"{key}: arrays of {value.dtype} cannot be written")
+    if not value.ndim:
+        return struct.pack("<I", array_kind) + value.tobytes()
     return struct.pack("<IIQ", ARRAY, array_kind, value.size) + np.ascontiguousarray(value).tobytes()
 
 
