@@ -181,7 +181,7 @@ def test_what_is_written_is_read_and_run_as_it_is(
     made = matrix(bits, group, symmetric=symmetric)
     writer = writers[layout]
     tensors = writer.tensors(made)
-    config = writer.config(Settings(bits=bits, group=group, symmetric=symmetric))
+    config = writer.config(Settings(bits=bits, group=group, symmetric=symmetric), ["lm_head"])
     kind = next(k for k in kinds_of(config) if all(s in tensors for s in k.suffixes))
     read = kind.read(tensors)
     assert isinstance(read, Grouped)
@@ -198,7 +198,10 @@ def test_the_last_group_may_be_cut(bits: int, group: int, inputs: int) -> None:
     whole = matrix(bits, group, inputs=inputs)
     settings = {"a": Settings(bits=bits, group=group), "b": Settings(bits=4, group=32)}
     assert compressed_tensors.PACKED.mixed is not None
-    for config in (compressed_tensors.PACKED.config(settings["a"]), compressed_tensors.PACKED.mixed(settings)):
+    for config in (
+        compressed_tensors.PACKED.config(settings["a"], ["lm_head"]),
+        compressed_tensors.PACKED.mixed(settings, ["lm_head"]),
+    ):
         kind = kinds_of(config)[0]
         parts = compressed_tensors.PACKED.tensors(whole)
         read = kind.read(parts)
@@ -277,7 +280,7 @@ def gptq_checkpoint(tmp_path: Path) -> Path:
         tensors[f"{module}.bias"] = torch.zeros(tensor.shape[0])
     save_file(tensors, tmp_path / "model.safetensors")
     config = json.loads((tmp_path / "config.json").read_text())
-    config["quantization_config"] = gptq.WRITER.config(Settings(bits=4, group=32))
+    config["quantization_config"] = gptq.WRITER.config(Settings(bits=4, group=32), ["lm_head"])
     (tmp_path / "config.json").write_text(json.dumps(config))
     return tmp_path
 
@@ -352,7 +355,7 @@ def test_transformers_reads_what_is_written(name: str, tmp_path: Path) -> None:
         model(torch.tensor([[1, 2, 3]]))  # unpacks the weights
     quantized = QuantizedCheckpoint.of(target)
     assert quantized is not None
-    matrices = {n: t if isinstance(t, torch.Tensor) else t.dequantized() for n, t in quantized.tensors(set())}
+    matrices = {n: t if isinstance(t, torch.Tensor) else t.dequantized() for n, t in quantized.matrices()}
     for module in ("self_attn.q_proj", "mlp.down_proj"):
         theirs = model.get_submodule(f"model.layers.0.{module}").weight
         assert torch.equal(theirs.float(), matrices[f"model.layers.0.{module}.weight"].to(dtype).float())

@@ -3,6 +3,7 @@
 import math
 import threading
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from typing import Protocol
 
 import torch
@@ -28,8 +29,8 @@ class Codes(Protocol):
     def shape(self) -> tuple[int, int]:
         """N, K."""
 
-    def __getitem__(self, index: tuple[slice, slice]) -> "Codes":
-        """Some rows and columns."""
+    def __getitem__(self, index: tuple[slice | torch.Tensor, slice]) -> "Codes":
+        """Some rows, from one to another or by their numbers (int64), and some columns."""
 
     def dequantized(self) -> torch.Tensor:
         """[N, K] float32."""
@@ -42,6 +43,21 @@ class Codes(Protocol):
 
 
 Rows = torch.Tensor | Codes
+
+
+@dataclass(frozen=True, slots=True)
+class Turned:
+    """Codes [N, K] in the place of a matrix that its checkpoint would have as [K, N], if it were not quantized."""
+
+    rows: Codes
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return self.rows.shape[1], self.rows.shape[0]
+
+    def t(self) -> Codes:
+        """As they are."""
+        return self.rows
 
 
 class PackedMatrix:

@@ -8,6 +8,7 @@ weight.quant_state.bitsandbytes__nf4  JSON as uint8: blocksize, shape, nested_bl
 """
 
 import json
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -52,7 +53,7 @@ def _tensors(matrix: NF4) -> dict[str, torch.Tensor]:
     }
 
 
-def _config(settings: Any) -> dict[str, Any]:
+def _config(settings: Any, kept: Sequence[str]) -> dict[str, Any]:
     return {
         "quant_method": "bitsandbytes",
         "load_in_4bit": True,
@@ -61,7 +62,7 @@ def _config(settings: Any) -> dict[str, Any]:
         "bnb_4bit_use_double_quant": False,
         "bnb_4bit_compute_dtype": "bfloat16",
         "bnb_4bit_quant_storage": "uint8",
-        "llm_int8_skip_modules": ["lm_head"],
+        "llm_int8_skip_modules": list(kept),
     }
 
 
