@@ -69,11 +69,12 @@ def quantized(source: Path, method: str, **chosen: Any) -> Path:
 def test_what_is_loaded_is_what_rounding_left(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     source = built(name, tmp_path / "model")
     plain = loaded(source)
-    for found, was in zip(products(loaded(quantized(source, "int8"))), products(plain), strict=True):
-        assert found.weight is not None
-        assert was.weight is not None
-        assert torch.equal(found.weight, Grid(8, was.num_inputs, symmetric=True).nearest(was.weight).dequantized())
-        assert not torch.equal(found.weight, was.weight)
+    for method in ("int8", "llm-int8"):
+        for found, was in zip(products(loaded(quantized(source, method))), products(plain), strict=True):
+            assert found.weight is not None
+            assert was.weight is not None
+            assert torch.equal(found.weight, Grid(8, was.num_inputs, symmetric=True).nearest(was.weight).dequantized())
+            assert not torch.equal(found.weight, was.weight)
 
     rounded: list[torch.Tensor] = []
     drop = Walk.drop

@@ -225,6 +225,8 @@ def _keeping(storage: Storage, quantized: QuantizedCheckpoint, config: ModelConf
     # PyTorch on CPU unpacks them anew for every step, which only ternary ones are worth, with a tenth of the memory.
     computed = storage.native or storage.device.type == "cuda"
     held = quantized.formats() if computed else quantized.ternary()
+    if storage.device.type == "cuda":  # whose kernels round all activations
+        held = {name: format_ for name, format_ in held.items() if not format_.outliers}
     log.info("%s: %s", directory, quantized.describe(held, storage.dtype))
     return replace(storage, held=_by_our_names(held, config))
 

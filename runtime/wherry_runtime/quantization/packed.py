@@ -290,7 +290,8 @@ def linear(x: torch.Tensor, matrix: PackedMatrix) -> torch.Tensor:
 
     Quantized formats take x as int8 too, in the same groups: y[n] = Σ_g scale[n, g] · scale_x[g] · Σ_k q[n, k] q_x[k],
     where the inner sum is exact (it is below 2²⁴, so float32 holds it) and the outer goes up in float32. Where there
-    are minima, minimum[n, g] · scale_x[g] · Σ_k q_x[k] is taken away.
+    are minima, minimum[n, g] · scale_x[g] · Σ_k q_x[k] is taken away. What the format takes for outliers of x is left
+    out of all that, and multiplied as it is.
 
     Args:
         x: [T, K], any float dtype.
@@ -304,8 +305,24 @@ def linear(x: torch.Tensor, matrix: PackedMatrix) -> torch.Tensor:
     if matrix.scales is None:
         parts = [padded @ matrix.codes(panels).float().T for panels in matrix._chunks()]
     else:
-        q, x_scales = quantize_activations(padded, matrix.format.group)
+        large = padded.abs() >= (matrix.format.outliers or math.inf)
+        q, x_scales = quantize_activations(padded.masked_fill(large, 0), matrix.format.group)
         parts = [_grouped(q, x_scales, matrix, panels) for panels in matrix._chunks()]
+        if matrix.format.outliers and large.any():
+            return torch.cat(parts, dim=1)[:, : matrix.num_outputs] + _apart(padded.masked_fill(~large, 0), matrix)
+    return torch.cat(parts, dim=1)[:, : matrix.num_outputs]
+
+
+def _apart(x: torch.Tensor, matrix: PackedMatrix) -> torch.Tensor:
+    """x Wᵀ for an x [T, Kp] most columns of which are zero."""
+    columns = x.any(dim=0).nonzero().flatten()
+    parts = []
+    for panels in matrix._chunks():
+        found = matrix.group_scales(panels)
+        if found is None:
+            raise TypeError(f"{matrix.format} has no scales")
+        weights = matrix.codes(panels)[:, columns].float() * found[0][:, columns // matrix.format.group]
+        parts.append(x[:, columns] @ weights.T)
     return torch.cat(parts, dim=1)[:, : matrix.num_outputs]
 
 
