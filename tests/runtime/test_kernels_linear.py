@@ -5,6 +5,7 @@ integers 1e-6 (exact within a group of weights, then float32). On processors wit
 that have them, the products of bfloat16 numbers are exact in float32.
 """
 
+import gc
 from pathlib import Path
 
 import numpy as np
@@ -216,6 +217,18 @@ def test_weights_that_are_still_in_their_file(tmp_path: Path, dtype: torch.dtype
             assert not left.packed.data.any(), "no memory is taken yet"
             left.packed.settle()
     np.testing.assert_array_equal(left.packed.data.numpy(), packed.packed.data.numpy())
+
+
+def test_a_kernel_that_looked_before_rows_were_packed_finds_them_still(tmp_path: Path) -> None:
+    """It may be in the midst of its work: what it reads stays mapped as long as the matrix is there."""
+    matrix = InAFile(tmp_path, torch.bfloat16, 192, 128).layer(Mapped()).packed
+    assert matrix is not None
+    matrix.settle()
+    maps = Path("/proc/self/maps")
+    assert str(tmp_path) in maps.read_text()
+    del matrix
+    gc.collect()
+    assert str(tmp_path) not in maps.read_text()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)

@@ -222,13 +222,22 @@ def _keeping(storage: Storage, quantized: QuantizedCheckpoint, config: ModelConf
             "bad_setting",
             f"{directory} is quantized already, by {quantized.method}; leave out --quantization {storage.quantization}",
         )
-    # PyTorch on CPU unpacks them anew for every step, which only ternary ones are worth, with a tenth of the memory.
-    computed = storage.native or storage.device.type == "cuda"
-    held = quantized.formats() if computed else quantized.ternary()
-    if storage.device.type == "cuda":  # whose kernels round all activations
-        held = {name: format_ for name, format_ in held.items() if not format_.outliers}
+    # PyTorch unpacks them anew for every step, which only ternary ones are worth on a CPU, with a tenth of the memory.
+    if storage.native:
+        held = quantized.formats()
+    elif storage.device.type == "cuda":  # its kernels round all activations
+        found = quantized.formats() if _on_cuda(storage, config) else {}
+        held = {name: format_ for name, format_ in found.items() if not format_.outliers}
+    else:
+        held = quantized.ternary()
     log.info("%s: %s", directory, quantized.describe(held, storage.dtype))
     return replace(storage, held=_by_our_names(held, config))
+
+
+def _on_cuda(storage: Storage, config: ModelConfig) -> bool:
+    """Whether the CUDA kernels compute this model."""
+    kernels = cuda_support.unavailable(storage.device) or cuda_support.unsupported(config, FORMATS["float32"])
+    return kernels is None and config.recurrent is None
 
 
 def _by_our_names(held: Mapping[str, Format], config: ModelConfig) -> dict[str, Format]:
@@ -248,8 +257,8 @@ def _keeping_blocks(storage: Storage, model: GGUFCheckpoint, config: ModelConfig
     held = model.formats() if _in_order(config) else {}
     if storage.device.type == "cuda":
         # What PyTorch computes there, it would unpack anew for every step.
-        kernels = cuda_support.unavailable(storage.device) or cuda_support.unsupported(config, FORMATS["float32"])
-        held = {name: format_ for name, format_ in held.items() if kernels is None and not format_.two_level}
+        computed = _on_cuda(storage, config)
+        held = {name: format_ for name, format_ in held.items() if computed and not format_.two_level}
     elif not storage.native:
         if storage.dtype is torch.float32 or not library.available():
             held = {}  # exact, or slow: PyTorch would unpack them anew for every step

@@ -112,6 +112,7 @@ class PackedMatrix:
         self._left: list[
             tuple[int, torch.Tensor]
         ] = []  # rows that stay where they are, each with its first row's number
+        self._mapping: list[torch.Tensor] = []
         self._settling = threading.Lock()
         self.dtype = PACKINGS[format_.method].dtype
         if num_outputs % PANEL:  # `fill` writes the padding of inputs, but no row beyond its own
@@ -185,6 +186,8 @@ class PackedMatrix:
                 self.rows[0] = 0
             for _, rows in self._left:  # which somebody may have read meanwhile
                 _let_go(rows)
+            # A kernel that looked before may still read them: the file stays mapped, which takes no memory.
+            self._mapping += [rows for _, rows in self._left]
             self._left.clear()
 
     def fill_reference(self, first_row: int, rows: torch.Tensor) -> None:
