@@ -71,7 +71,7 @@ class Bench:
         )
         self.cache = NativeKVCache(self.config, tokens // BLOCK_SIZE, BLOCK_SIZE, stored=FORMATS[stored])
         rope = Rope(self.config.rope, dim, CONTEXT, dtype=torch.float32, device=torch.device("cpu"))
-        kernels = AttentionKernels(self.config, self.cache, rope, ROWS, pool.threads)
+        kernels = AttentionKernels(self.config, self.cache, [rope], ROWS, pool.threads)
         width = (heads + 2 * kv_heads) * dim
         qkv, out = torch.randn(ROWS, width), torch.zeros(ROWS, heads * dim)
         self.program = Program(pool)

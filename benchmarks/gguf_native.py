@@ -44,7 +44,7 @@ def files() -> dict[str, Path]:
 
 def jobs() -> dict[tuple[str, str], Job]:
     """(file type, engine) → what to measure."""
-    found = {}
+    found, by_type = {}, files()
     checkpoint = models.MODELS / NAME
     size = models.vocab_size(checkpoint)
 
@@ -52,12 +52,12 @@ def jobs() -> dict[tuple[str, str], Job]:
         options = {"dtype": "bfloat16", **settings} if engine == "wherry" else {}
         return Job(engine, variant, str(weights), str(weights), size, batches=BATCHES, options=options)
 
-    for name, path in files().items():
+    for name, path in by_type.items():
         for engine in ("wherry", "llamacpp"):
             found[name, engine] = job(engine, name, path)
     for name in OWN:
         found[name, "wherry"] = job("wherry", name, checkpoint, quantization=name)
-    for name, path in (("Q4_K_M on PyTorch", files()["Q4_K_M"]), ("bf16 on PyTorch", checkpoint)):
+    for name, path in (("Q4_K_M on PyTorch", by_type["Q4_K_M"]), ("bf16 on PyTorch", checkpoint)):
         found[name, "wherry"] = job("wherry", name, path, backend="pytorch")
     return found
 

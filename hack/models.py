@@ -53,7 +53,8 @@ call those that are [read from them and written to them](formats.md).
 """
 NOTES = """
 A setting that some models of an architecture have can change that: norms of heads with weights of their own
-(`use_qk_norm` of Command R+, `qk_layernorm` of StableLM 12B) and `clip_qkv` of OLMo are PyTorch's.
+(`use_qk_norm` of Command R+, `qk_layernorm` of StableLM 12B) are PyTorch's, and on GPUs
+`clip_qkv` of OLMo is.
 
 ## Rotary embeddings
 

@@ -115,9 +115,12 @@ MORE = [
 ]
 ARCHITECTURES = [*CASES, *MORE]
 # Of `MORE`: what the kernels compute; of `CASES`, they compute everything.
-NATIVE = {"llama-yarn", "llama-dynamic", "phi3", "phi3-short", "phi3-long", "phi4-mini"}
+NATIVE = {case.name for case in MORE} - {
+    *("mixtral", "qwen2-moe", "qwen2-moe-sparse", "qwen3-moe", "gpt-oss"),
+    *("phi-qk-norm", "stablelm-12b", "cohere-plus"),
+}
 CUDA = {
-    *NATIVE,
+    *("llama-yarn", "llama-dynamic", "phi3", "phi3-short", "phi3-long", "phi4-mini"),
     *("gemma", "phi", "gpt2", "gpt2-inner", "gpt-neox", "gpt-neox-sequential", "gptj", "opt", "opt-bare", "falcon-7b"),
     *("falcon-40b", "falcon-11b", "stablelm", "granite", "cohere", "bitnet"),
 }

@@ -16,6 +16,7 @@ from wherry_runtime.layers.norm import RMSNorm
 from wherry_runtime.layers.rope import Rope
 from wherry_runtime.loading.config import ModelConfig
 from wherry_runtime.loading.rope_config import RopeConfig
+from wherry_runtime.models.decoder import slopes
 from wherry_runtime.models.ops import Attention
 
 
@@ -50,6 +51,9 @@ class Shape:
     stored: str = "bfloat16"
     window: int | None = None
     normed: bool = False
+    softcap: float | None = None
+    alibi: bool = False
+    clip: float | None = None
     threads: int = 2
     rows: int = 600
     context: int = 2048
@@ -101,9 +105,12 @@ class Layer:
             window=shape.window,
             query_norm=norms[0],
             key_norm=norms[1],
+            softcap=shape.softcap,
+            slopes=slopes(shape.num_heads) if shape.alibi else None,
+            clip=shape.clip,
         )
         self.program = Program(Pool(shape.threads))
-        kernels = AttentionKernels(config, self.cache, rope, shape.rows, shape.threads)
+        kernels = AttentionKernels(config, self.cache, [rope], shape.rows, shape.threads)
         self.qkv = torch.zeros(shape.rows, -(-shape.width // 64) * 64)
         self.out = torch.full((shape.rows, -(-shape.num_heads * shape.head_dim // 64) * 64), 7.0)
         kernels.record(self.program, self.attention, (self.qkv, self.qkv.shape[1]), (self.out, self.out.shape[1]))
@@ -147,7 +154,8 @@ class Layer:
     def expected(self, qkv: torch.Tensor) -> torch.Tensor:
         """The reference in float64 over what the cache keeps: [length, H * D]."""
         shape = self.shape
-        heads = qkv.double().view(len(qkv), -1, shape.head_dim)
+        limit = shape.clip or torch.inf
+        heads = qkv.clamp(-limit, limit).double().view(len(qkv), -1, shape.head_dim)
         query, key, value = torch.split(heads, [shape.num_heads, shape.num_kv_heads, shape.num_kv_heads], dim=1)
         if self.attention.query_norm is not None and self.attention.key_norm is not None:
             query = reference.rms_norm(query, self.attention.query_norm.weight.double(), 1e-6)
@@ -159,4 +167,5 @@ class Layer:
         if shape.stored != "float32":
             scale = shape.head_dim**-0.5 / np.log(2)
             query = (query * scale).to(torch.bfloat16).double() / scale
-        return reference.attention(query, key, value, 0, shape.window)
+        lost = None if self.attention.slopes is None else self.attention.slopes.double()
+        return reference.attention(query, key, value, 0, shape.window, shape.softcap, lost)

@@ -101,6 +101,13 @@ def test_native_kernels_compute_it_or_say_why_not(reference: Reference) -> None:
         return
     assert use_native("native", *given)
     check_steps(reference, reference.runner("shared"))
+    if reference.case in MORE and reference.case.name not in UNSPLITTABLE:  # others: test_parallel_parity.py
+        for ranks in ("shared", "distributed"):
+            checkpoint = reference.checkpoint()
+            one, two = group(checkpoint, 1, ranks), group(checkpoint, 2, ranks)
+            for sequences in steps():
+                want, got = together(one, sequences), together(two, sequences)
+                torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5 * float(want.abs().max()))
 
 
 def test_cuda_kernels_say_what_they_cannot_compute(reference: Reference) -> None:

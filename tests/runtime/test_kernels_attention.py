@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 
+import msgspec
 import numpy as np
 import pytest
 import torch
@@ -39,6 +40,9 @@ SHAPES = [
     Shape(head_dim=256, num_heads=4, num_kv_heads=1, block_size=64),
     Shape(head_dim=2, num_heads=1, num_kv_heads=1, threads=1),
     Shape(head_dim=18, num_heads=130, num_kv_heads=2, threads=3),
+    Shape(head_dim=40, num_heads=6, num_kv_heads=2, softcap=1.5, window=130),
+    Shape(head_dim=48, num_heads=6, num_kv_heads=6, alibi=True),
+    Shape(head_dim=20, num_heads=4, num_kv_heads=2, clip=0.7),
 ]
 
 
@@ -212,6 +216,8 @@ class TestMemory:
         assert unsupported(config) is None
         assert "even numbers up to 256" in str(unsupported(model_config(1, 1, 258, 64)))
         assert "up to 128" in str(unsupported(model_config(129, 1, 64, 64)))
+        sinks = msgspec.structs.replace(model_config(1, 1, 64, 64), sinks=True)
+        assert unsupported(sinks) == "the native kernels have no attention sinks"
 
 
 class TestEveryFp8Value:

@@ -3,10 +3,14 @@
 import numpy as np
 import pytest
 import torch
+from torch.nn import functional
 
 from wherry_runtime.kernels import reference
 from wherry_runtime.kernels.cpu import library
 from wherry_runtime.kernels.cpu.library import Pool, Program, Step
+from wherry_runtime.kernels.cpu.recorder import FUNCTIONS
+from wherry_runtime.layers.activation import Activation
+from wherry_runtime.loading.config import ActivationKind
 
 pytestmark = pytest.mark.skipif(not library.available(), reason="the native library is not built")
 
@@ -34,11 +38,57 @@ def run(
 class TestElementwise:
     """Bounds: a few units in the last place of float32, from exp and from sums in another order."""
 
-    def test_silu_mul(self, width: int, rows: int) -> None:
-        x = torch.randn(rows, 2 * width) * 8
+    @pytest.mark.parametrize("gated", [True, False], ids=["gated", "alone"])
+    @pytest.mark.parametrize("kind", FUNCTIONS)
+    def test_activation(self, width: int, rows: int, kind: ActivationKind, gated: bool) -> None:
+        x = torch.randn(rows, (1 + gated) * width) * 4
         source, out = padded(x), padded(torch.full((rows, width), 9.0))
-        run("silu_mul", [source, out], [width, source.shape[1], out.shape[1]], Step(rows))
-        torch.testing.assert_close(out[:, :width], reference.silu_mul(x), rtol=1e-6, atol=1e-30)
+        numbers = [width, source.shape[1], out.shape[1], FUNCTIONS.index(kind), gated]
+        run("activation", [source, out], numbers, Step(rows))
+        expected = Activation(kind, gated)(x.double()).float()
+        torch.testing.assert_close(out[:, :width], expected, rtol=3e-6, atol=3e-6)
+        assert (out[:, width:] == 0).all()
+
+    def test_layer_norm(self, width: int, rows: int) -> None:
+        x, weight, bias = torch.randn(rows, width) * 3 + 5, torch.randn(width), torch.randn(width)
+        sampled = torch.randperm(rows)[: rows // 2 + 1]
+        for gathered in (False, True):
+            chosen = x[sampled] if gathered else x
+            source, out = padded(x), padded(torch.zeros(len(chosen), width))
+            step = Step(rows, sampled_rows=sampled.numpy())
+            run("layer_norm", [source, weight, out, bias], [width, len(source[0]), len(out[0]), gathered], step, 1e-5)
+            expected = functional.layer_norm(chosen.double(), (width,), weight.double(), bias.double(), 1e-5)
+            torch.testing.assert_close(out[:, :width], expected.float(), rtol=1e-5, atol=1e-5)
+            assert (out[:, width:] == 0).all()
+
+    def test_rms_norm_of_a_part_of_rows(self, width: int, rows: int) -> None:
+        """In place, and what is beside it stays as it was."""
+        x, weight = torch.randn(rows, width + 40), torch.randn(width)
+        expected = x.clone()
+        expected[:, 7 : 7 + width] = reference.rms_norm(x[:, 7 : 7 + width].double(), weight.double(), 1e-5).float()
+        part = x[:, 7:]
+        run("rms_norm", [part, weight, part], [width, width + 40, width + 40, 0], Step(rows), 1e-5)
+        torch.testing.assert_close(x, expected, rtol=2e-6, atol=1e-30)
+        assert torch.equal(x[:, 7 + width :], expected[:, 7 + width :])
+
+    def test_add_scaled_and_scale(self, width: int, rows: int) -> None:
+        x, y = torch.randn(rows, width), torch.randn(rows, width)
+        summed, added = padded(x), padded(y)
+        run("add_scaled", [summed, added], [width, summed.shape[1], added.shape[1]], Step(rows), 0.22)
+        torch.testing.assert_close(summed[:, :width], x + y * 0.22, rtol=1e-6, atol=1e-6)
+        for rounds, scaled in ((0, x * 3.5), (7, 7 * torch.tanh(x * 3.5 / 7))):
+            values = padded(x)
+            run("scale", [values], [width, values.shape[1], 0], Step(rows), 3.5, rounds)
+            torch.testing.assert_close(values[:, :width], scaled, rtol=1e-6, atol=2e-6)
+            assert (values[:, width:] == 0).all()
+
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+    def test_add_positions(self, width: int, rows: int, dtype: torch.dtype) -> None:
+        table, x = torch.randn(19, width).to(dtype), torch.randn(rows, width)
+        positions, out = torch.randint(0, 19, (rows,)), padded(x)
+        numbers = [width, out.shape[1], 0 if dtype == torch.float32 else 1]
+        run("add_positions", [table, out], numbers, Step(rows, positions=positions.numpy()))
+        assert torch.equal(out[:, :width], x + table[positions].float())
         assert (out[:, width:] == 0).all()
 
     def test_rms_norm(self, width: int, rows: int) -> None:
@@ -78,14 +128,19 @@ def test_ids_that_the_table_does_not_have_give_zeros() -> None:
     assert torch.equal(out[:, :16], torch.stack([zeros, table[0], table[2], zeros, zeros]))
 
 
-def test_silu_of_the_extremes() -> None:
-    gate = torch.tensor([-1e30, -100.0, -88.0, -20.0, 0.0, 20.0, 100.0, 1e30, float("nan")])
-    x = padded(torch.cat((gate, torch.ones(9)))[None])
+@pytest.mark.parametrize("kind", FUNCTIONS)
+def test_activations_of_the_extremes(kind: ActivationKind) -> None:
+    gate = torch.tensor([-1e18, -100.0, -88.0, -20.0, -1e-20, 0.0, 20.0, 100.0, 1e18, float("nan")])
     out = torch.zeros(1, 64)
-    run("silu_mul", [x, out], [9, 64, 64], Step(1))
-    torch.testing.assert_close(
-        out[0, :9], torch.nn.functional.silu(gate), rtol=1e-6, atol=1e-7 * 1e-30 + 1e-6, equal_nan=True
-    )
+    run("activation", [padded(gate[None]), out], [10, 64, 64, FUNCTIONS.index(kind), 0], Step(1))
+    torch.testing.assert_close(out[0, :10], Activation(kind, gated=False)(gate), rtol=1e-6, atol=1e-6, equal_nan=True)
+
+
+def test_a_cap_of_the_extremes() -> None:
+    x = torch.tensor([-1e30, -1e3, -1e-20, 0.0, 1e-3, 1e3, float("inf"), float("nan")])
+    out = padded(x[None])
+    run("scale", [out], [8, 64, 1], Step(1, sampled_rows=[0]), 1.0, 30.0)
+    torch.testing.assert_close(out[0, :8], 30 * torch.tanh(x / 30), rtol=1e-6, atol=2e-6, equal_nan=True)
 
 
 def test_rows_are_the_same_in_any_company() -> None:

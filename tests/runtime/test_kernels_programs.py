@@ -45,7 +45,7 @@ def test_programs_run_in_their_order() -> None:
     pool = Pool(2)
     first, last = Program(pool), Program(pool)
     a, b, c = torch.full((1, 128), 2.0), torch.zeros(1, 64), torch.zeros(1, 64)
-    first.add("silu_mul", [a, b], [64, 128, 64])
+    first.add("activation", [a, b], [64, 128, 64, 0, 1])
     last.add("rms_norm", [b, torch.ones(64), c], [64, 64, 64, 0], [0.0])
     Replay([(first, Step(1)), (last, Step(1))]).run()
     torch.testing.assert_close(c, torch.ones(1, 64))

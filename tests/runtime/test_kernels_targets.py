@@ -179,7 +179,7 @@ def test_sanitizers_see_a_row_too_many() -> None:
 import torch
 from wherry_runtime.kernels.cpu.library import Pool, Program, Step
 program = Program(Pool(1))
-program.add("silu_mul", [torch.zeros(2, 128), torch.zeros(2, 64)], [64, 128, 64])
+program.add("activation", [torch.zeros(2, 128), torch.zeros(2, 64)], [64, 128, 64, 0, 1])
 program.run(Step(2))
 print("two rows of two", flush=True)
 program.run(Step(3))

@@ -3,12 +3,14 @@
 Operands are described in kernels/cpu/src/attention*.cpp and rope.cpp.
 """
 
+from collections.abc import Sequence
+from itertools import chain
+
 import torch
 
-from wherry_runtime.attention.features import attention_features
 from wherry_runtime.kernels.cpu.library import Program
 from wherry_runtime.kvcache.native import NativeKVCache
-from wherry_runtime.layers.norm import Norm, RMSNorm
+from wherry_runtime.layers.norm import Norm, RMSNorm, WholeRMSNorm
 from wherry_runtime.layers.rope import Rope
 from wherry_runtime.loading.config import ModelConfig
 from wherry_runtime.models.ops import Attention
@@ -33,18 +35,12 @@ def unsupported(config: ModelConfig) -> str | None:
     missing = [
         what
         for has, what in (
-            *attention_features(config),
-            (config.norm.kind != "rms", "layer norm"),
-            (config.norm.placement != "before", "norms after attention and MLP"),
-            (config.sub_norms, "norms within attention and MLP"),
+            (config.recurrent is not None, "state in place of attention"),
+            (config.sinks, "attention sinks"),
+            (config.qk_norm == "heads", "norms with weights of each head"),
+            (config.qk_norm == "head" and config.norm.kind != "rms", "layer norm of queries and keys"),
             (not config.final_norm, "no norm before the head"),
-            (config.embedding_norm, "a norm after the embedding"),
-            (config.activation != "silu" or not config.gated, f"{'gated ' * config.gated}{config.activation}"),
-            (config.learned_positions is not None, "learned positions"),
             (config.experts is not None, "experts"),
-            (config.embedding_scale != 1, "a scaled embedding"),
-            (config.residual_scale != 1, "scaled residuals"),
-            (config.logit_scale != 1 or config.logit_softcap is not None, "scaled or capped logits"),
         )
         if has
     ]
@@ -56,18 +52,23 @@ class AttentionKernels:
 
     The plan, which shares a step's attention out among the threads, is made by the first layer of each window and read
     by the others; queries and partial sums are one layer's at a time, so that one memory serves all.
+
+    Args:
+        ropes: the model's, and that of layers with one of their own, if there are any.
     """
 
-    def __init__(self, config: ModelConfig, cache: NativeKVCache, rope: Rope, rows: int, threads: int) -> None:
+    def __init__(
+        self, config: ModelConfig, cache: NativeKVCache, ropes: Sequence[Rope], rows: int, threads: int
+    ) -> None:
         self._cache = cache
-        self._cos, self._sin = rope.tables()
+        self._tables = [rope.tables() for rope in ropes]
         self._rows = rows
         self._query = _zeros(rows, -(-config.num_heads * config.head_dim // 64) * 64)
         self._most_items = 2 * rows + 16 * threads
         self._plans: dict[int, torch.Tensor] = {}
         # Where a long sequence's chunks meet. With less it would be split less.
         width = -(-config.head_dim // 16) * 16 + 16
-        chunks = -(-len(self._cos) // CHUNK)
+        chunks = -(-len(self._tables[0][0]) // CHUNK)
         wanted = 4 * threads * (config.num_heads // config.num_kv_heads) * chunks
         self._most_partials = max(1, min(wanted, MOST_PARTIAL_BYTES // (4 * width)))
         self._partials = _zeros(self._most_partials, width)
@@ -75,7 +76,7 @@ class AttentionKernels:
     @property
     def num_bytes(self) -> int:
         """Memory besides the cache."""
-        tensors = (self._cos, self._sin, self._query, self._partials, *self._plans.values())
+        tensors = (*chain(*self._tables), self._query, self._partials, *self._plans.values())
         return sum(t.numel() * t.itemsize for t in tensors)
 
     def record(
@@ -94,6 +95,9 @@ class AttentionKernels:
         plan = self._plan(program, heads, window)
         layer = self._cache.layers[attention.layer]
         query_norm, key_norm = _rms(attention.query_norm), _rms(attention.key_norm)
+        if isinstance(query_norm, WholeRMSNorm):
+            self._norm_whole(program, attention, qkv)
+            query_norm = key_norm = None
         norms = [None if n is None else n.weight for n in (query_norm, key_norm)]
         if any(w is not None and w.dtype != torch.float32 for w in norms):
             raise TypeError("the native kernels take norms in float32")
@@ -102,15 +106,25 @@ class AttentionKernels:
         eps = 0.0 if query_norm is None else query_norm.eps
         program.add(
             "rope_and_cache",
-            [qkv[0], *norms, self._cos, self._sin, layer, self._query],
+            [qkv[0], *norms, *self._tables[attention.local_rope], layer, self._query],
             [*shape, qkv[1], stride],
-            [eps, attention.score_scale],
+            [eps, attention.score_scale, attention.clip or 0],
         )
         program.add(
             "attention",
-            [self._query, layer, plan, self._partials, out[0]],
+            [self._query, layer, plan, self._partials, out[0], attention.slopes],
             [*shape, stride, out[1], window, self._most_items],
+            [attention.softcap or 0],
         )
+
+    def _norm_whole(self, program: Program, attention: Attention, qkv: tuple[torch.Tensor, int]) -> None:
+        """Norms of all queries together, and of all keys, where they are."""
+        start, (rows, stride) = 0, qkv
+        for norm in (_rms(attention.query_norm), _rms(attention.key_norm)):
+            if norm is not None:
+                width, part = len(norm.weight), rows[:, start:]
+                program.add("rms_norm", [part, norm.weight, part], [width, stride, stride, 0], [norm.eps])
+                start += width
 
     def _plan(self, program: Program, heads: list[int], window: int) -> torch.Tensor:
         if window not in self._plans:

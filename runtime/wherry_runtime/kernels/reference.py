@@ -38,7 +38,13 @@ def as_kept(x: torch.Tensor, stored: KVFormat) -> torch.Tensor:
 
 
 def attention(
-    query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, start: int, window: int | None
+    query: torch.Tensor,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    start: int,
+    window: int | None,
+    softcap: float | None = None,
+    slopes: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """One sequence.
 
@@ -48,6 +54,8 @@ def attention(
         values: the same shape.
         start: positions before the first query.
         window: how many keys back a query sees, itself included; None: all.
+        softcap: scores become c · tanh(score / c).
+        slopes: [H]; what scores lose for each token of distance.
 
     Returns:
         [T, H * D].
@@ -58,5 +66,9 @@ def attention(
     distance = torch.arange(start, start + num_rows)[:, None] - torch.arange(keys.shape[0])[None, :]
     hidden = (distance < 0) | (distance >= window) if window else distance < 0
     scores = torch.einsum("thd,khd->htk", query, keys) * head_dim**-0.5
+    if softcap is not None:
+        scores = torch.tanh(scores / softcap) * softcap
+    if slopes is not None:
+        scores = scores - slopes[:, None, None] * distance
     weights = scores.masked_fill(hidden, float("-inf")).softmax(dim=-1)
     return torch.einsum("htk,khd->thd", weights, values).reshape(num_rows, -1)

@@ -325,4 +325,6 @@ class Decoder:
         """Of the rows that draw a token: [S, vocab_size] on the first rank; on others, nothing to look at."""
         logits = ops.logits(self.head, self.vocabulary, ops.sampled(self.norm, hidden))
         factor, softcap = self.config.logit_scale, self.config.logit_softcap
-        return logits if factor == 1 and softcap is None else ops.shape_logits(logits, factor, softcap)
+        if not self.shard.first or (factor == 1 and softcap is None):
+            return logits
+        return ops.shape_logits(logits, factor, softcap)

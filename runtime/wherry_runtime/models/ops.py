@@ -68,7 +68,7 @@ class Ops(Protocol[V]):
         """The rows of the whole table that the step's token ids name; `table` [tokens, width] has those of `tokens`."""
 
     def add_positions(self, x: V, table: torch.Tensor) -> V:
-        """x + the rows of `table` [positions, width] that the step's positions name."""
+        """x + the rows of `table` [positions, width] that the step's positions name. x is used up."""
 
     def norm(self, norm: Norm, x: V) -> V:
         """`norm` of each row."""
@@ -83,10 +83,10 @@ class Ops(Protocol[V]):
         """residual + x Wᵀ + b, summed over the ranks where W is partial. The residual is used up."""
 
     def add(self, x: V, y: V, factor: float) -> V:
-        """x + factor · y."""
+        """x + factor · y. x is used up."""
 
     def scale(self, x: V, factor: float) -> V:
-        """factor · x, the factor rounded to the model's type."""
+        """factor · x, the factor rounded to the model's type. x is used up."""
 
     def activate(self, activation: Activation, x: V) -> V:
         """`activation` of each row."""
@@ -107,4 +107,4 @@ class Ops(Protocol[V]):
         """x Wᵀ + b of all ranks side by side, on the first one. Here are those of `tokens`."""
 
     def shape_logits(self, x: V, factor: float, softcap: float | None) -> V:
-        """factor · x, of which y then becomes c · tanh(y / c)."""
+        """factor · x, of which y then becomes c · tanh(y / c). x is used up."""

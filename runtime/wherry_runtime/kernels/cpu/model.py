@@ -40,8 +40,9 @@ class NativeModel:
         self.cache = cache
         self.pool = Pool(threads, pinned_cores(threads))
         self.settling = Settling(model.unsettled())
-        attention = AttentionKernels(model.config, cache, model.rope, CAPACITY.rows, threads)
-        recorder = Recorder(self.pool, CAPACITY, attention, ranks)
+        ropes = [model.rope] if model.local_rope is None else [model.rope, model.local_rope]
+        attention = AttentionKernels(model.config, cache, ropes, CAPACITY.rows, threads)
+        recorder = Recorder(self.pool, CAPACITY, attention, ranks, model.storage.dtype)
         hidden = model.hidden(recorder)
         self.layers = recorder.take_stages()
         self._logits = model.logits(recorder, hidden)

@@ -17,7 +17,8 @@ from wherry_runtime.kernels.cpu.library import Pool, Program, Step
 from wherry_runtime.layers.activation import Activation
 from wherry_runtime.layers.experts import Experts
 from wherry_runtime.layers.linear import Linear
-from wherry_runtime.layers.norm import Norm, RMSNorm
+from wherry_runtime.layers.norm import LayerNorm, Norm, RMSNorm
+from wherry_runtime.loading.config import ActivationKind
 from wherry_runtime.models.ops import Attention
 from wherry_runtime.parallel.shard import Span
 from wherry_runtime.quantization.formats import padded_inputs
@@ -28,6 +29,7 @@ CACHE_LINE = 64
 # Rows a whole number of pages apart would all meet in the same few sets of the first cache.
 SKEW = 64  # elements
 REGION = 64 << 20  # bytes of address space at a time
+FUNCTIONS: tuple[ActivationKind, ...] = ("silu", "gelu", "gelu_tanh", "relu", "relu2")  # activation.cpp numbers them so
 
 
 def aligned(dtype: torch.dtype, rows: int, columns: int) -> torch.Tensor:
@@ -175,38 +177,13 @@ class Stage:
     exchange: Callable[[Step], None] | None = None
 
 
-class Missing:
-    """Operations that have no native kernels. `attention.native.unsupported` keeps models with them away."""
-
-    def add_positions(self, x: Rows, table: torch.Tensor) -> Rows:
-        raise _missing("learned positions")
-
-    def project(self, linear: Linear, x: Rows) -> Rows:
-        raise _missing("products that are not added to the residual")
-
-    def add(self, x: Rows, y: Rows, factor: float) -> Rows:
-        raise _missing("scaled sums")
-
-    def scale(self, x: Rows, factor: float) -> Rows:
-        raise _missing("scaled embeddings")
-
-    def experts(self, experts: Experts, x: Rows) -> Rows:
-        raise _missing("experts")
-
-    def shape_logits(self, x: Rows, factor: float, softcap: float | None) -> Rows:
-        raise _missing("scaled logits")
-
-
-def _missing(what: str) -> TypeError:
-    return TypeError(f"the native kernels have no {what}")
-
-
-class Recorder(Missing):
-    """`Ops` that append calls to `program`.
+class Recorder:
+    """`Ops` that append calls to `program`. `attention.native.unsupported` keeps models away that need more.
 
     Args:
         attention: None where nothing attends.
         ranks: None where this one computes the model alone.
+        dtype: the model's.
     """
 
     def __init__(
@@ -215,6 +192,7 @@ class Recorder(Missing):
         capacity: Capacity,
         attention: AttentionKernels | None = None,
         ranks: Ranks | None = None,
+        dtype: torch.dtype = torch.float32,
     ) -> None:
         self.program = Program(pool)
         self.arena = Arena()
@@ -222,6 +200,7 @@ class Recorder(Missing):
         self._stages: list[Stage] = []
         self._attention = attention
         self._ranks = ranks
+        self._dtype = dtype
 
     def exchange(self, exchange: Callable[[Step], None]) -> None:
         """Ends the program with an exchange; what is recorded from here on goes into another."""
@@ -258,6 +237,19 @@ class Recorder(Missing):
             self._meeting().record_sum(self, rows, out, add=False)
         return out
 
+    def add_positions(self, x: Rows, table: torch.Tensor) -> Rows:
+        self.program.add("add_positions", [table, x.buffer], [x.width, x.stride, _dtype_code(table)])
+        return x
+
+    def scale(self, x: Rows, factor: float) -> Rows:
+        rounded = float(torch.tensor(factor, dtype=self._dtype))
+        self.program.add("scale", [x.buffer], [x.width, x.stride, x.sampled], [rounded])
+        return x
+
+    def shape_logits(self, x: Rows, factor: float, softcap: float | None) -> Rows:
+        self.program.add("scale", [x.buffer], [x.width, x.stride, x.sampled], [factor, softcap or 0])
+        return x
+
     def norm(self, norm: Norm, x: Rows) -> Rows:
         return self._norm(norm, x, gather=False)
 
@@ -265,14 +257,16 @@ class Recorder(Missing):
         return self._norm(norm, x, gather=True)
 
     def _norm(self, norm: Norm | None, x: Rows, *, gather: bool) -> Rows:
-        if not isinstance(norm, RMSNorm):
+        if not isinstance(norm, RMSNorm | LayerNorm):
             raise TypeError(f"the native kernels have no {type(norm).__name__}")
         out = self._value(x.width, sampled=gather)
-        weight = aligned(torch.float32, 1, x.stride)
-        weight[0, : x.width] = norm.weight
-        self.program.add(
-            "rms_norm", [x.buffer, weight, out.buffer], [x.width, x.stride, out.stride, gather], [norm.eps]
-        )
+        weight = torch.ones(x.width) if norm.weight is None else norm.weight.float()
+        tensors, numbers = [x.buffer, weight, out.buffer], [x.width, x.stride, out.stride, gather]
+        if isinstance(norm, RMSNorm):
+            self.program.add("rms_norm", tensors, numbers, [norm.eps])
+        else:
+            bias = torch.zeros(x.width) if norm.bias is None else norm.bias.float()
+            self.program.add("layer_norm", [*tensors, bias], numbers, [norm.eps])
         return out
 
     def linear(self, linear: Linear, x: Rows) -> Rows:
@@ -280,14 +274,28 @@ class Recorder(Missing):
         self._multiply(linear, x, out, add=False)
         return out
 
+    def project(self, linear: Linear, x: Rows) -> Rows:
+        return self._sum(linear, x, self._value(linear.num_outputs), add=False)
+
     def add_linear(self, residual: Rows, linear: Linear, x: Rows) -> Rows:
+        return self._sum(linear, x, residual, add=True)
+
+    def _sum(self, linear: Linear, x: Rows, out: Rows, *, add: bool) -> Rows:
+        """The ranks' products together, to `out` or added to it."""
         if linear.partial:
-            summand = self._meeting().summand(residual.width)
+            summand = self._meeting().summand(out.width)
             self._multiply(linear, x, summand, add=False)
-            self._meeting().record_sum(self, summand, residual, add=True)
+            self._meeting().record_sum(self, summand, out, add=add)
         else:
-            self._multiply(linear, x, residual, add=True)
-        return residual
+            self._multiply(linear, x, out, add=add)
+        return out
+
+    def add(self, x: Rows, y: Rows, factor: float) -> Rows:
+        self.program.add("add_scaled", [x.buffer, y.buffer], [x.width, x.stride, y.stride], [factor])
+        return x
+
+    def experts(self, experts: Experts, x: Rows) -> Rows:
+        raise TypeError("the native kernels have no experts")
 
     def logits(self, head: Linear, tokens: Span, x: Rows) -> Rows:
         if tokens.whole:
@@ -295,10 +303,10 @@ class Recorder(Missing):
         return self._meeting().record_logits(self, tokens, lambda out: self._multiply(head, x, out, add=False))
 
     def activate(self, activation: Activation, x: Rows) -> Rows:
-        if activation.kind != "silu" or not activation.gated:
-            raise TypeError(f"the native kernels have no {activation}")
-        out = self._value(x.width // 2, sampled=x.sampled)
-        self.program.add("silu_mul", [x.buffer, out.buffer], [out.width, x.stride, out.stride])
+        function = FUNCTIONS.index(activation.kind)
+        out = self._value(x.width // 2 if activation.gated else x.width)
+        numbers = [out.width, x.stride, out.stride, function, activation.gated]
+        self.program.add("activation", [x.buffer, out.buffer], numbers)
         return out
 
     def attend(self, attention: Attention, qkv: Rows) -> Rows:

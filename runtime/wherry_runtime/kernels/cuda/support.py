@@ -6,7 +6,6 @@ import shutil
 
 import torch
 
-from wherry_runtime.attention.features import attention_features
 from wherry_runtime.kvcache.formats import KVFormat
 from wherry_runtime.loading.config import ModelConfig
 
@@ -48,5 +47,19 @@ def unsupported(config: ModelConfig, stored: KVFormat) -> str | None:
         return f"{group} query heads share a key head; up to {MOST_GROUP} may"
     if stored.name not in ("float32", "bfloat16", "float16", "fp8", "int8"):
         return f"a KV cache in {stored.name}"
-    missing = [what for has, what in (*attention_features(config), (config.experts is not None, "experts")) if has]
+    missing = [
+        what
+        for has, what in (
+            (config.recurrent is not None, "state in place of attention"),
+            (config.alibi != 0, "linear biases (ALiBi)"),
+            (config.attention_softcap is not None, "soft cap of scores"),
+            (config.sinks, "attention sinks"),
+            (config.local_rope is not None, "second rotary embedding"),
+            (config.clip_qkv is not None, "clipped queries, keys and values"),
+            (config.qk_norm in ("heads", "whole"), "norms with weights of each head, or over all heads"),
+            (config.qk_norm == "head" and config.norm.kind != "rms", "layer norm of queries and keys"),
+            (config.experts is not None, "experts"),
+        )
+        if has
+    ]
     return f"the CUDA kernels have no {', '.join(missing)}" if missing else None

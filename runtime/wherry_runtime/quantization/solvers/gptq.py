@@ -51,22 +51,26 @@ def _plain(weights: torch.Tensor, grid: Grid, scales: torch.Tensor, zeros: torch
 
 
 def _factor(hessian: torch.Tensor, order: torch.Tensor, damping: float) -> torch.Tensor:
-    """[K, K] upper triangular U with UᵀU = H⁻¹, columns in `order`. Damped more where rounding left H not positive."""
-    # In place and let go of early: with 8,192 inputs each of these takes half a gigabyte.
-    damped = hessian[order][:, order].double()
-    own = damped.diagonal().clone()
-    mean = float(own.mean()) or 1.0
+    """[K, K] upper triangular U with UᵀU = H⁻¹, columns in `order`. Damped more where rounding left H not positive.
+
+    H turned about its other diagonal is L Lᵀ, so H itself is R Rᵀ with R upper triangular, and U is R⁻¹: half the work
+    of inverting H and factoring that. All of it in place: with 8,192 inputs half a gigabyte is in each float64 copy.
+    """
+    turned = order.flip(0)
+    mean = float(hessian.diagonal().double().mean()) or 1.0
     for _ in range(10):
-        damped.diagonal().copy_(own + damping * mean)
-        lower, failed = torch.linalg.cholesky_ex(damped)
+        lower = hessian[turned][:, turned].double().mT  # by columns, as LAPACK has them; it is symmetric
+        lower.diagonal().add_(damping * mean)
+        failed = torch.linalg.cholesky_ex(lower, out=(lower, torch.empty((), dtype=torch.int32))).info
         if not failed:
             break
         damping *= 10
-    del damped
-    inverse = torch.cholesky_inverse(lower)
+    lower = lower.float()
+    upper = lower.flip(0, 1)
     del lower
-    single: torch.Tensor = torch.linalg.cholesky(inverse, upper=True).float()
-    return single
+    inverse = torch.eye(len(order))
+    torch.linalg.solve_triangular(upper, inverse, upper=True, out=inverse)
+    return inverse
 
 
 def _columns(

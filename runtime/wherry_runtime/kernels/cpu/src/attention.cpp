@@ -2,8 +2,10 @@
 //
 // attention: softmax(q · kᵀ) v over the keys that a row sees: its own sequence's, up to itself, `window` of them at most.
 //   pointers  0 query as rope_and_cache wrote it; 1 cache (kv.h); 2 plan of attention_plan; 3 partials float32
-//             [most_partials * (Dp + 16)]; 4 out float32 [T, out_stride], head h in columns h * D …
+//             [most_partials * (Dp + 16)]; 4 out float32 [T, out_stride], head h in columns h * D …; 5 slopes [H] or null:
+//             scores lose this much for each token of distance (ALiBi: Press et al., 2022, https://arxiv.org/abs/2108.12409)
 //   numbers   0 H, 1 KV, 2 D, 3 block_size, 4 Format, 5 q_stride, 6 out_stride, 7 window (0: none), 8 most_items of the plan
+//   scalars   0 c: scores become c · tanh(score / c); 0: they do not
 // A float32 cache is read in float32 throughout; for the others queries and softmax weights are rounded to bfloat16.
 #include <algorithm>
 
@@ -23,6 +25,8 @@ struct Attention {
         q_stride(call.numbers[5]),
         out_stride(call.numbers[6]),
         window(call.numbers[7]),
+        softcap((float)(call.scalars[0] * LOG2_E)),
+        slopes((const float*)call.pointers[5]),
         query((const int32_t*)call.pointers[0]),
         partials((float*)call.pointers[3]),
         out((float*)call.pointers[4]),
@@ -30,6 +34,8 @@ struct Attention {
 
   const Step& step;
   int64_t kv_heads, group, dim, q_stride, out_stride, window;
+  float softcap;  // of scores as they are here
+  const float* slopes;
   const int32_t* query;
   float *partials, *out;
   KVLayout cache;
@@ -187,6 +193,8 @@ class Tile {
     bool int8 = op_.cache.format == Format::INT8;
     if (int8)
       for (int v = 0; v < SPAN_VECTORS; v++) s[v] = s[v] * load<fvec>(key_scales_ + v * WIDTH);
+    if (op_.softcap != 0) cap(s, op_.softcap);
+    if (op_.slopes) lose(s, (float)LOG2_E * op_.slopes[head_ * op_.group + row % op_.group], (float)(position(row) - base));
     int64_t from = low(row) - base, to = position(row) - base;
     if (from > 0 || to < SPAN - 1) hide(s, (int32_t)std::max<int64_t>(from, 0), (int32_t)std::min<int64_t>(to, SPAN));
     fvec best = s[0];
@@ -203,6 +211,21 @@ class Tile {
       for (int v = 0; v < SPAN_VECTORS; v++) s[v] = s[v] * load<fvec>(value_scales_ + v * WIDTH);
       pack_weights(Type(), s, weights, &unused);
     }
+  }
+
+  static void cap(fvec* s, float limit) {
+    for (int v = 0; v < SPAN_VECTORS; v++) {
+      fvec size = s[v] < 0.0f ? -s[v] : s[v], small = power_of_two(size * ((float)(-2 * LOG2_E) / limit));
+      fvec capped = (1.0f - small) / (1.0f + small) * limit;
+      s[v] = s[v] < 0.0f ? -capped : capped;
+    }
+  }
+
+  // `distance` is that to the first of the keys.
+  static void lose(fvec* s, float slope, float distance) {
+    fvec far;
+    for (int i = 0; i < WIDTH; i++) far[i] = distance - (float)i;
+    for (int v = 0; v < SPAN_VECTORS; v++, far = far - (float)WIDTH) s[v] = s[v] - far * slope;
   }
 
   // Scores of keys before `from` and after `to` become -infinity.

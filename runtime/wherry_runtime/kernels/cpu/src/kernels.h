@@ -17,7 +17,11 @@
   X(all_reduce)           \
   X(meet)                 \
   X(rms_norm)             \
-  X(silu_mul)             \
+  X(layer_norm)           \
+  X(activation)           \
+  X(add_positions)        \
+  X(add_scaled)           \
+  X(scale)                \
   X(rope_and_cache)       \
   X(attention_plan)       \
   X(attention)            \

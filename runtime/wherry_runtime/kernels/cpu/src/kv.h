@@ -15,6 +15,7 @@ namespace wherry::WHERRY_TARGET {
 
 constexpr int GROUP = 16;  // keys
 constexpr int MAX_HEAD_DIM = 256;
+constexpr double LOG2_E = 1.4426950408889634;  // queries hold it, so scores are logarithms of two
 
 enum class Format : int64_t { FLOAT32 = 0, BFLOAT16 = 1, FP8 = 2, INT8 = 3 };
 

@@ -5,16 +5,13 @@
 //   pointers  0 qkv [T, qkv_stride]: H query heads, KV key heads, KV value heads of D columns each; 1 query norm [D] or null;
 //             2 key norm [D] or null; 3 cos [positions, D / 2]; 4 sin [positions, D / 2]; 5 cache; 6 query out
 //   numbers   0 H, 1 KV, 2 D (even, at most 256), 3 block_size, 4 Format, 5 qkv_stride, 6 q_stride
-//   scalars   0 eps of the norms, 1 scale of the query (D^-½)
-// A row of `query` is 4 * q_stride bytes: float32 for a float32 cache, bfloat16 in the first half for the others. It holds
-// log2(e) too, for attention takes powers of two.
+//   scalars   0 eps of the norms, 1 scale of the query (D^-½), 2 what queries, keys and values are cut off at, or 0
+// A row of `query` is 4 * q_stride bytes: float32 for a float32 cache, bfloat16 in the first half for the others.
 #include "kernels.h"
 #include "kv.h"
 #include "simd.h"
 
 namespace wherry::WHERRY_TARGET {
-
-constexpr double LOG2_E = 1.4426950408889634;
 
 struct Rope {
   explicit Rope(const Call& call)
@@ -23,11 +20,19 @@ struct Rope {
         dim(call.numbers[2]),
         eps((float)call.scalars[0]),
         scale((float)(call.scalars[1] * LOG2_E)),
+        limit((float)call.scalars[2]),
         cache((uint8_t*)call.pointers[5], kv_heads, dim, call.numbers[3], (Format)call.numbers[4]) {}
 
   int64_t heads, kv_heads, dim;
-  float eps, scale;
+  float eps, scale, limit;
   KVLayout cache;
+
+  // One head.
+  void load_head(const float* from, float* x) const {
+    std::memcpy(x, from, dim * sizeof(float));
+    if (limit == 0) return;
+    for (int64_t k = 0; k < dim; k++) x[k] = x[k] > limit ? limit : x[k] < -limit ? -limit : x[k];
+  }
 
   // x [D], and zeros up to the next 16 → its rotation in place.
   void rotate(float* x, const float* norm, const float* cos, const float* sin) const {
@@ -164,13 +169,13 @@ void rope_and_cache(const Call& call, Context& context) {
     float* query = (float*)call.pointers[6] + row * call.numbers[6];
     alignas(64) float x[MAX_HEAD_DIM] = {}, value[MAX_HEAD_DIM] = {};
     for (int64_t h = head * group; h < (head + 1) * group; h++) {
-      std::memcpy(x, qkv + h * dim, dim * sizeof(float));
+      op.load_head(qkv + h * dim, x);
       op.rotate(x, query_norm, cos, sin);
       store_query(op, x, query, h);
     }
-    std::memcpy(x, qkv + (op.heads + head) * dim, dim * sizeof(float));
+    op.load_head(qkv + (op.heads + head) * dim, x);
     op.rotate(x, key_norm, cos, sin);
-    std::memcpy(value, qkv + (op.heads + op.kv_heads + head) * dim, dim * sizeof(float));
+    op.load_head(qkv + (op.heads + op.kv_heads + head) * dim, value);
     write(op, x, value, head, context.step.slots[row], call.numbers[3]);
   }
 }
