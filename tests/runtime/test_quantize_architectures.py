@@ -159,8 +159,10 @@ def test_experts_in_one_tensor_are_refused(tmp_path: Path) -> None:
     assert refused.value.code == "unsupported_architecture"
 
 
-def test_kernels_hold_joined_matrices_as_they_are(tmp_path: Path) -> None:
-    target = quantized(built("phi3", tmp_path / "model"), "gptq", bits=4, group=32)
+@pytest.mark.parametrize("name", ["phi3", "gpt2", "gpt-neox", "bloom", "falcon-40b", "gptj", "cohere", "gemma2"])
+def test_kernels_hold_any_matrices_as_they_are(name: str, tmp_path: Path) -> None:
+    """Joined, turned and put in another order, they are the same whole numbers."""
+    target = quantized(built(name, tmp_path / "model"), "gptq", bits=4, group=32)
     packed = [linear.packed for linear in products(loaded(target, native=True))]
     assert {str(matrix.format) for matrix in packed if matrix is not None} == {"int4-g32"}
     for matrix, plain in zip(packed, products(loaded(target)), strict=True):
