@@ -1,9 +1,10 @@
 """What quantizing a checkpoint costs in quality: the tables of docs/quantization.md.
 
-    python -m benchmarks.quantization [methods] [auto] [awq] [--json FILE]
+    python -m benchmarks.quantization [methods] [auto] [awq] [outliers] [--json FILE]
 
 `methods`: each of them on one model, and llama.cpp's files beside them where it is installed (`python -m
-benchmarks.engine.peers llamacpp`). `auto`: whether it finds the best. `awq`: beside GPTQ. All three by default.
+benchmarks.engine.peers llamacpp`). `auto`: whether it finds the best. `awq`: beside GPTQ.
+`outliers`: of activations, in int8. All four by default.
 """
 
 import argparse
@@ -12,7 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.quantization import auto, awq
+from benchmarks.quantization import auto, awq, outliers
 from benchmarks.quantization.methods import Measurer
 from benchmarks.quantization.methods import report as report_methods
 from benchmarks.quantization.subjects import DATA, MODELS
@@ -22,7 +23,8 @@ from rich.progress import Progress
 from wherry_runtime.tokenization.tokenizer import Tokenizer
 from wherry_runtime.tokenization.windows import windows
 
-PARTS = ("methods", "auto", "awq")
+MODULES = {"auto": auto, "awq": awq, "outliers": outliers}
+PARTS = ("methods", *MODULES)
 
 
 def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -73,7 +75,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             if part == "methods":
                 told = methods(own, args, progress)
             else:
-                module = auto if part == "auto" else awq
+                module: Any = MODULES[part]
                 progress.add_task(part, total=None)
                 module.run(own, done)
                 told = module.report(own)

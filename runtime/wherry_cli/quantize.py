@@ -37,6 +37,9 @@ def app(
         typer.Option(help="GPTQ: as many on average, scales included, more where rounding costs more; 0: all alike."),
     ] = 0.0,
     sparsity: Annotated[float, typer.Option(help="prune: share of weights that become zero; 0: half.")] = 0.0,
+    outliers: Annotated[
+        float, typer.Option(help="llm-int8: activations of this magnitude are multiplied apart; 0: of 6.", min=0)
+    ] = 0.0,
     measure_on: Annotated[
         Path | None,
         typer.Option(help="For auto: text to measure on; without, an eighth of the calibration is kept for it."),
@@ -53,7 +56,7 @@ def app(
     try:
         flags = Flags(
             *(method, bits, group, not asymmetric, act_order, true_sequential, damping, smoothing),
-            *(bits_per_weight, sparsity, measure_on, calibration, windows, length),
+            *(bits_per_weight, sparsity, outliers, measure_on, calibration, windows, length),
         )
         if method == "auto":
             run_auto(model_uri(source), target, flags, max_quality_loss)

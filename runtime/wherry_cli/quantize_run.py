@@ -32,6 +32,7 @@ class Flags:
     smoothing: float
     bits_per_weight: float
     sparsity: float
+    outliers: float
     measure_on: Path | None
     calibration: Path | None
     windows: int
@@ -72,6 +73,7 @@ def run(uri: str, target: Path, flags: Flags) -> None:
                 smoothing=flags.smoothing,
                 bits_per_weight=flags.bits_per_weight,
                 sparsity=flags.sparsity,
+                outliers=flags.outliers,
             )
         )
     except ValueError as error:
@@ -104,7 +106,7 @@ def run_auto(uri: str, target: Path, flags: Flags, limit: float) -> None:
 
     if flags.calibration is None:
         raise Failure("auto measures what it tries: give it a text with --calibration FILE")
-    if flags.bits or flags.group or not flags.symmetric or flags.bits_per_weight or flags.sparsity:
+    if flags.bits or flags.group or not flags.symmetric or flags.bits_per_weight or flags.sparsity or flags.outliers:
         raise Failure(
             "auto finds bits and groups itself; leave out --bits, --group, --asymmetric and what is like them"
         )

@@ -51,6 +51,9 @@ class EngineConfig(msgspec.Struct, kw_only=True, frozen=True):
     quantization_group: Annotated[
         int, msgspec.Meta(description="weights that share a scale: 32, 64 or 128; 0: best for the quantization")
     ] = 0
+    measure_quality: Annotated[
+        bool, msgspec.Meta(description="measure what that costs, once the model is loaded, for /health to tell")
+    ] = True
     weight_cache: Annotated[
         str, msgspec.Meta(description="directory that keeps packed weights, so that the next load is faster")
     ] = ""
@@ -111,7 +114,7 @@ def _flag(name: str) -> str:
 
 
 # What a process that is no worker has no use for.
-WORKER_ONLY = ("worker_tls", "worker_tls_name", "probe_port")
+WORKER_ONLY = ("worker_tls", "worker_tls_name", "probe_port", "measure_quality")
 
 
 def to_args(config: EngineConfig) -> list[str]:

@@ -35,8 +35,8 @@ def options(*path: str) -> set[str]:
     return {p.name for p in command.params}
 
 
-# `wherry serve` is engine and OpenAI API in one process: nobody speaks the worker API there.
-OF_WORKERS = {"worker_tls", "worker_tls_name", "probe_port"}
+# `wherry serve` is engine and OpenAI API in one process: nobody speaks the worker API there, or asks for /health.
+OF_WORKERS = {"worker_tls", "worker_tls_name", "probe_port", "measure_quality"}
 
 
 @pytest.mark.parametrize(

@@ -10,6 +10,7 @@ from tests.operator.pods import NOW, at, failed, loading, owner, pending, pod
 from wherry_operator.api.resource import FINALIZER
 from wherry_operator.desired.common import RenderSettings
 from wherry_operator.desired.objects import render
+from wherry_operator.desired.runtime import engine_config
 from wherry_operator.planning.objects import difference, object_actions
 from wherry_operator.planning.plan import make_plan
 from wherry_operator.planning.pods import ContainerState, PodView, Quality
@@ -17,6 +18,7 @@ from wherry_operator.planning.quality import quality_of
 from wherry_operator.planning.revisions import choose
 from wherry_operator.planning.status import make_status
 from wherry_operator.planning.types import Observed, Plan, Refusal, Scale, Settings
+from wherry_protocol.engine_config import to_args
 
 SETTINGS = Settings(RenderSettings("runtime:1", "router:1"))
 REVISION = render(owner(), SETTINGS.render, "token").revision
@@ -313,6 +315,21 @@ def test_what_rounding_costs(case: str) -> None:
         assert found is None
     else:
         assert found == {"method": method, "revision": revision, **expected}
+
+
+def test_what_is_not_to_be_measured_is_not_waited_for() -> None:
+    """The workers are told, and the status says so, whatever older pods had told."""
+    who = owner({"quantization": {"method": "int4", "measure": False}})
+    rendered = render(who, SETTINGS.render, "token")
+    measured = pod("p", revision=rendered.revision, quality=Quality("int4", 0.5, 0.1, 9))
+    found = make_status(plan(observed(measured, who=who)), SETTINGS, NOW).to_wire()["quantization"]
+    told = "not measured: spec.quantization.measure is false"
+    assert found == {"method": "int4", "revision": rendered.revision, "message": told}
+    assert who.spec is not None
+    assert "--measure-quality=false" in to_args(engine_config(who.spec))
+    asked = owner({"quantization": {"method": "int4"}}).spec
+    assert asked is not None
+    assert not [argument for argument in to_args(engine_config(asked)) if "measure" in argument]
 
 
 @pytest.mark.parametrize(

@@ -5,6 +5,7 @@ integers 1e-6 (exact within a group of weights, then float32). On processors wit
 that have them, the products of bfloat16 numbers are exact in float32.
 """
 
+import gc
 from pathlib import Path
 
 import numpy as np
@@ -19,6 +20,7 @@ from wherry_runtime.kernels.cpu.recorder import Capacity, Recorder, Value
 from wherry_runtime.layers.linear import Linear
 from wherry_runtime.models.decoder import Embedding
 from wherry_runtime.parallel.shard import Span
+from wherry_runtime.quantization.formats import Format
 from wherry_runtime.quantization.mapped import Mapped
 from wherry_runtime.quantization.packed import linear as reference
 from wherry_runtime.quantization.storage import Storage
@@ -31,6 +33,10 @@ FORMATS = {
     "bfloat16": (Storage(torch.bfloat16, CPU, native=True), 2e-6),
     "int8": (Storage(torch.bfloat16, CPU, "int8", native=True), 1e-6),
     "int8-g32": (Storage(torch.bfloat16, CPU, "int8", 32, native=True), 1e-6),
+    "int8-outliers": (
+        Storage(torch.bfloat16, CPU, native=True, held={"w": Format("int8", 128, outliers=6.0)}),
+        2e-6,
+    ),
     "int4": (Storage(torch.bfloat16, CPU, "int4", native=True), 1e-6),
     "int4-g64": (Storage(torch.bfloat16, CPU, "int4", 64, native=True), 1e-6),
     "int4-g128": (Storage(torch.bfloat16, CPU, "int4", 128, native=True), 1e-6),
@@ -140,8 +146,9 @@ def test_sampled_rows_are_counted_apart(name: str) -> None:
     assert (y.buffer[2:] == 7).all()
 
 
-def test_infinities_do_not_spread_to_other_rows() -> None:
-    layer = make(FORMATS["int8"][0], 70, 130)
+@pytest.mark.parametrize("name", ["int8", "int8-outliers"])
+def test_infinities_do_not_spread_to_other_rows(name: str) -> None:
+    layer = make(FORMATS[name][0], 70, 130)
     product = Product(layer, 8)
     x = activations(8, 130)
     clean = product(x)
@@ -210,6 +217,18 @@ def test_weights_that_are_still_in_their_file(tmp_path: Path, dtype: torch.dtype
             assert not left.packed.data.any(), "no memory is taken yet"
             left.packed.settle()
     np.testing.assert_array_equal(left.packed.data.numpy(), packed.packed.data.numpy())
+
+
+def test_a_kernel_that_looked_before_rows_were_packed_finds_them_still(tmp_path: Path) -> None:
+    """It may be in the midst of its work: what it reads stays mapped as long as the matrix is there."""
+    matrix = InAFile(tmp_path, torch.bfloat16, 192, 128).layer(Mapped()).packed
+    assert matrix is not None
+    matrix.settle()
+    maps = Path("/proc/self/maps")
+    assert str(tmp_path) in maps.read_text()
+    del matrix
+    gc.collect()
+    assert str(tmp_path) not in maps.read_text()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)

@@ -123,6 +123,31 @@ def test_nf4_with_scales_that_are_quantized_again() -> None:
     assert torch.allclose(kind.read(parts), expected, atol=1e-6)  # type: ignore[arg-type]
 
 
+@pytest.mark.parametrize("threshold, format_", [(6.0, "int8-g128-outliers6"), (0.0, "int8-g128")])
+def test_int8_of_bitsandbytes(threshold: float, format_: str) -> None:
+    """As its authors define it: each row against its largest magnitude, which is in the file."""
+    weights = random(64, 200)
+    largest = weights.abs().amax(dim=1)
+    codes = (weights * 127 / largest[:, None]).round().to(torch.int8)
+    parts = {"weight": codes, "SCB": largest, "weight_format": torch.tensor(0, dtype=torch.uint8)}
+    settings = {"quant_method": "bitsandbytes", "load_in_8bit": True, "llm_int8_threshold": threshold}
+    (kind,) = kinds_of(settings)
+    assert str(kind.format(parts)) == format_
+    read = kind.read(parts)
+    assert isinstance(read, Grouped)
+    exact = codes.float() * (largest / 127)[:, None]
+    assert ((read.dequantized() - exact).abs() <= 2**-11 * exact.abs()).all()  # scales are float16 here
+    small = {**parts, "SCB": largest * 1e-7}  # what float16 has few bits for
+    assert kind.format(small) is None
+    assert torch.allclose(kind.read(small).dequantized(), exact * 1e-7, rtol=1e-6)  # type: ignore[union-attr]
+    with pytest.raises(ValueError, match="row by row"):
+        kind.read({**parts, "weight_format": torch.tensor(2, dtype=torch.uint8)})
+    made = Grid(8, 200, symmetric=True).nearest(weights)
+    written = bitsandbytes.INT8.tensors(made)
+    assert {name: t.shape for name, t in written.items()} == {name: t.shape for name, t in parts.items()}
+    assert torch.equal(kind.read(written).dequantized(), made.dequantized())  # type: ignore[union-attr]
+
+
 def test_mxfp4_is_that_of_compressed_tensors() -> None:
     weights = random(16, 128) * torch.exp(3 * random(16, 1, seed=1))
     rounded = quantize_mxfp4(weights)
@@ -181,7 +206,7 @@ def test_what_is_written_is_read_and_run_as_it_is(
     made = matrix(bits, group, symmetric=symmetric)
     writer = writers[layout]
     tensors = writer.tensors(made)
-    config = writer.config(Settings(bits=bits, group=group, symmetric=symmetric))
+    config = writer.config(Settings(bits=bits, group=group, symmetric=symmetric), ["lm_head"])
     kind = next(k for k in kinds_of(config) if all(s in tensors for s in k.suffixes))
     read = kind.read(tensors)
     assert isinstance(read, Grouped)
@@ -198,7 +223,10 @@ def test_the_last_group_may_be_cut(bits: int, group: int, inputs: int) -> None:
     whole = matrix(bits, group, inputs=inputs)
     settings = {"a": Settings(bits=bits, group=group), "b": Settings(bits=4, group=32)}
     assert compressed_tensors.PACKED.mixed is not None
-    for config in (compressed_tensors.PACKED.config(settings["a"]), compressed_tensors.PACKED.mixed(settings)):
+    for config in (
+        compressed_tensors.PACKED.config(settings["a"], ["lm_head"]),
+        compressed_tensors.PACKED.mixed(settings, ["lm_head"]),
+    ):
         kind = kinds_of(config)[0]
         parts = compressed_tensors.PACKED.tensors(whole)
         read = kind.read(parts)
@@ -249,7 +277,12 @@ def test_a_part_of_a_matrix_that_begins_inside_a_group() -> None:
         ({"quant_method": "gptq", "bits": 5}, "bits 5 is not supported; 2, 3, 4, 8 are"),
         ({"quant_method": "awq", "bits": 4, "version": "gemv"}, "version 'gemv'"),
         ({"quant_method": "compressed-tensors", "format": "marlin-24"}, "format 'marlin-24'"),
-        ({"quant_method": "bitsandbytes", "load_in_8bit": True}, "load_in_4bit only"),
+        ({"quant_method": "bitsandbytes"}, "load_in_4bit or load_in_8bit"),
+        ({"quant_method": "bitsandbytes", "load_in_8bit": True, "llm_int8_has_fp16_weight": True}, "fp16_weight True"),
+        (
+            {"quant_method": "bitsandbytes", "load_in_8bit": True, "llm_int8_threshold": "six"},
+            "llm_int8_threshold 'six'",
+        ),
         ({"quant_method": "fp8", "weight_block_size": [64, 64]}, "weight_block_size"),
     ],
 )
@@ -277,7 +310,7 @@ def gptq_checkpoint(tmp_path: Path) -> Path:
         tensors[f"{module}.bias"] = torch.zeros(tensor.shape[0])
     save_file(tensors, tmp_path / "model.safetensors")
     config = json.loads((tmp_path / "config.json").read_text())
-    config["quantization_config"] = gptq.WRITER.config(Settings(bits=4, group=32))
+    config["quantization_config"] = gptq.WRITER.config(Settings(bits=4, group=32), ["lm_head"])
     (tmp_path / "config.json").write_text(json.dumps(config))
     return tmp_path
 
@@ -352,7 +385,7 @@ def test_transformers_reads_what_is_written(name: str, tmp_path: Path) -> None:
         model(torch.tensor([[1, 2, 3]]))  # unpacks the weights
     quantized = QuantizedCheckpoint.of(target)
     assert quantized is not None
-    matrices = {n: t if isinstance(t, torch.Tensor) else t.dequantized() for n, t in quantized.tensors(set())}
+    matrices = {n: t if isinstance(t, torch.Tensor) else t.dequantized() for n, t in quantized.matrices()}
     for module in ("self_attn.q_proj", "mlp.down_proj"):
         theirs = model.get_submodule(f"model.layers.0.{module}").weight
         assert torch.equal(theirs.float(), matrices[f"model.layers.0.{module}.weight"].to(dtype).float())

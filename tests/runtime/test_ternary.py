@@ -186,7 +186,7 @@ def test_damaged_trits_are_named(bitnet: Path, tmp_path: Path) -> None:
 
 def test_what_is_written_is_read() -> None:
     rows = quantize_ternary(torch.randn(6, 33, generator=torch.Generator().manual_seed(3)))
-    (kind,) = kinds_of(WRITER.config(Settings()))
+    (kind,) = kinds_of(WRITER.config(Settings(), ["lm_head"]))
     read = kind.read(WRITER.tensors(rows))
     assert isinstance(read, Grouped)
     assert read.ternary

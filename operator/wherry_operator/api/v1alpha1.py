@@ -106,6 +106,11 @@ class Quantization(CamelModel):
         description="Type of the KV cache; auto: that of the activations. fp8 and int8 hold about twice the tokens of "
         "bfloat16 in the same memory.",
     )
+    measure: bool = Field(
+        True,
+        description="Whether each replica measures what rounding its weights costs once it is ready, for "
+        "status.quantization: some seconds of a core per billion weights. Answers go first.",
+    )
 
 
 class Batching(CamelModel):

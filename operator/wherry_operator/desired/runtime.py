@@ -55,6 +55,7 @@ def engine_config(spec: LLMDeploymentSpec) -> EngineConfig:
         port=naming.WORKER_PORT,
         dtype=spec.dtype,
         quantization=spec.quantization.method,
+        measure_quality=spec.quantization.measure,
         kv_cache_dtype=spec.quantization.kv_cache,
         drain_timeout_s=drain_seconds(spec),
         **given,

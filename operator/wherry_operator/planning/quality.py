@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import msgspec
 
-from wherry_operator.api.v1alpha1 import QuantizationStatus
+from wherry_operator.api.v1alpha1 import Quantization, QuantizationStatus
 from wherry_operator.planning.pods import PodView, Quality
 from wherry_operator.planning.types import Observed
 
@@ -34,15 +34,20 @@ def with_qualities(observed: Observed, qualities: Mapping[str, Quality]) -> Obse
 
 
 def quantization_status(
-    pods: Sequence[PodView], revision: str, method: str, previous: dict[str, object] | None
+    pods: Sequence[PodView], revision: str, wanted: Quantization, previous: dict[str, object] | None
 ) -> QuantizationStatus | None:
     """What the status says of it; None where nothing is rounded.
 
     Replicas of a revision are rounded alike, so any one's figures are all's. While none of them tells anything, as
     after an operator's start, what was told before stays, if it is about the same pods' template.
     """
+    method = wanted.method
     if method == "none":
         return None
+    if not wanted.measure:
+        return QuantizationStatus(
+            method=method, revision=revision, message="not measured: spec.quantization.measure is false"
+        )
     found = [pod.quality for pod in pods if pod.revision == revision and pod.quality is not None]
     told = next((q for q in found if q.divergence is not None), found[0] if found else None)
     if told is None:

@@ -54,9 +54,7 @@ def _quantization(plan: Plan) -> QuantizationStatus | None:
     spec, before = plan.observed.owner.spec, plan.observed.owner.status
     if spec is None:
         return None
-    return quantization_status(
-        plan.observed.pods, plan.revision or "", spec.quantization.method, before.get("quantization")
-    )
+    return quantization_status(plan.observed.pods, plan.revision or "", spec.quantization, before.get("quantization"))
 
 
 def _most_restarts(plan: Plan) -> int:

@@ -14,19 +14,26 @@ from wherry_runtime.formats.safetensors.shards import IGNORED, INDEX
 from wherry_runtime.loading.checkpoint import shard_files
 from wherry_runtime.loading.config import read_json
 from wherry_runtime.loading.errors import ModelError
+from wherry_runtime.loading.loader import AnyDecoder, whole_name
 
 KEPT = ("*.json", "*.model", "*.jinja", "*.txt", "LICENSE*", "README*")
 
 
 class Source:
-    """The checkpoint that is quantized; tensors are read when asked for."""
+    """The checkpoint that is quantized; tensors are read when asked for.
 
-    def __init__(self, directory: Path) -> None:
+    Args:
+        model: what the checkpoint is of. Some leave out what all names begin with; here names are whole.
+    """
+
+    def __init__(self, directory: Path, model: AnyDecoder) -> None:
         self.directory = directory
-        self._files = {}
+        self._layout = model.config.layout
+        self._known = frozenset(model.slots())
+        self._files: dict[str, tuple[Path, str]] = {}
         for path in shard_files(directory):
             with safe_open(path, framework="pt") as shard:
-                self._files.update(dict.fromkeys(shard.keys(), path))
+                self._files.update({self._whole(name): (path, name) for name in shard.keys()})  # noqa: SIM118
 
     @property
     def names(self) -> list[str]:
@@ -41,9 +48,21 @@ class Source:
         """
         if name not in self._files:
             raise ModelError("missing_tensors", f"{self.directory}: the checkpoint lacks {name}")
-        with safe_open(self._files[name], framework="pt") as shard:
-            tensor: torch.Tensor = shard.get_tensor(name).clone()
+        path, own = self._files[name]
+        with safe_open(path, framework="pt") as shard:
+            tensor: torch.Tensor = shard.get_tensor(own).clone()
         return tensor
+
+    def matrix(self, name: str) -> torch.Tensor:
+        """A matrix in layers, by its name without `.weight`: [outputs, inputs]."""
+        return self.turned(self.read(f"{name}.weight"))
+
+    def turned(self, matrix: torch.Tensor) -> torch.Tensor:
+        """From how the checkpoint has matrices in layers to [outputs, inputs], or back."""
+        return matrix.t().contiguous() if self._layout.transposed else matrix
+
+    def _whole(self, name: str) -> str:
+        return whole_name(name, self._known, self._layout)
 
 
 def shard_name(number: int, count: int) -> str:

@@ -6,11 +6,15 @@ from typing import Any
 
 import torch
 
+from wherry_runtime.calibration.matrices import Layer
 from wherry_runtime.layers.activation import Activation
+from wherry_runtime.layers.experts import Experts
 from wherry_runtime.layers.linear import Linear
-from wherry_runtime.layers.norm import Norm, RMSNorm
+from wherry_runtime.layers.norm import LayerNorm, Norm, RMSNorm
 from wherry_runtime.models.decoder import DecoderLayer
 from wherry_runtime.models.ops import Attention
+
+Before = RMSNorm | LayerNorm | Linear
 
 
 @dataclass
@@ -22,7 +26,7 @@ class Fold:
     """
 
     linear: Linear
-    before: RMSNorm | Linear
+    before: Before
     rows: torch.Tensor | None
 
     def apply(self, scales: torch.Tensor) -> None:
@@ -34,7 +38,8 @@ class Fold:
             raise TypeError("packed weights cannot be scaled")
         self.linear.weight.copy_(self.linear.weight.float() * scales)
         if self.rows is None:
-            self.before.weight.copy_(self.before.weight.float() / scales)
+            for held in self.before.state().values():  # weights, and biases if there are any
+                held.copy_(held.float() / scales)
             return
         of_row = torch.ones(self.before.weight.shape[0]).index_copy_(0, self.rows, scales)
         self.before.weight.copy_(self.before.weight.float() / of_row.unsqueeze(-1))
@@ -46,7 +51,7 @@ class Fold:
 class _Value:
     """Something that flows through a layer: what it is in proportion to, if anything, and who reads it."""
 
-    before: RMSNorm | Linear | None = None
+    before: Before | None = None
     rows: torch.Tensor | None = None
     readers: list[Linear] = field(default_factory=list)
     others: int = 0
@@ -60,7 +65,8 @@ class _Tracer:
 
     def norm(self, norm: Norm, x: _Value) -> _Value:
         x.others += 1
-        return self._new(norm if type(norm) is RMSNorm else None)
+        known = type(norm) in (RMSNorm, LayerNorm) and getattr(norm, "weight", None) is not None
+        return self._new(norm if known else None)  # type: ignore[arg-type]
 
     def linear(self, linear: Linear, x: _Value) -> _Value:
         x.readers.append(linear)
@@ -69,6 +75,17 @@ class _Tracer:
     def add_linear(self, residual: _Value, linear: Linear, x: _Value) -> _Value:
         residual.others += 1
         x.readers.append(linear)
+        return self._new()
+
+    def project(self, linear: Linear, x: _Value) -> _Value:
+        x.readers.append(linear)
+        return self._new()
+
+    def experts(self, experts: Experts, x: _Value) -> _Value:
+        """The router reads the same inputs as all experts; within an expert there is nobody else."""
+        x.others += 1
+        for expert in experts.all():
+            self.linear(expert.down, self.activate(expert.activation, self.linear(expert.gate_up, _Value())))
         return self._new()
 
     def activate(self, activation: Activation, x: _Value) -> _Value:
@@ -96,13 +113,15 @@ class _Tracer:
 
         return unknown
 
-    def _new(self, before: RMSNorm | Linear | None = None, rows: torch.Tensor | None = None) -> _Value:
+    def _new(self, before: Before | None = None, rows: torch.Tensor | None = None) -> _Value:
         self.values.append(_Value(before, rows))
         return self.values[-1]
 
 
-def folds(layer: DecoderLayer) -> list[Fold]:
-    """Those of one layer, in the order of computation."""
+def folds(layer: Layer) -> list[Fold]:
+    """Those of one layer, in the order of computation; none are looked for where a state is kept."""
+    if not isinstance(layer, DecoderLayer):
+        return []
     tracer = _Tracer()
     layer(tracer, _Value())
     found = []
@@ -110,6 +129,6 @@ def folds(layer: DecoderLayer) -> list[Fold]:
         # With two readers the scales of one would have to suit the other.
         if value.before is not None and len(value.readers) == 1 and not value.others:
             reader = value.readers[0]
-            if type(value.before) in (RMSNorm, Linear) and (value.rows is None or len(value.rows) == reader.num_inputs):
+            if value.rows is None or len(value.rows) == reader.num_inputs:
                 found.append(Fold(reader, value.before, value.rows))
     return found

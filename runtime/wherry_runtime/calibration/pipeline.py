@@ -17,14 +17,13 @@ import msgspec
 import torch
 
 from wherry_runtime.calibration.checkpoint import Source, shard_name, write_rest, write_shard
-from wherry_runtime.calibration.folds import Fold, folds
+from wherry_runtime.calibration.layer import LayerQuantizer
+from wherry_runtime.calibration.matrices import Matrix, kept, linears, matrices
 from wherry_runtime.calibration.states import States, clear, rows
-from wherry_runtime.calibration.walk import Reached, Walk
-from wherry_runtime.layers.linear import Linear
+from wherry_runtime.calibration.walk import Walk, empty_model, layer_prefix
 from wherry_runtime.loading.config import read_json
 from wherry_runtime.loading.errors import ModelError
-from wherry_runtime.loading.loader import as_stored
-from wherry_runtime.models.decoder import Decoder, DecoderLayer
+from wherry_runtime.loading.loader import AnyDecoder
 from wherry_runtime.models.registry import read_config
 from wherry_runtime.quantization.layouts.base import Writer
 from wherry_runtime.quantization.recipes.base import Recipe, Settings
@@ -69,35 +68,37 @@ def quantize(job: Job, report: Report) -> None:
         ModelError: as `check`, or unsupported_model.
     """
     outline = check(job.source, job.target)
+    config = outline.config
     work = job.target.with_name(job.target.name + ".partial")
     work.mkdir(parents=True, exist_ok=True)
     done = _resumed(work, job)
-    source = Source(job.source)
-    matrices = [list(_linears(layer)) for layer in outline.layers]
-    shapes = [(part.stop - part.start, m.num_inputs) for layer in matrices for m in layer for part in m.rows.values()]
-    writer = job.recipe.writer(job.settings, shapes)
-    count = len(outline.layers) + 1
-    steps = (
-        _calibrated(job, work, done, writer) if job.recipe.calibrates else _plain(job, matrices, source, done, writer)
-    )
-    of_layers = {name for layer in outline.layers for part in layer.parts() for name in part.slots()}
+    source, origins = Source(job.source, outline), outline.origins()
+    layers = [[matrix for part in linears(layer) for matrix in matrices(part, origins)] for layer in outline.layers]
+    writer = job.recipe.writer(job.settings, [matrix.shape for layer in layers for matrix in layer])
+    count = len(layers) + 1
+    if job.recipe.calibrates:
+        steps = _calibrated(job, work, done, writer, source)
+    else:
+        steps = _plain(job, layers, source, done, writer)
     report(done, count)
     for index, tensors in steps:
-        rest = {n: source.read(n) for part in outline.layers[index].parts() for n in part.slots() if n not in tensors}
-        kept = {n: t for n, t in rest.items() if n.removesuffix(".weight") not in _quantized(matrices[index])}
-        write_shard(work / shard_name(index, count), {**kept, **tensors})
+        weights = {f"{matrix.name}.weight" for matrix in layers[index]}
+        own = [name for name in source.names if name.startswith(f"{layer_prefix(config)}{index}.")]
+        rest = {name: source.read(name) for name in own if name not in weights and name not in tensors}
+        write_shard(work / shard_name(index, count), {**rest, **tensors})
         _note(work, job, index + 1)
         report(index + 1, count)
     shards = [work / shard_name(i, count) for i in range(count)]
-    write_shard(shards[-1], {name: source.read(name) for name in source.names if name not in of_layers})
-    write_rest(job.source, work, shards, None if writer is None else _config(writer, job))
+    others = [name for name in source.names if not name.startswith(layer_prefix(config))]
+    write_shard(shards[-1], {name: source.read(name) for name in others})
+    write_rest(job.source, work, shards, None if writer is None else _config(writer, job, outline))
     (work / PROGRESS).unlink()
     clear(work)
     work.replace(job.target)
     report(count, count)
 
 
-def check(source: Path, target: Path) -> Decoder:
+def check(source: Path, target: Path) -> AnyDecoder:
     """The model without memory for its weights, if it can be quantized, to where nothing is yet.
 
     Raises:
@@ -134,64 +135,69 @@ def _note(work: Path, job: Job, layers: int) -> None:
     partial.replace(work / PROGRESS)
 
 
-def _outline(directory: Path) -> Decoder:
+def _outline(directory: Path) -> AnyDecoder:
     """The model without memory for its weights.
 
     Raises:
-        ModelError: unsupported_architecture, where the matrices are not those of the checkpoint, which is written anew.
+        ModelError: unsupported_architecture.
     """
     config = read_config(directory)
-    if config.recurrent or config.experts or config.norm.offset or not as_stored(config):
+    if config.encoder is not None:
+        raise ModelError("unsupported_architecture", f"{directory}: {config.architecture} turns texts into vectors")
+    if config.experts is not None and config.experts.fused:
         raise ModelError(
             "unsupported_architecture",
-            f"{directory}: {config.architecture} is not quantized ahead: its tensors are held otherwise than the "
-            "checkpoint has them; serve it with --quantization int8 or int4",
+            f"{directory}: {config.architecture} has all experts of a layer in one tensor, for which there is no "
+            "layout of quantized weights; serve it with --quantization int8 or int4",
         )
-    return Decoder(config, 1, Storage(torch.float32, torch.device("meta")))
+    return empty_model(config, 1, Storage(torch.float32, torch.device("meta")))
 
 
-def _linears(layer: DecoderLayer) -> Iterator[Linear]:
-    return (part for part in layer.parts() if isinstance(part, Linear))
-
-
-def _quantized(matrices: list[Linear]) -> set[str]:
-    return {name for matrix in matrices for name in matrix.rows}
-
-
-def _written(name: str, rounded: Any, writer: Writer | None, dtype: torch.dtype) -> dict[str, torch.Tensor]:
+def _written(
+    matrix: Matrix, rounded: Any, writer: Writer | None, source: Source, dtype: torch.dtype
+) -> dict[str, torch.Tensor]:
     if writer is None:
-        return {f"{name}.weight": rounded.dequantized().to(dtype)}
-    return {f"{name}.{suffix}": tensor for suffix, tensor in writer.tensors(rounded).items()}
+        return {f"{matrix.name}.weight": source.turned(rounded.dequantized().to(dtype))}
+    return {f"{matrix.name}.{suffix}": tensor for suffix, tensor in writer.tensors(rounded).items()}
 
 
-def _config(writer: Writer, job: Job) -> dict[str, Any]:
+def _config(writer: Writer, job: Job, outline: AnyDecoder) -> dict[str, Any]:
+    names = outline.config.layout.names
+    origins = outline.origins()
+    plain = [origins[own].name for layer in outline.layers for part in kept(layer) for own in part.rows]
     if not job.mix:
-        return writer.config(job.settings)
+        return writer.config(job.settings, [names.get("lm_head", "lm_head"), *plain])
     if writer.mixed is None:
         raise TypeError(f"what {job.recipe.name} writes has the same bits for all matrices")
-    return writer.mixed(job.mix)
+    return writer.mixed(job.mix, [names.get("lm_head", "lm_head"), *plain])
 
 
 def _plain(
-    job: Job, matrices: list[list[Linear]], source: Source, done: int, writer: Writer | None
+    job: Job, layers: list[list[Matrix]], source: Source, done: int, writer: Writer | None
 ) -> Iterator[tuple[int, dict[str, torch.Tensor]]]:
     """Layer by layer, one matrix in memory at a time."""
-    for index in range(done, len(matrices)):
+    for index in range(done, len(layers)):
         tensors: dict[str, torch.Tensor] = {}
-        for name in sorted(_quantized(matrices[index])):
-            weight = source.read(f"{name}.weight")
-            rounded = job.recipe.round(weight.float(), Inputs.empty(0), job.of(name))
-            tensors |= _written(name, rounded, writer, weight.dtype)
+        for matrix in layers[index]:
+            weight = source.matrix(matrix.name)
+            rounded = job.recipe.round(weight.float(), Inputs.empty(0), job.of(matrix.name))
+            tensors |= _written(matrix, rounded, writer, source, weight.dtype)
         yield index, tensors
 
 
 def _calibrated(
-    job: Job, work: Path, done: int, writer: Writer | None
+    job: Job, work: Path, done: int, writer: Writer | None, source: Source
 ) -> Iterator[tuple[int, dict[str, torch.Tensor]]]:
     """Layer by layer, with what comes out of the quantized layers before."""
     length = len(job.windows[0])
     walk = Walk(job.source, length)
     states = States(work, len(job.windows), length, walk.model.config.hidden_size)
+    origins = walk.model.origins()
+
+    def round_(matrix: Matrix, inputs: Inputs) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        rounded = job.recipe.round(matrix.weights(), inputs, job.of(matrix.name))
+        return rounded.dequantized(), _written(matrix, rounded, writer, source, matrix.dtype)
+
     with torch.inference_mode():
         if not done:
             first = states.create(0)
@@ -199,112 +205,10 @@ def _calibrated(
                 rows(first, i).copy_(walk.start(window))
             first.flush()
         for index in range(done, walk.num_layers):
-            quantizer = LayerQuantizer(walk, walk.layer(index), states, index, job)
-            tensors = quantizer.run(writer)
+            quantizer = LayerQuantizer(walk, index, states, source, origins, job.recipe, job.settings, round_)
+            tensors = quantizer.run()
             quantizer.pass_on()
             del quantizer
             walk.drop(index)
             yield index, tensors  # which are written, and noted, before the inputs go
             states.remove(index)
-
-
-class LayerQuantizer:
-    """One layer of a calibrated job."""
-
-    def __init__(self, walk: Walk, layer: DecoderLayer, states: States, index: int, job: Job) -> None:
-        self._walk = walk
-        self._layer = layer
-        self._states = states
-        self._index = index
-        self._job = job
-        self._before = states.open(index)
-
-    def run(self, writer: Writer | None) -> dict[str, torch.Tensor]:
-        """Rounds the layer's matrices in place; the tensors to write."""
-        tensors: dict[str, torch.Tensor] = {}
-        order = self._order()
-        found = self._inputs(order)
-        if self._job.recipe.scales is not None:
-            tensors |= self._fold(found)
-        for position, linear in enumerate(order):
-            again = position and self._job.settings.true_sequential and self._job.recipe.scales is None
-            inputs = self._inputs([linear])[linear] if again else found[linear]
-            tensors |= self._round(linear, inputs, writer)
-        return tensors
-
-    def pass_on(self) -> None:
-        """Writes what comes out of the layer, for the next one."""
-        after = self._states.create(self._index + 1)
-        for i in range(len(self._before)):
-            rows(after, i).copy_(self._walk.through(self._layer, rows(self._before, i)))
-        after.flush()
-
-    def _order(self) -> list[Linear]:
-        """The matrices in the order of computation."""
-        order: list[Linear] = []
-        self._walk.run(self._layer, rows(self._before, 0), lambda linear, x: order.append(linear))
-        return list(dict.fromkeys(order))
-
-    def _inputs(self, wanted: list[Linear]) -> dict[Linear, Inputs]:
-        """What goes into some matrices as the layer is now."""
-        found = {linear: Inputs.empty(linear.num_inputs) for linear in wanted}
-
-        def watch(linear: Linear, x: torch.Tensor) -> None:
-            if linear in found:
-                found[linear].add(x)
-                if len(found) == 1:
-                    raise Reached
-
-        for i in range(len(self._before)):
-            self._walk.run(self._layer, rows(self._before, i), watch)
-        return found
-
-    def _fold(self, found: dict[Linear, Inputs]) -> dict[str, torch.Tensor]:
-        """Scales inputs and weights; the other tensors that this changes."""
-        changed: dict[str, torch.Tensor] = {}
-        recipe, settings = self._job.recipe, self._job.settings
-        source = Source(self._job.source)
-        for fold in folds(self._layer):
-            weights = _weights(fold.linear)
-            scales = recipe.scales(weights, found[fold.linear], settings, fold.rows) if recipe.scales else None
-            if scales is None:
-                continue
-            tensors, scales = self._folded(fold, scales, source)
-            changed |= tensors
-            found[fold.linear] = found[fold.linear].divided(scales)
-        return changed
-
-    def _folded(self, fold: Fold, scales: torch.Tensor, source: Source) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
-        """The tensors that change beside matrices, and the scales as they were applied."""
-        if isinstance(fold.before, Linear):
-            fold.apply(scales)
-            bias = fold.before.bias
-            parts = fold.before.rows.items()
-            return {} if bias is None else {f"{n}.bias": bias[part].clone() for n, part in parts}, scales
-        (name,) = fold.before.state()
-        written = source.read(name)
-        if not torch.equal(written.float(), fold.before.weight):
-            raise ModelError(
-                "unsupported_model", f"{name} is not held as it is written, so nothing can be folded into it"
-            )
-        # What the weights are multiplied with is what is left once the norm is rounded to the type it is written in.
-        scaled = (written.float() / scales).to(written.dtype)
-        scales = torch.where(scaled == 0, scales, written.float() / scaled.float())
-        fold.apply(scales)
-        return {name: scaled}, scales
-
-    def _round(self, linear: Linear, inputs: Inputs, writer: Writer | None) -> dict[str, torch.Tensor]:
-        tensors: dict[str, torch.Tensor] = {}
-        weights = _weights(linear)
-        for name, part in linear.rows.items():
-            rounded = self._job.recipe.round(weights[part], inputs, self._job.of(name))
-            if linear.weight is not None:
-                tensors |= _written(name, rounded, writer, linear.weight.dtype)
-                linear.weight[part] = rounded.dequantized().to(linear.weight.dtype)
-        return tensors
-
-
-def _weights(linear: Linear) -> torch.Tensor:
-    if linear.weight is None:
-        raise TypeError("packed weights cannot be quantized again")
-    return linear.weight.float()

@@ -13,12 +13,12 @@ import torch
 from torch.nn import functional
 
 from wherry_runtime.calibration.allocation import Option, within
+from wherry_runtime.calibration.matrices import Layer, linears, matrices
 from wherry_runtime.calibration.pipeline import Report, check
 from wherry_runtime.calibration.states import States, rows
 from wherry_runtime.calibration.walk import Walk
 from wherry_runtime.layers.linear import Linear
 from wherry_runtime.loading.errors import ModelError
-from wherry_runtime.models.decoder import DecoderLayer
 from wherry_runtime.quantization.recipes.base import Recipe, Settings
 from wherry_runtime.quantization.solvers.inputs import Inputs
 
@@ -72,6 +72,7 @@ class Probe:
         self._writer = recipe.writer(self._settings[0], [])
         self._walk = Walk(source, length)
         self._layers = [self._walk.layer(index) for index in range(self._walk.num_layers)]
+        self._origins = self._walk.model.origins()
         self._at = torch.arange(length)[:: max(1, length // ROWS)]
         self._count = min(PROBES, len(windows))
         width = self._walk.model.config.hidden_size
@@ -107,30 +108,35 @@ class Probe:
             file.flush()
         return expected
 
-    def _inputs(self, index: int, layer: DecoderLayer) -> dict[Linear, Inputs]:
+    def _inputs(self, index: int, layer: Layer) -> dict[Linear, Inputs]:
         """What goes into each matrix of a layer; what comes out of it is kept for the next one."""
-        found: dict[Linear, Inputs] = {}
+        found = {linear: Inputs.empty(linear.num_inputs) for linear in linears(layer)}
 
         def watch(linear: Linear, x: torch.Tensor) -> None:
-            found.setdefault(linear, Inputs.empty(linear.num_inputs)).add(x)
+            if linear in found:
+                found[linear].add(x)
 
         before, after = self._all.open(index), self._all.create(index + 1)
         for i in range(len(before)):
             rows(after, i).copy_(self._walk.through(layer, rows(before, i), watch))
         after.flush()
         self._all.remove(index)
-        return found
+        return {
+            linear: inputs if inputs.rows else Inputs.unknown(linear.num_inputs) for linear, inputs in found.items()
+        }
 
     def _measured(self, index: int, linear: Linear, inputs: Inputs) -> Sensitivity:
         if linear.weight is None or self._writer is None:
             raise TypeError("packed weights cannot be quantized again")
-        weight = linear.weight.clone()
+        own, weight = matrices(linear, self._origins), linear.weight.clone()
         sizes, errors = [], []
         loss = 0.0
         for place, settings in enumerate(self._settings):
-            rounded = [self._recipe.round(weight[part].float(), inputs, settings) for part in linear.rows.values()]
+            rounded = [self._recipe.round(weight[matrix.rows].float(), inputs, settings) for matrix in own]
             sizes.append(8 * sum(t.nbytes for one in rounded for t in self._writer.tensors(one).values()))
-            found = torch.cat([one.dequantized() for one in rounded])
+            found = torch.empty(weight.shape)
+            for matrix, one in zip(own, rounded, strict=True):
+                found[matrix.rows] = one.dequantized()
             errors.append(float(inputs.error(weight.float() - found).sum()))
             if place == 0:
                 linear.weight.copy_(found)
@@ -138,7 +144,7 @@ class Probe:
                 linear.weight.copy_(weight)
         unit = loss / errors[0] if errors[0] else 0.0
         options = [Option(size, unit * error) for size, error in zip(sizes, errors, strict=True)]
-        return Sensitivity(tuple(linear.rows), weight.numel(), options)
+        return Sensitivity(tuple(matrix.name for matrix in own), weight.numel(), options)
 
     def _divergence(self, index: int) -> float:
         """Mean of the probes' rows, as layer `index` is now."""

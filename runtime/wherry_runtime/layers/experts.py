@@ -22,11 +22,11 @@ class ExpertMLP:
         parts = [(f"{prefix}.gate_proj", inner), (f"{prefix}.up_proj", inner)]
         self.gate_up = Linear(parts, hidden, bias=bias, storage=storage, role="gate_up")
         self.down = Linear([(f"{prefix}.down_proj", hidden)], inner, bias=bias, storage=storage, role="down")
-        self._activation = activation
+        self.activation = activation
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         """x [T, hidden_size] → [T, hidden_size]."""
-        return self.down(self._activation(self.gate_up(x)))
+        return self.down(self.activation(self.gate_up(x)))
 
 
 class Experts:
@@ -66,10 +66,14 @@ class Experts:
     def parts(self) -> Iterator[Linear]:
         """Everything that holds weights."""
         yield self.router
-        for expert in [*self.experts, *([self.shared] if self.shared is not None else [])]:
+        for expert in self.all():
             yield from (expert.gate_up, expert.down)
         if self.shared_gate is not None:
             yield self.shared_gate
+
+    def all(self) -> list[ExpertMLP]:
+        """Those that are chosen from, and the one that sees every token, if there is one."""
+        return self.experts if self.shared is None else [*self.experts, self.shared]
 
     def route(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """x [T, hidden_size] → weights in x's dtype and experts int64, [T, experts_per_token] each."""

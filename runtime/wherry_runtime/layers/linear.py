@@ -57,6 +57,9 @@ class Linear:
         weight: W [num_outputs, num_inputs] plain, or None.
         bias: [num_outputs]; float32 and padded with zeros to a multiple of 64 where W is packed.
         partial: y is a summand: the ranks' sum is the result. The first rank's has the bias.
+        role: as given.
+        dtype: of y.
+        seen: is shown every x [T, num_inputs] before it is multiplied; None: nobody looks.
     """
 
     def __init__(
@@ -81,7 +84,9 @@ class Linear:
         self._skips_bias = bias and inputs.start > 0
         bias = bias and not self._skips_bias
         self._shared = shared is not None
-        self._dtype = storage.dtype
+        self.role = role
+        self.dtype = storage.dtype
+        self.seen: Callable[[torch.Tensor], object] | None = None
         kept = storage.kept(name for name, _ in parts)
         if kept is not None:
             kept = kept.cut_at(inputs.start)
@@ -139,11 +144,13 @@ class Linear:
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         """x [T, num_inputs] → [T, num_outputs] in the model's dtype."""
+        if self.seen is not None:
+            self.seen(x)
         if self._product is not None:
-            return self._product(x).to(self._dtype)
+            return self._product(x).to(self.dtype)
         if self.packed is not None:
             y = linear(x, self.packed)
-            return (y if self.bias is None else y + self.bias[: self.num_outputs]).to(self._dtype)
+            return (y if self.bias is None else y + self.bias[: self.num_outputs]).to(self.dtype)
         if self.weight is None:
             raise TypeError("a layer without weights")
         return project(x, self.weight, self.bias)

@@ -33,7 +33,7 @@ class RMSNorm:
     ) -> None:
         self.weight = torch.empty(width, dtype=torch.float32 if offset else dtype, device=device)
         self.eps = eps
-        self._offset = offset
+        self.offset = offset
         self._name = name
 
     def slots(self) -> Slots:
@@ -41,8 +41,8 @@ class RMSNorm:
 
     def _fill(self, weight: torch.Tensor) -> None:
         self.weight.copy_(weight)
-        if self._offset:
-            self.weight += self._offset
+        if self.offset:
+            self.weight += self.offset
 
     def state(self) -> State:
         return {f"{self._name}.weight": self.weight}

@@ -93,5 +93,5 @@ class CausalConvolution:
 def project(linear: Linear, x: torch.Tensor) -> torch.Tensor:
     """x [B, L, inputs] of any dtype → [B, L, outputs] in the model's."""
     rows = x.flatten(0, 1)
-    y = linear(rows if linear.weight is None else rows.to(linear.weight.dtype))
+    y = linear(rows if linear.weight is None else rows.to(linear.dtype))
     return y.view(*x.shape[:-1], y.shape[-1])

@@ -14,7 +14,7 @@ from wherry_runtime.layers.linear import Slot
 from wherry_runtime.loading.errors import ModelError
 from wherry_runtime.loading.gguf import GGUFCheckpoint
 from wherry_runtime.quantization.mapped import Mapped
-from wherry_runtime.quantization.packed import Rows
+from wherry_runtime.quantization.packed import Rows, Turned
 
 
 def shard_files(directory: Path) -> list[Path]:
@@ -74,7 +74,7 @@ def iterate_tensors(directory: Path, mapped: Mapped | None = None) -> Iterator[t
             ) from e
 
 
-def fill(slots: Mapping[str, Slot], tensors: Iterator[tuple[str, Rows]], directory: Path) -> None:
+def fill(slots: Mapping[str, Slot], tensors: Iterator[tuple[str, Rows | Turned]], directory: Path) -> None:
     """Puts each tensor into the slot of its name, which converts it to how it is held.
 
     Raises:
@@ -99,7 +99,7 @@ def fill(slots: Mapping[str, Slot], tensors: Iterator[tuple[str, Rows]], directo
         )
 
 
-def _fill(slot: Slot, tensor: Rows, what: str) -> None:
+def _fill(slot: Slot, tensor: Rows | Turned, what: str) -> None:
     try:
         slot.fill(tensor)
     except ValueError as e:

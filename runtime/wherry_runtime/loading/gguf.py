@@ -52,12 +52,13 @@ class BlockRows:
     def shape(self) -> tuple[int, int]:
         return len(self.raw), self.columns.stop - self.columns.start
 
-    def __getitem__(self, index: tuple[slice, slice]) -> "BlockRows":
-        """Some rows and columns."""
+    def __getitem__(self, index: tuple[slice | torch.Tensor, slice]) -> "BlockRows":
+        """Some rows, from one to another or by their numbers (int64), and some columns."""
         rows, columns = index
         start, stop, _ = columns.indices(self.shape[1])
         first = self.columns.start
-        return replace(self, raw=self.raw[rows], columns=slice(first + start, first + stop))
+        raw = self.raw[rows.numpy() if isinstance(rows, torch.Tensor) else rows]
+        return replace(self, raw=raw, columns=slice(first + start, first + stop))
 
     def dequantized(self) -> torch.Tensor:
         """[N, K] float32."""

@@ -1,7 +1,7 @@
 """From a model directory to a model in memory."""
 
 import logging
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Container, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import TypeVar
@@ -28,7 +28,7 @@ from wherry_runtime.models.encoder import Encoder
 from wherry_runtime.models.recurrent import RecurrentDecoder
 from wherry_runtime.parallel.shard import Shard
 from wherry_runtime.quantization.formats import Format
-from wherry_runtime.quantization.packed import Rows
+from wherry_runtime.quantization.packed import Rows, Turned
 from wherry_runtime.quantization.storage import Storage
 
 log = logging.getLogger(__name__)
@@ -163,27 +163,27 @@ def _tensors(
     slots: Slots,
     quantized: QuantizedCheckpoint | GGUFCheckpoint | None,
     storage: Storage,
-) -> Iterator[tuple[str, Rows]]:
+) -> Iterator[tuple[str, Rows | Turned]]:
     if quantized is None:
         yield from iterate_tensors(directory, storage.mapped)
         return
     if isinstance(quantized, GGUFCheckpoint):
         yield from quantized.rows(storage.held)
         return
-    for name, tensor in quantized.tensors(slots):
-        if not isinstance(tensor, torch.Tensor) and not as_stored(config):
-            yield name, tensor.dequantized()
+    layout = config.layout
+    yield from quantized.tensors({*slots, *(name.removeprefix(layout.prefix) for name in slots)})
+    layers = layout.names.get("model.layers", "model.layers") + "."
+    for name, rows in quantized.matrices():
+        # Whoever quantizes writes [outputs, inputs], whatever a layout's floats are like.
+        if not layout.transposed or not whole_name(name, slots, layout).startswith(layers):
+            yield name, rows
         else:
-            yield name, tensor
+            yield name, rows.t() if isinstance(rows, torch.Tensor) else Turned(rows)
 
 
-def as_stored(config: ModelConfig, *, fused: bool = False) -> bool:
-    """Whether matrices are held as the checkpoint has them: none is cut, turned or put in another order.
-
-    Args:
-        fused: that several lie in one, one after another, does not count.
-    """
-    layout = replace_field(config.layout, fused={}) if fused and not config.layout.grouped else config.layout
+def _in_order(config: ModelConfig) -> bool:
+    """Whether no matrix is turned or has its rows in another order; several may lie in one, one after another."""
+    layout = config.layout if config.layout.grouped else replace_field(config.layout, fused={})
     return layout == Layout() and (config.rope is None or config.rope.order(config.head_dim) is None)
 
 
@@ -196,17 +196,24 @@ def _quantized(directory: Path, config: ModelConfig) -> QuantizedCheckpoint | GG
     return GGUFCheckpoint.open(files) if kind_of(files[0]) == "gguf" else QuantizedCheckpoint.of(directory)
 
 
-def as_named(tensors: Iterator[tuple[str, Rows]], slots: Slots, config: ModelConfig) -> Iterator[tuple[str, Rows]]:
+def as_named(
+    tensors: Iterator[tuple[str, Rows | Turned]], slots: Slots, config: ModelConfig
+) -> Iterator[tuple[str, Rows | Turned]]:
     """Tensors by the names of `slots`: with the prefix that some checkpoints leave out, and without the head that is
     kept twice where it is tied, and an encoder's heads for other tasks."""
-    prefix, tied_head = config.layout.prefix, config.layout.names.get("lm_head", "lm_head") + ".weight"
+    tied_head = config.layout.names.get("lm_head", "lm_head") + ".weight"
     heads = config.encoder.heads if config.encoder is not None else ()
     for given, tensor in tensors:
         if given.startswith(heads) or (config.tie_word_embeddings and given == tied_head):
             continue
         module, _, kind = given.rpartition(".")
         name = f"{module}.{_OLD_NAMES[kind]}" if config.encoder is not None and kind in _OLD_NAMES else given
-        yield (f"{prefix}{name}" if name not in slots and f"{prefix}{name}" in slots else name), tensor
+        yield whole_name(name, slots, config.layout), tensor
+
+
+def whole_name(name: str, known: Container[str], layout: Layout) -> str:
+    """A tensor's name with the prefix that some checkpoints leave out, if that is one of the model's."""
+    return f"{layout.prefix}{name}" if name not in known and f"{layout.prefix}{name}" in known else name
 
 
 def _keeping(storage: Storage, quantized: QuantizedCheckpoint, config: ModelConfig, directory: Path) -> Storage:
@@ -216,15 +223,33 @@ def _keeping(storage: Storage, quantized: QuantizedCheckpoint, config: ModelConf
             "bad_setting",
             f"{directory} is quantized already, by {quantized.method}; leave out --quantization {storage.quantization}",
         )
-    held: dict[str, Format] = {}
-    if as_stored(config):
-        computed = storage.native or storage.device.type == "cuda"
-        # Ternary ones PyTorch unpacks anew for every step, which a tenth of the memory is worth.
-        held = {} if computed else quantized.ternary()
-        if computed or (not held and _multiplies(storage)):
-            held = quantized.formats()
+    if storage.native:
+        held = quantized.formats()
+    elif storage.device.type == "cuda":  # its kernels round all activations
+        found = quantized.formats() if _on_cuda(storage, config) else {}
+        held = {name: format_ for name, format_ in found.items() if not format_.outliers}
+    else:  # ternary ones PyTorch unpacks anew for every step, which a tenth of the memory is worth
+        held = quantized.ternary() or (quantized.formats() if _multiplies(storage) else {})
     log.info("%s: %s", directory, quantized.describe(held, storage.dtype))
-    return replace(storage, held=held)
+    return replace(storage, held=_by_our_names(held, config))
+
+
+def _on_cuda(storage: Storage, config: ModelConfig) -> bool:
+    """Whether the CUDA kernels compute this model."""
+    kernels = cuda_support.unavailable(storage.device) or cuda_support.unsupported(config, FORMATS["float32"])
+    return kernels is None and config.recurrent is None
+
+
+def _by_our_names(held: Mapping[str, Format], config: ModelConfig) -> dict[str, Format]:
+    """Formats of a checkpoint's matrices as those of the ones that we hold."""
+    if not held or config.recurrent is not None or config.encoder is not None:
+        return dict(held)
+    model = Decoder(config, 1, Storage(torch.float32, torch.device("meta")))
+    slots = model.slots()
+    known = {whole_name(f"{name}.weight", slots, config.layout): format_ for name, format_ in held.items()}
+    origins = {own: origin.name for own, origin in model.origins().items()}
+    ends = {own: config.layout.names.get(own, own) for own in ("lm_head", "model.embed_tokens")}
+    return {own: known[f"{name}.weight"] for own, name in {**origins, **ends}.items() if f"{name}.weight" in known}
 
 
 def _multiplies(storage: Storage) -> bool:
@@ -243,11 +268,11 @@ def _with_products(storage: Storage) -> Storage:
 
 def _keeping_blocks(storage: Storage, model: GGUFCheckpoint, config: ModelConfig, directory: Path) -> Storage:
     """`storage` for a model in GGUF: blocks that our kernels can compute with stay as they are."""
-    held = model.formats() if as_stored(config, fused=True) else {}
+    held = model.formats() if _in_order(config) else {}
     if storage.device.type == "cuda":
         # What PyTorch computes there, it would unpack anew for every step.
-        kernels = cuda_support.unavailable(storage.device) or cuda_support.unsupported(config, FORMATS["float32"])
-        held = {name: format_ for name, format_ in held.items() if kernels is None and not format_.two_level}
+        computed = _on_cuda(storage, config)
+        held = {name: format_ for name, format_ in held.items() if computed and not format_.two_level}
     elif not storage.native and not _multiplies(storage):
         held = {}
     log.info("%s: %s", directory, model.describe(held, storage.dtype))

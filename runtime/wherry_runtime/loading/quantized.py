@@ -121,8 +121,8 @@ class QuantizedCheckpoint:
             parts.append(f"{widened} in {str(dtype).removeprefix('torch.')}, which takes that type's memory")
         return f"quantized by {self.method}; held are {' and '.join(parts) or 'no matrices'}"
 
-    def tensors(self, wanted: Container[str]) -> Iterator[tuple[str, torch.Tensor | Grouped]]:
-        """Each tensor as an unquantized checkpoint names it.
+    def tensors(self, wanted: Container[str]) -> Iterator[tuple[str, torch.Tensor]]:
+        """Each tensor that is not quantized.
 
         Args:
             wanted: names that the model has. Biases that are all zero and that it has no place for are left out: some
@@ -136,6 +136,9 @@ class QuantizedCheckpoint:
             extra = name not in wanted and name.removesuffix(".bias") in self._matrices
             if not (extra and not tensor.any()):
                 yield name, tensor
+
+    def matrices(self) -> Iterator[tuple[str, torch.Tensor | Grouped]]:
+        """Each matrix [outputs, inputs], as an unquantized checkpoint names it."""
         for name, kind in self._matrices.items():
             with _explained(self.directory, name):
                 matrix = kind.read(self._parts(name))

@@ -12,7 +12,7 @@ from wherry_runtime.layers.norm import LayerNorm, Norm, RMSNorm, WholeRMSNorm
 from wherry_runtime.layers.rope import Rope
 from wherry_runtime.loading.config import ModelConfig
 from wherry_runtime.loading.rope_config import RopeConfig
-from wherry_runtime.models.layout import checkpoint_slots
+from wherry_runtime.models.layout import EXPERT, Origin, checkpoint_slots, origins
 from wherry_runtime.models.ops import Attention, Ops, V
 from wherry_runtime.parallel.shard import Shard, Span
 from wherry_runtime.quantization.packed import PackedMatrix, Table
@@ -241,7 +241,7 @@ class Decoder:
         self.embedding_norm, self.norm = (
             new_norm(name, config.hidden_size, config, storage) if has else None for has, name in named
         )
-        self.layers = [DecoderLayer(config, i, storage, self.shard) for i in range(config.num_layers)]
+        self.layers = [self.new_layer(i) for i in range(config.num_layers)]
 
         def rope(settings: RopeConfig | None) -> Rope:
             return Rope(settings, config.head_dim, num_positions, dtype=storage.dtype, device=storage.device)
@@ -270,6 +270,10 @@ class Decoder:
         plain = embedding(None)
         return plain, head(plain.weight if tied else None)
 
+    def new_layer(self, index: int) -> DecoderLayer:
+        """Layer `index`, without its weights."""
+        return DecoderLayer(self._whole, index, self.storage, self.shard)
+
     def parts(self) -> Iterator[Part]:
         """Everything that holds weights."""
         yield self.embedding
@@ -281,6 +285,13 @@ class Decoder:
     def slots(self) -> Slots:
         """Checkpoint name → where its tensor goes; all of them, once."""
         return checkpoint_slots(self._slots(), self._whole)
+
+    def origins(self) -> dict[str, Origin]:
+        """Our name of each matrix in layers (without `.weight`) → where it comes from; not of experts in one tensor."""
+        fused = self._whole.experts is not None and self._whole.experts.fused
+        matrices = [part for layer in self.layers for part in layer.parts() if isinstance(part, Linear)]
+        slots = {name: slot for part in matrices for name, slot in part.slots().items() if name.endswith(".weight")}
+        return origins({n: s for n, s in slots.items() if not (fused and EXPERT.search(n))}, self._whole)
 
     def _slots(self) -> Slots:
         return merged([part.slots() for part in self.parts()])

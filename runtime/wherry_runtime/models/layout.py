@@ -1,15 +1,14 @@
 """From our slots, named and cut as Llama's tensors, to those of a checkpoint that has them otherwise."""
 
-import itertools
 import math
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from typing import NamedTuple
 
 import torch
 
 from wherry_runtime.layers.linear import Slot, Slots
 from wherry_runtime.loading.config import ModelConfig
-from wherry_runtime.loading.errors import ModelError
 from wherry_runtime.quantization.fp4 import GROUP, unpack_mxfp4
 from wherry_runtime.quantization.packed import Rows
 
@@ -22,11 +21,7 @@ Fill = Callable[[torch.Tensor], object]
 
 
 def checkpoint_slots(slots: Slots, config: ModelConfig) -> Slots:
-    """`slots` by the checkpoint's names, each of which takes a tensor as the checkpoint has it.
-
-    Raises:
-        ModelError: unsupported_quantization, where a matrix that is to be cut or turned comes packed.
-    """
+    """`slots` by the checkpoint's names, each of which takes a tensor as the checkpoint has it."""
     layers: dict[str, dict[str, Slot]] = {}
     result: Slots = {}
     for name, slot in slots.items():
@@ -40,6 +35,53 @@ def checkpoint_slots(slots: Slots, config: ModelConfig) -> Slots:
     for number, own in layers.items():
         result |= {f"{prefix}.{number}.{name}": slot for name, slot in _Layer(config, own).slots()}
     return result
+
+
+class Origin(NamedTuple):
+    """Where the rows of a matrix lie in the checkpoint.
+
+    Attributes:
+        name: of the checkpoint's matrix, without `.weight`.
+        rows: [N] int64: its rows, outputs of the product, in the order in which they are held.
+    """
+
+    name: str
+    rows: torch.Tensor
+
+
+def origins(slots: Slots, config: ModelConfig) -> dict[str, Origin]:
+    """Our name of each matrix in layers (without `.weight`) → where it comes from.
+
+    What is to be known is how the checkpoint's tensors are cut and ordered, and that is what `checkpoint_slots` does:
+    so it is shown the numbers of rows instead of the rows.
+
+    Args:
+        slots: of matrices, by our names; none of experts that lie in one tensor.
+    """
+    numbers: dict[str, torch.Tensor] = {}  # of the rows that each of our matrices took
+
+    def noting(own: str, slot: Slot) -> Slot:
+        return Slot(slot.shape, lambda rows: numbers.update({own.removesuffix(".weight"): rows.flatten()}))
+
+    found: dict[str, Origin] = {}
+    for key, slot in checkpoint_slots({own: noting(own, slot) for own, slot in slots.items()}, config).items():
+        # One column stands for all of a matrix.
+        if config.layout.transposed:
+            slot.fill(torch.arange(slot.shape[1])[None])
+        else:
+            slot.fill(torch.arange(slot.shape[0])[:, None])
+        found |= {own: Origin(key.removesuffix(".weight"), rows) for own, rows in numbers.items()}
+        numbers.clear()
+    return found
+
+
+def vector_name(own: str, config: ModelConfig) -> str:
+    """The checkpoint's name of a tensor in a layer that is in no other one, such as a norm's weights."""
+    if (match := LAYER.fullmatch(own)) is None:
+        return own
+    layers, number, module, kind = match.groups()
+    names = config.layout.names
+    return f"{names.get(layers, layers)}.{number}.{names.get(module, module)}.{kind}"
 
 
 class _Layer:
@@ -67,19 +109,14 @@ class _Layer:
 
     def _ordered(self, name: str, slot: Slot) -> Slot:
         """Queries and keys in the order that they are rotated in."""
-        module, _, kind = name.rpartition(".")
+        module, _, _ = name.rpartition(".")
         if module not in QUERIES_AND_KEYS or self._order is None:
             return slot
-        _plain_only(kind, self._config)
         dim, order = self._config.head_dim, torch.tensor(self._order)
-
-        def fill(tensor: torch.Tensor) -> object:
-            if "norm" in module:
-                return slot.fill(tensor[..., order])
-            heads = tensor.reshape(-1, dim, *tensor.shape[1:])
-            return slot.fill(heads[:, order].reshape(tensor.shape))
-
-        return Slot(slot.shape, fill)
+        if "norm" in module:
+            return Slot(slot.shape, lambda tensor: slot.fill(tensor[..., order]))
+        heads = torch.arange(slot.shape[0]).view(-1, dim)
+        return Slot(slot.shape, lambda rows: slot.fill(_taken(rows, heads[:, order])))
 
     def _turned(self, slot: Slot) -> Slot:
         if not self._layout.transposed or len(slot.shape) != 2:
@@ -92,27 +129,23 @@ class _Layer:
         if slots[0] is None:
             return {}
         held = [slot for slot in slots if slot is not None]
-        sizes = [slot.shape[0] for slot in held]
+        total = sum(slot.shape[0] for slot in held)
+        numbers = torch.arange(total)
+        in_groups = self._layout.grouped and len(held) == len(QKV)
+        own = self._grouped(numbers) if in_groups else torch.split(numbers, [slot.shape[0] for slot in held])
 
         def fill(rows: Rows) -> None:
-            for slot, part in zip(held, cut(rows), strict=True):
-                slot.fill(part)
+            for slot, part in zip(held, own, strict=True):
+                slot.fill(_taken(rows, part))
 
-        def cut(rows: Rows) -> Iterable[Rows]:
-            if not isinstance(rows, torch.Tensor):
-                ends = list(itertools.accumulate(sizes))
-                return [rows[end - size : end, :] for end, size in zip(ends, sizes, strict=True)]
-            return self._grouped(rows) if self._layout.grouped and len(held) == len(QKV) else torch.split(rows, sizes)
+        return {name: self._turned(Slot((total, *held[0].shape[1:]), fill))}
 
-        return {name: self._turned(Slot((sum(sizes), *held[0].shape[1:]), fill))}
-
-    def _grouped(self, tensor: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        """Queries, keys and values, where each key head comes with its own queries before it."""
-        heads, kv_heads, dim = self._config.num_heads, self._config.num_kv_heads, self._config.head_dim
-        group, rest = heads // kv_heads, tensor.shape[1:]
-        split = tensor.reshape(kv_heads, group + 2, dim, *rest)
-        parts = (split[:, :group], split[:, group], split[:, group + 1])
-        return tuple(part.reshape(-1, *rest) for part in parts)
+    def _grouped(self, rows: torch.Tensor) -> list[torch.Tensor]:
+        """Queries', keys' and values' rows, where each key head comes with its own queries before it."""
+        kv_heads = self._config.num_kv_heads
+        group = self._config.num_heads // kv_heads
+        split = rows.view(kv_heads, group + 2, self._config.head_dim)
+        return [part.flatten() for part in (split[:, :group], split[:, group], split[:, group + 1])]
 
     def _fused_experts(self) -> Slots:
         """All experts' matrices in one tensor, as GPT-OSS has them."""
@@ -191,9 +224,10 @@ def _collected(shapes: Mapping[str, tuple[int, ...]], use: Callable[[Mapping[str
     return {name: Slot(shape, keep(name)) for name, shape in shapes.items()}
 
 
-def _plain_only(kind: str, config: ModelConfig) -> None:
-    if kind not in ("weight", "bias"):
-        raise ModelError(
-            "unsupported_quantization",
-            f"{config.architecture}: queries and keys that come packed cannot be put in order; use a float checkpoint",
-        )
+def _taken(rows: Rows, index: torch.Tensor) -> Rows:
+    """Some rows, in the order of `index` (int64, any shape): a view, where they lie side by side."""
+    index = index.flatten()
+    first, count = int(index[0]), len(index)
+    if torch.equal(index, torch.arange(first, first + count)):
+        return rows[first : first + count] if isinstance(rows, torch.Tensor) else rows[first : first + count, :]
+    return rows[index] if isinstance(rows, torch.Tensor) else rows[index, :]

@@ -14,6 +14,7 @@ from wherry_runtime.models.decoder import Embedding
 from wherry_runtime.models.families.mamba import MambaLayer
 from wherry_runtime.models.families.mamba2 import Mamba2Layer
 from wherry_runtime.models.families.rwkv import RwkvLayer
+from wherry_runtime.models.layout import Origin
 from wherry_runtime.parallel.shard import Span
 from wherry_runtime.quantization.storage import Storage
 
@@ -33,8 +34,8 @@ class RecurrentDecoder:
         self.storage = storage
         vocabulary, hidden = Span.all(config.vocab_size), config.hidden_size
         self.embedding = Embedding(names["model.embed_tokens"], vocabulary, hidden, storage)
-        made = LAYERS[shape.kind]
-        self.layers = [made(f"{names['model.layers']}.{i}", config, shape, storage) for i in range(config.num_layers)]
+        self._shape = shape
+        self.layers = [self.new_layer(i) for i in range(config.num_layers)]
         norm_type = LayerNorm if shape.kind == "rwkv" else RMSNorm
         dtype, device = storage.vector_dtype, storage.device
         self.norm = norm_type(names["model.norm"], hidden, config.norm_eps, dtype=dtype, device=device)
@@ -50,6 +51,11 @@ class RecurrentDecoder:
         )
         self._residual = torch.float32 if shape.float32_residual else storage.dtype
 
+    def new_layer(self, index: int) -> RecurrentLayer:
+        """Layer `index`, without its weights."""
+        name = f"{self.config.layout.names['model.layers']}.{index}"
+        return LAYERS[self._shape.kind](name, self.config, self._shape, self.storage)
+
     def parts(self) -> Iterator[Part]:
         """Everything that holds weights."""
         yield self.embedding
@@ -60,6 +66,12 @@ class RecurrentDecoder:
     def slots(self) -> Slots:
         """Checkpoint name → where its tensor goes; all of them, once."""
         return merged([part.slots() for part in self.parts()])
+
+    def origins(self) -> dict[str, Origin]:
+        """The name of each matrix in layers (without `.weight`) → where it comes from."""
+        matrices = [part for layer in self.layers for part in layer.parts() if isinstance(part, Linear)]
+        rows = {name: part for matrix in matrices for name, part in matrix.rows.items()}
+        return {name: Origin(name, torch.arange(part.stop - part.start)) for name, part in rows.items()}
 
     def state(self) -> State:
         """Every tensor that holds weights, as they are held."""
@@ -73,6 +85,10 @@ class RecurrentDecoder:
         """What each layer keeps of a sequence."""
         return [tuple(layer.kept) for layer in self.layers]
 
+    def embedded(self, tokens: torch.Tensor) -> torch.Tensor:
+        """tokens [B, L] int64 → the residual stream before the first layer: [B, L, hidden_size]."""
+        return self.embedding.weight[tokens].to(self._residual)
+
     def hidden(self, tokens: torch.Tensor, states: list[States]) -> tuple[torch.Tensor, list[States]]:
         """L tokens of each of B sequences.
 
@@ -83,7 +99,7 @@ class RecurrentDecoder:
         Returns:
             The residual stream after the last layer [B, L, hidden_size], and the states after these tokens.
         """
-        x = self.embedding.weight[tokens].to(self._residual)
+        x = self.embedded(tokens)
         after = []
         for layer, before in zip(self.layers, states, strict=True):
             x, kept = layer(x, before)

@@ -14,11 +14,10 @@ from pathlib import Path
 import torch
 
 from wherry_protocol.engine_config import Quantization
-from wherry_runtime.calibration.walk import Walk
+from wherry_runtime.calibration.walk import Walk, empty_model
 from wherry_runtime.engine.resources import available_memory
 from wherry_runtime.loading.errors import ModelError
-from wherry_runtime.loading.loader import DTYPES, as_stored
-from wherry_runtime.models.decoder import Decoder
+from wherry_runtime.loading.loader import DTYPES, AnyDecoder
 from wherry_runtime.models.registry import read_config
 from wherry_runtime.quality.measure import add
 from wherry_runtime.quality.score import Score, Summary
@@ -51,16 +50,10 @@ def measure(what: Measured, memory: int, length: int = LENGTH) -> Summary:
             memory is short.
     """
     config = read_config(what.directory)
-    if (
-        config.encoder
-        or config.recurrent
-        or config.experts
-        or not as_stored(config)
-        or what.directory.suffix == ".gguf"
-    ):
+    if config.encoder or what.directory.suffix == ".gguf":
         raise ModelError("not_measured", f"{config.architecture} is not measured layer by layer")
     held = DTYPES[config.dtype]
-    outline = Decoder(config, 1, Storage(held, torch.device("meta")))
+    outline = empty_model(config, 1, Storage(held, torch.device("meta")))
     if (count := outline.num_parameters()) > MOST_PARAMETERS:
         raise ModelError("not_measured", f"{count / 1e9:.1f} billion weights are more than are measured in passing")
     if memory < (needed := _bytes_needed(outline, held)):
@@ -77,9 +70,9 @@ def measure(what: Measured, memory: int, length: int = LENGTH) -> Summary:
     return score.summary()
 
 
-def _bytes_needed(model: Decoder, held: torch.dtype) -> int:
+def _bytes_needed(model: AnyDecoder, held: torch.dtype) -> int:
     """Two embeddings and heads, a layer of each with what rounding it takes, and a margin."""
-    layer = sum(t.numel() for part in model.layers[0].parts() for t in part.state().values())
+    layer = max(sum(t.numel() for part in layer.parts() for t in part.state().values()) for layer in model.layers)
     ends = sum(t.numel() for part in (model.embedding, model.head) for t in part.state().values())
     return 2 * ends * held.itemsize + 16 * layer + (512 << 20)
 

@@ -43,6 +43,8 @@ class Format:
         block: weights of a super-block; 0: the method has none.
         zero: what is added to q so that it is not negative.
         minima: whether there are d_min and m.
+        outliers: activations of at least this magnitude are not rounded to int8 with others but multiplied as they are
+            (LLM.int8, https://arxiv.org/abs/2208.07339); 0: all are rounded. Of int8 weights only.
     """
 
     method: Method
@@ -50,6 +52,7 @@ class Format:
     block: int = 0
     zero: int = 0
     minima: bool = False
+    outliers: float = 0.0
 
     def __post_init__(self) -> None:
         groups = K_GROUPS if self.two_level else GROUPS if self.quantized else (0,)
@@ -57,6 +60,8 @@ class Format:
             raise ValueError(f"{self.method} weights have no groups of {self.group}")
         if self.block not in (SUPER_BLOCKS if self.two_level else (0,)):
             raise ValueError(f"{self.method} weights have no super-blocks of {self.block}")
+        if self.outliers and (self.method != "int8" or not self.outliers > 0):
+            raise ValueError(f"{self.method} weights have no outliers of {self.outliers} kept apart")
 
     @classmethod
     def two_level_of(cls, least: int, most: int, group: int, block: int, *, minima: bool) -> "Format":
@@ -101,6 +106,7 @@ class Format:
 
     def __str__(self) -> str:
         name = f"{self.method}-g{self.group}" if self.group else self.method
+        name += f"-outliers{self.outliers:g}" if self.outliers else ""
         return f"{name}-b{self.block}-z{self.zero}{'-min' * self.minima}" if self.two_level else name
 
 
@@ -110,7 +116,8 @@ def joined(formats: Sequence[Format]) -> Format | None:
     if len({format_.two_level for format_ in formats}) > 1:
         return None
     if not first.two_level:
-        return max(formats, key=lambda f: f.bits) if len({f.group for f in formats}) == 1 else None
+        alike = len({(f.group, f.outliers) for f in formats}) == 1
+        return max(formats, key=lambda f: f.bits) if alike else None
     return Format.two_level_of(
         -max(f.zero for f in formats),
         max((1 << f.bits) - 1 - f.zero for f in formats),

@@ -42,8 +42,8 @@ class Grouped:
         at = self._columns()
         return (self.codes.to(torch.int16) - self.zeros[:, at]).float() * self.scales.float()[:, at]
 
-    def __getitem__(self, index: tuple[slice, slice]) -> "Grouped":
-        """Some rows and columns."""
+    def __getitem__(self, index: tuple[slice | torch.Tensor, slice]) -> "Grouped":
+        """Some rows, from one to another or by their numbers (int64), and some columns."""
         rows, columns = index
         start, stop, _ = columns.indices(self.shape[1])
         codes = self.codes[rows, columns]
@@ -73,7 +73,7 @@ class Grouped:
     def _columns(self) -> torch.Tensor:
         return torch.arange(self.shape[1]) // self.group if self.groups is None else self.groups
 
-    def _params(self, rows: slice, groups: slice) -> "Grouped":
+    def _params(self, rows: slice | torch.Tensor, groups: slice) -> "Grouped":
         return replace(self, scales=self.scales[rows, groups], zeros=self.zeros[rows, groups])
 
 

@@ -3,6 +3,7 @@
 import math
 import threading
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from typing import Protocol
 
 import torch
@@ -28,8 +29,8 @@ class Codes(Protocol):
     def shape(self) -> tuple[int, int]:
         """N, K."""
 
-    def __getitem__(self, index: tuple[slice, slice]) -> "Codes":
-        """Some rows and columns."""
+    def __getitem__(self, index: tuple[slice | torch.Tensor, slice]) -> "Codes":
+        """Some rows, from one to another or by their numbers (int64), and some columns."""
 
     def dequantized(self) -> torch.Tensor:
         """[N, K] float32."""
@@ -42,6 +43,21 @@ class Codes(Protocol):
 
 
 Rows = torch.Tensor | Codes
+
+
+@dataclass(frozen=True, slots=True)
+class Turned:
+    """Codes [N, K] in the place of a matrix that its checkpoint would have as [K, N], if it were not quantized."""
+
+    rows: Codes
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return self.rows.shape[1], self.rows.shape[0]
+
+    def t(self) -> Codes:
+        """As they are."""
+        return self.rows
 
 
 class PackedMatrix:
@@ -96,6 +112,7 @@ class PackedMatrix:
         self._left: list[
             tuple[int, torch.Tensor]
         ] = []  # rows that stay where they are, each with its first row's number
+        self._mapping: list[torch.Tensor] = []
         self._settling = threading.Lock()
         self.dtype = PACKINGS[format_.method].dtype
         if num_outputs % PANEL:  # `fill` writes the padding of inputs, but no row beyond its own
@@ -169,6 +186,8 @@ class PackedMatrix:
                 self.rows[0] = 0
             for _, rows in self._left:  # which somebody may have read meanwhile
                 _let_go(rows)
+            # A kernel that looked before may still read them: the file stays mapped, which takes no memory.
+            self._mapping += [rows for _, rows in self._left]
             self._left.clear()
 
     def fill_reference(self, first_row: int, rows: torch.Tensor) -> None:
@@ -274,7 +293,8 @@ def linear(x: torch.Tensor, matrix: PackedMatrix) -> torch.Tensor:
 
     Quantized formats take x as int8 too, in the same groups: y[n] = Σ_g scale[n, g] · scale_x[g] · Σ_k q[n, k] q_x[k],
     where the inner sum is exact (it is below 2²⁴, so float32 holds it) and the outer goes up in float32. Where there
-    are minima, minimum[n, g] · scale_x[g] · Σ_k q_x[k] is taken away.
+    are minima, minimum[n, g] · scale_x[g] · Σ_k q_x[k] is taken away. What the format takes for outliers of x is left
+    out of all that, and multiplied as it is.
 
     Args:
         x: [T, K], any float dtype.
@@ -288,8 +308,24 @@ def linear(x: torch.Tensor, matrix: PackedMatrix) -> torch.Tensor:
     if matrix.scales is None:
         parts = [padded @ matrix.codes(panels).float().T for panels in matrix._chunks()]
     else:
-        q, x_scales = quantize_activations(padded, matrix.format.group)
+        large = padded.abs() >= (matrix.format.outliers or math.inf)
+        q, x_scales = quantize_activations(padded.masked_fill(large, 0), matrix.format.group)
         parts = [_grouped(q, x_scales, matrix, panels) for panels in matrix._chunks()]
+        if matrix.format.outliers and large.any():
+            return torch.cat(parts, dim=1)[:, : matrix.num_outputs] + _apart(padded.masked_fill(~large, 0), matrix)
+    return torch.cat(parts, dim=1)[:, : matrix.num_outputs]
+
+
+def _apart(x: torch.Tensor, matrix: PackedMatrix) -> torch.Tensor:
+    """x Wᵀ for an x [T, Kp] most columns of which are zero."""
+    columns = x.any(dim=0).nonzero().flatten()
+    parts = []
+    for panels in matrix._chunks():
+        found = matrix.group_scales(panels)
+        if found is None:
+            raise TypeError(f"{matrix.format} has no scales")
+        weights = matrix.codes(panels)[:, columns].float() * found[0][:, columns // matrix.format.group]
+        parts.append(x[:, columns] @ weights.T)
     return torch.cat(parts, dim=1)[:, : matrix.num_outputs]
 
 

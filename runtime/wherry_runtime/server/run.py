@@ -111,10 +111,11 @@ async def run(
     lifecycle = Lifecycle(download)
     stop_on_signals(lifecycle.stop)
     loading = asyncio.create_task(_load(engine, lifecycle))
-    measuring = asyncio.create_task(_measure(engine, lifecycle, loading))
+    measuring = asyncio.create_task(_measure(engine, lifecycle, loading)) if config.measure_quality else None
     await _serve(engine, config, where, token, lifecycle)
-    measuring.cancel()
-    await asyncio.gather(measuring, return_exceptions=True)
+    if measuring is not None:
+        measuring.cancel()
+        await asyncio.gather(measuring, return_exceptions=True)
     if not loading.done():
         # The thread that loads, or waits for the group's other ranks, cannot be interrupted, and an orderly end would
         # wait for it.

@@ -8,12 +8,13 @@ import psutil
 import pytest
 from tests.router.harness import TINY, Process, eventually, running
 
-from wherry_protocol.engine_config import EngineConfig, Quantization
+from wherry_protocol.engine_config import EngineConfig, Quantization, from_args
 from wherry_runtime.loading.errors import ModelError
 from wherry_runtime.quality.drift import LENGTH, Measured, measure
 from wherry_runtime.quality.measure import Subject, compare
 from wherry_runtime.quality.text import TEXT
 from wherry_runtime.server import drift
+from wherry_runtime.server import run as worker
 from wherry_runtime.server.surface import Rounded
 from wherry_runtime.tokenization.tokenizer import Tokenizer
 
@@ -86,3 +87,33 @@ def test_a_worker_tells_it_once_it_is_measured() -> None:
     with running(Process("wherry_runtime", arguments, {})) as process:
         eventually(lambda: httpx.get(process.url + "/ready").status_code == 200, 60)
         assert "quality" not in httpx.get(process.url + "/health").json()
+
+
+@pytest.mark.parametrize("asked", [True, False])
+async def test_a_worker_measures_unless_it_is_told_not_to(asked: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    looked, loaded = [], asyncio.Event()
+
+    class Loaded:
+        """An engine of which nothing is rounded, which is asked for what is by whoever measures."""
+
+        @property
+        def rounded(self) -> None:
+            looked.append(self)
+
+        async def start(self) -> None:
+            loaded.set()
+
+        async def close(self) -> None: ...
+
+    async def serve(*_: object) -> None:
+        await loaded.wait()
+        for _ in range(100):  # turns of the loop: everything that needs no more has happened then
+            await asyncio.sleep(0)
+
+    monkeypatch.setattr(worker, "_serve", serve)
+    monkeypatch.setattr(worker, "stop_on_signals", lambda stop: None)
+    config = from_args(
+        ["--model-name=m", "--model-uri=/m", "--quantization=int4", f"--measure-quality={asked}".lower()]
+    )
+    assert await worker.run(Loaded(), config, None, None) == 0  # type: ignore[arg-type]
+    assert len(looked) == asked

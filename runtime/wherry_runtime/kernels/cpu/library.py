@@ -16,7 +16,7 @@ import numpy.typing as npt
 import torch
 
 LIBRARY = Path(__file__).resolve().parent / "libwherry_cpu.so"
-INTERFACE = 3  # `wherry_interface` of program.cpp
+INTERFACE = 4  # `wherry_interface` of program.cpp
 NUM_POINTERS, NUM_NUMBERS, NUM_SCALARS = 10, 14, 4
 
 Longs = Sequence[int] | npt.NDArray[np.int64]

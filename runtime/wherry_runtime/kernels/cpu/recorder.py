@@ -329,6 +329,10 @@ class Recorder:
         name = f"linear_{ {'float32': 'f32', 'bfloat16': 'bf16'}.get(held.method, held.method) }"
         tensors = [operand, matrix.data, out.buffer, linear.bias, matrix.scales, scales, sums, matrix.rows]
         self.program.add(name, tensors, numbers, streams=(matrix.data, matrix.num_panels))
+        if held.outliers:
+            numbers = [matrix.num_panels, matrix.padded_inputs, x.stride, out.stride, held.group, x.sampled]
+            apart = [x.buffer, matrix.data, out.buffer, None, matrix.scales]
+            self.program.add("add_outliers", apart, numbers, [held.outliers])
         for buffer in (operand, scales, sums):
             if buffer is not None and buffer is not x.buffer:
                 self.arena.give_back(buffer)
@@ -349,7 +353,8 @@ class Recorder:
         groups = depth // matrix.format.group
         scales = self.arena.take(torch.float32, rows, groups)
         sums = self.arena.take(torch.int32, rows, groups)
-        self.program.add("quantize_int8", [x.buffer, operand, scales, sums], [*numbers, matrix.format.group])
+        numbers.append(matrix.format.group)
+        self.program.add("quantize_int8", [x.buffer, operand, scales, sums], numbers, [matrix.format.outliers])
         return operand, depth + SKEW, scales, sums
 
 

@@ -4,6 +4,7 @@ qweight [K, N / 8] int32, qzeros [G, N / 8] int32: eight outputs in a word, the 
 scales  [G, N] float16
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -70,14 +71,14 @@ def _tensors(matrix: Grouped) -> dict[str, torch.Tensor]:
     }
 
 
-def _config(settings: Any) -> dict[str, Any]:
+def _config(settings: Any, kept: Sequence[str]) -> dict[str, Any]:
     return {
         "quant_method": "awq",
         "bits": BITS,
         "group_size": settings.group,
         "version": "gemm",
         "zero_point": True,
-        "modules_to_not_convert": None,
+        "modules_to_not_convert": list(kept[1:]) or None,  # the head never is
     }
 
 

@@ -1,6 +1,6 @@
 """What a layout of quantized checkpoints is: which tensors stand for a matrix, and how they are read and written."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -71,9 +71,10 @@ def setting(config: dict[str, Any], name: str, known: tuple[Any, ...], default: 
 class Writer:
     """How rounded matrices are written. `tensors` takes what a recipe made of one: suffix → tensor.
 
-    `mixed` tells `quantization_config` of each matrix's settings, in layouts where they may differ.
+    `mixed` tells `quantization_config` of each matrix's settings, in layouts where they may differ. Both are told which
+    matrices stay as they are, by name.
     """
 
     tensors: Callable[[Any], dict[str, torch.Tensor]]
-    config: Callable[[Any], dict[str, Any]]  # a recipe's settings → `quantization_config`
-    mixed: Callable[[Mapping[str, Any]], dict[str, Any]] | None = None
+    config: Callable[[Any, Sequence[str]], dict[str, Any]]  # a recipe's settings → `quantization_config`
+    mixed: Callable[[Mapping[str, Any], Sequence[str]], dict[str, Any]] | None = None

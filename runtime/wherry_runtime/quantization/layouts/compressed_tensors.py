@@ -11,7 +11,7 @@ of a matrix may be cut.
     mxfp4-pack-quantized  weight_packed [N, K / 2] uint8, weight_scale [N, K / 32] uint8: 2^(e - 127)
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -114,12 +114,17 @@ def _whole_format(sizes: set[int], parts: Parts) -> Format | None:
     return packed_format(scales, zeros, 8, group, None)
 
 
-def _scheme(format_: str, weights: dict[str, Any], activations: dict[str, Any] | None = None) -> dict[str, Any]:
-    return _schemes(format_, [(["Linear"], weights)], activations)
+def _scheme(
+    format_: str, kept: Sequence[str], weights: dict[str, Any], activations: dict[str, Any] | None = None
+) -> dict[str, Any]:
+    return _schemes(format_, kept, [(["Linear"], weights)], activations)
 
 
 def _schemes(
-    format_: str, groups: list[tuple[list[str], dict[str, Any]]], activations: dict[str, Any] | None = None
+    format_: str,
+    kept: Sequence[str],
+    groups: list[tuple[list[str], dict[str, Any]]],
+    activations: dict[str, Any] | None = None,
 ) -> dict[str, Any]:
     """Of several kinds of matrices, each with what it is for."""
     found = {
@@ -135,7 +140,7 @@ def _schemes(
         "format": format_,
         "quantization_status": "compressed",
         "config_groups": found,
-        "ignore": ["lm_head"],
+        "ignore": list(kept),
     }
 
 
@@ -157,16 +162,16 @@ def _packed_weights(settings: Any) -> dict[str, Any]:
     return {**weights, "strategy": "group", "group_size": settings.group}
 
 
-def _packed_config(settings: Any) -> dict[str, Any]:
-    return _scheme("pack-quantized", _packed_weights(settings))
+def _packed_config(settings: Any, kept: Sequence[str]) -> dict[str, Any]:
+    return _scheme("pack-quantized", kept, _packed_weights(settings))
 
 
-def _packed_mixed(settings: Mapping[str, Any]) -> dict[str, Any]:
+def _packed_mixed(settings: Mapping[str, Any], kept: Sequence[str]) -> dict[str, Any]:
     groups: dict[tuple[int, int], list[str]] = {}
     for name, own in settings.items():
         groups.setdefault((own.bits, own.group), []).append(name)
     of = [(names, _packed_weights(settings[names[0]])) for _, names in sorted(groups.items())]
-    return _schemes("pack-quantized", of)
+    return _schemes("pack-quantized", kept, of)
 
 
 def _int8_tensors(matrix: Grouped) -> dict[str, torch.Tensor]:
@@ -174,27 +179,27 @@ def _int8_tensors(matrix: Grouped) -> dict[str, torch.Tensor]:
     return {"weight": codes, "weight_scale": matrix.scales.half().contiguous()}
 
 
-def _int8_config(settings: Any) -> dict[str, Any]:
+def _int8_config(settings: Any, kept: Sequence[str]) -> dict[str, Any]:
     weights = {"num_bits": 8, "type": "int", "symmetric": True, "strategy": "channel"}
-    return _scheme("int-quantized", weights, _by_token("int"))
+    return _scheme("int-quantized", kept, weights, _by_token("int"))
 
 
 def _fp8_tensors(matrix: Scaled) -> dict[str, torch.Tensor]:
     return {"weight": matrix.values, "weight_scale": matrix.scales}
 
 
-def _fp8_config(settings: Any) -> dict[str, Any]:
+def _fp8_config(settings: Any, kept: Sequence[str]) -> dict[str, Any]:
     weights = {"num_bits": 8, "type": "float", "symmetric": True, "strategy": "channel"}
-    return _scheme("float-quantized", weights, _by_token("float"))
+    return _scheme("float-quantized", kept, weights, _by_token("float"))
 
 
 def _mxfp4_tensors(matrix: MXFP4) -> dict[str, torch.Tensor]:
     return {"weight_packed": matrix.packed, "weight_scale": matrix.exponents}
 
 
-def _mxfp4_config(settings: Any) -> dict[str, Any]:
+def _mxfp4_config(settings: Any, kept: Sequence[str]) -> dict[str, Any]:
     weights = {"num_bits": 4, "type": "float", "symmetric": True, "strategy": "group", "group_size": 32}
-    return _scheme("mxfp4-pack-quantized", {**weights, "scale_dtype": "torch.uint8"})
+    return _scheme("mxfp4-pack-quantized", kept, {**weights, "scale_dtype": "torch.uint8"})
 
 
 LAYOUT = Layout("compressed-tensors", _kinds)

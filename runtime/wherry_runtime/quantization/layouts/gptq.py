@@ -6,6 +6,8 @@ scales  [G, N] float16
 g_idx   [K] int32: the group of each input
 """
 
+import re
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -24,24 +26,23 @@ def _kinds(config: dict[str, Any]) -> tuple[Kind, ...]:
     less = 0 if setting(config, "checkpoint_format", ("gptq", SECOND), "gptq") == SECOND else 1
     size = config.get("group_size", -1)
 
-    def parameters(parts: Parts) -> tuple[torch.Tensor, torch.Tensor, int, torch.Tensor | None]:
+    def parameters(parts: Parts) -> tuple[torch.Tensor, torch.Tensor, int, int, torch.Tensor | None]:
         scales = parts["scales"].T.contiguous()
         zeros = unpack_bits(parts["qzeros"], bits, scales.shape[0]).T.to(torch.int16) + less
-        inputs = parts["qweight"].shape[0] * 32 // bits
-        group = size if isinstance(size, int) and size > 0 else inputs
         groups = parts["g_idx"].long() if "g_idx" in parts else None
+        inputs = parts["qweight"].shape[0] * 32 // bits if groups is None else len(groups)
+        group = size if isinstance(size, int) and size > 0 else inputs
         if groups is not None and torch.equal(groups, torch.arange(inputs) // group):
             groups = None
-        return scales, zeros, group, groups
+        return scales, zeros, inputs, group, groups
 
     def format_(parts: Parts) -> Format | None:
-        scales, zeros, group, groups = parameters(parts)
+        scales, zeros, _, group, groups = parameters(parts)
         return packed_format(scales, zeros, bits, group, groups)
 
     def read(parts: Parts) -> Grouped:
-        scales, zeros, group, groups = parameters(parts)
-        words = parts["qweight"].T.contiguous()
-        return Grouped(unpack_bits(words, bits, words.shape[1] * 32 // bits), scales, zeros, bits, group, groups)
+        scales, zeros, inputs, group, groups = parameters(parts)
+        return Grouped(unpack_bits(parts["qweight"].T.contiguous(), bits, inputs), scales, zeros, bits, group, groups)
 
     return (Kind(("qweight", "qzeros", "scales"), read, format_, optional=("g_idx",)),)
 
@@ -62,8 +63,11 @@ def _symmetric(matrix: Grouped) -> bool:
     return bool((matrix.zeros == 1 << (matrix.bits - 1)).all())
 
 
-def _config(settings: Any) -> dict[str, Any]:
+def _config(settings: Any, kept: Sequence[str]) -> dict[str, Any]:
+    # As GPTQModel has it; the head never is.
+    dynamic: dict[str, Any] = {"dynamic": {f"-:^{re.escape(name)}$": {} for name in kept[1:]}} if kept[1:] else {}
     return {
+        **dynamic,
         "quant_method": "gptq",
         "bits": settings.bits,
         "group_size": settings.group,

@@ -60,4 +60,4 @@ def _tensors(matrix: Grouped) -> dict[str, torch.Tensor]:
 
 
 LAYOUTS = (Layout("ternary", _kinds), Layout("bitnet", _bitnet_kinds))
-WRITER = Writer(_tensors, lambda settings: {"quant_method": "ternary"})
+WRITER = Writer(_tensors, lambda settings, kept: {"quant_method": "ternary"})

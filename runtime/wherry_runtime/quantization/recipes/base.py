@@ -26,6 +26,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
         smoothing: how much of the activations' range goes into the weights, from 0 to 1.
         sparsity: share of weights that become zero; 0: the method's own.
         bits_per_weight: on average, scales included, each matrix having as many as it is worth; 0: all have equal ones.
+        outliers: activations of at least this magnitude are multiplied apart; 0: the method's own.
     """
 
     bits: int = 0
@@ -37,6 +38,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     smoothing: float = 0.5
     sparsity: float = 0.0
     bits_per_weight: float = 0.0
+    outliers: float = 0.0
 
     @property
     def grid(self) -> Grid:
@@ -74,6 +76,7 @@ class Recipe:
         calibrates: it looks at inputs, so it needs a text.
         zero_points: it can have steps around a zero point.
         sparsity: share of weights that it makes zero, by default; 0: there is no choice of it.
+        outliers: the magnitude from which on it keeps activations apart, by default; 0: it keeps none.
         scales: finds factors to fold into what comes before, for each matrix for which that is possible.
         offers: settings that `auto` tries.
         mixes: settings that matrices of one checkpoint may differ in; sensitivity is measured with the first.
@@ -88,6 +91,7 @@ class Recipe:
     calibrates: bool = False
     zero_points: bool = False
     sparsity: float = 0.0
+    outliers: float = 0.0
     scales: Scales | None = None
     offers: tuple[Settings, ...] = ()
     mixes: tuple[Settings, ...] = ()
@@ -107,7 +111,12 @@ class Recipe:
             raise ValueError(f"{self.name} has no choice of sparsity; leave out --sparsity")
         if not 0 <= settings.sparsity < 1:
             raise ValueError("sparsity lies between 0 and 1")
-        chosen: dict[str, float] = {"sparsity": settings.sparsity or self.sparsity}
+        if settings.outliers and (not self.outliers or settings.outliers < 0):
+            raise ValueError(f"{self.name} keeps no outliers of {settings.outliers:g} apart; leave out --outliers")
+        chosen: dict[str, float] = {
+            "sparsity": settings.sparsity or self.sparsity,
+            "outliers": settings.outliers or self.outliers,
+        }
         for field, known in (("bits", self.bits), ("group", self.groups)):
             value = getattr(settings, field)
             if value and value not in known:

@@ -16,8 +16,9 @@ def _round(weights: torch.Tensor, inputs: Inputs, settings: Settings) -> Grouped
 
 
 def _writer(settings: Settings, shapes: Shapes) -> Writer:
-    """GPTQ's own layout has one number of bits for all matrices."""
-    return PACKED if settings.bits_per_weight else WRITER
+    """GPTQ's own layout has one number of bits for all matrices, and others read it with whole words of inputs only."""
+    odd = any(inputs * settings.bits % 32 for _, inputs in shapes)
+    return PACKED if settings.bits_per_weight or (odd and settings.symmetric) else WRITER
 
 
 RECIPE = Recipe(

@@ -24,6 +24,11 @@ class Inputs:
     def empty(cls, width: int) -> "Inputs":
         return cls(torch.zeros(width, width), torch.zeros(width), torch.zeros(width))
 
+    @classmethod
+    def unknown(cls, width: int) -> "Inputs":
+        """Of which nothing is known: all alike and none with another, so that rounding to nearest is best."""
+        return cls(torch.eye(width), torch.ones(width), torch.ones(width), 1)
+
     def add(self, x: torch.Tensor) -> None:
         """x [T, K] of any float dtype."""
         x = x.float()

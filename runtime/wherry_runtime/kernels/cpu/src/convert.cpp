@@ -2,7 +2,8 @@
 //
 //   to_bf16        pointers 0 x float32, 1 bfloat16 out; numbers 0 Kp, 1 stride of x, 2 stride out, 3 sampled
 //   quantize_int8  pointers 0 x float32, 1 int8 out, 2 scales float32 [rows][Kp / group], 3 sums int32 [rows][Kp / group];
-//                  numbers as above, 4 group
+//                  numbers as above, 4 group; scalars 0 the least magnitude that counts as zero here, as add_outliers
+//                  multiplies it; 0: none does
 // `sampled` is 1 if the rows are those that draw a token.
 #include <algorithm>
 
@@ -32,12 +33,20 @@ void to_bf16(const Call& call, Context& context) {
   });
 }
 
+// Lanes without outliers: their magnitude is below `limit`. What is no number stays.
+template <bool APART>
+static f32x16 ordinary(f32x16 x, float limit) {
+  if constexpr (APART) return abs(x) >= limit ? splat(0.0f) : x;
+  return x;
+}
+
 // One group: q = round(x / scale) with scale = max |x| / 127; its sum. What is not finite makes the scale NaN, and so all
 // that comes of the row.
-static void quantize_group(const float* x, int64_t size, int8_t* q, float* scale, int32_t* total) {
+template <bool APART>
+static void quantize_group(const float* x, int64_t size, float limit, int8_t* q, float* scale, int32_t* total) {
   f32x16 top{}, zero{};
   for (int64_t k = 0; k < size; k += LANES) {
-    f32x16 value = load<f32x16>(x + k);
+    f32x16 value = ordinary<APART>(load<f32x16>(x + k), limit);
     top = max(top, abs(value));
     zero += value * 0.0f;
   }
@@ -46,7 +55,7 @@ static void quantize_group(const float* x, int64_t size, int8_t* q, float* scale
   float inverse = largest > 0 ? 127 / largest : 0;
   i32x16 sums{};
   for (int64_t k = 0; k < size; k += LANES) {
-    i32x16 value = round_to_int(load<f32x16>(x + k) * inverse);
+    i32x16 value = round_to_int(ordinary<APART>(load<f32x16>(x + k), limit) * inverse);
     value = value << 24 >> 24;  // as it is stored; what is no number would overflow the sum
     sums += value;
 #ifdef __AVX512F__
@@ -66,10 +75,12 @@ void quantize_int8(const Call& call, Context& context) {
   auto* scales = (float*)call.pointers[2];
   auto* sums = (int32_t*)call.pointers[3];
   int64_t group = call.numbers[4], groups = call.numbers[0] / group;
+  float limit = (float)call.scalars[0];
+  auto quantize = limit > 0 ? quantize_group<true> : quantize_group<false>;
   for_each_piece(call, context, [&](int64_t row, int64_t begin, int64_t end) {
     for (int64_t k = begin; k < end; k += group)
-      quantize_group(x + row * call.numbers[1] + k, group, out + row * call.numbers[2] + k, scales + row * groups + k / group,
-                     sums + row * groups + k / group);
+      quantize(x + row * call.numbers[1] + k, group, limit, out + row * call.numbers[2] + k, scales + row * groups + k / group,
+               sums + row * groups + k / group);
   });
 }
 

@@ -12,6 +12,7 @@
   X(linear_k6)            \
   X(to_bf16)              \
   X(quantize_int8)        \
+  X(add_outliers)         \
   X(embed)                \
   X(all_reduce)           \
   X(meet)                 \

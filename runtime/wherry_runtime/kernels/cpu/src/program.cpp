@@ -98,7 +98,7 @@ using namespace wherry;
 extern "C" {
 
 // Counts up when a kernel takes other operands than before: the Python side asks for what it was written for.
-WHERRY_EXPORT int64_t wherry_interface() { return 3; }
+WHERRY_EXPORT int64_t wherry_interface() { return 4; }
 
 // The name of the instruction set in use: the best that the processor has, or the one that was asked for.
 WHERRY_EXPORT const char* wherry_target() { return chosen_target().name; }
