@@ -7,12 +7,15 @@ error there than GPTQ, each matrix by itself, with the inputs that the model its
 """
 
 import random
+import tempfile
 from collections.abc import Callable, Iterator
+from itertools import product
 from pathlib import Path
 from typing import Any
 
 import torch
 from benchmarks.quantization.methods import Measurer
+from benchmarks.quantization.outliers import with_outliers
 from benchmarks.quantization.subjects import DATA, MODELS, ROOT, table
 
 from wherry_runtime.calibration.folds import folds
@@ -28,6 +31,7 @@ LENGTH = 512
 MEASURED = 8  # windows of the text that is measured on
 COUNTS = (1, 16)
 LAYOUTS = ((4, 128), (3, 32))
+SUBJECTS = (("draft", 1), ("draft", 64), ("tiny", 1))  # models, and their outliers: see outliers.py
 KINDS = ("documentation", "code", "Chinese characters", "random tokens")
 
 
@@ -85,22 +89,27 @@ def wins(model: Path, text: list[list[int]], other: list[list[int]], grid: Grid)
 
 def run(found: dict[str, Any], done: Callable[[], None]) -> None:
     """Adds each case to `found`: the divergence of both, and matrices. What is there already is kept."""
-    for name in ("draft", "tiny"):
-        model = MODELS / name
-        tokenizer = Tokenizer(model)
-        other = windows(DATA / "dev.txt", tokenizer, MEASURED, LENGTH)
-        for kind in KINDS:
-            text = calibration(kind, tokenizer)
-            for count in COUNTS:
-                measurer = Measurer(model, other, text[:count], 1)
-                for bits, group in LAYOUTS:
-                    if (case := f"{name}; {kind}; {count}; int{bits} g{group}") in found:
-                        continue
-                    rows = [measurer.measure(f"{method} int{bits} g{group}") for method in ("awq", "gptq")]
-                    with torch.inference_mode():
-                        better, of = wins(model, text[:count], other, Grid(bits, group, symmetric=True))
-                    found[case] = [*(row["divergence"] for row in rows), better, of]
+    for name, factor in SUBJECTS:
+        with tempfile.TemporaryDirectory() as folder:
+            model, label, kinds = MODELS / name, name, KINDS
+            if factor > 1:
+                model, label, kinds = Path(folder, "model"), f"{name}, outliers × {factor}", KINDS[:1]
+                with_outliers(MODELS / name, model, factor)
+            for kind, count, (bits, group) in product(kinds, COUNTS, LAYOUTS):
+                if (case := f"{label}; {kind}; {count}; int{bits} g{group}") not in found:
+                    found[case] = measured(model, kind, count, Grid(bits, group, symmetric=True))
                     done()
+
+
+def measured(model: Path, kind: str, count: int, grid: Grid) -> tuple[float, float, int, int]:
+    """The divergence of AWQ and of GPTQ, and in how many matrices, and of how many, AWQ leaves less error."""
+    tokenizer = Tokenizer(model)
+    other = windows(DATA / "dev.txt", tokenizer, MEASURED, LENGTH)
+    text = calibration(kind, tokenizer)[:count]
+    measurer = Measurer(model, other, text, 1)
+    scaled, solved = (measurer.measure(f"{method} int{grid.bits} g{grid.group}") for method in ("awq", "gptq"))
+    with torch.inference_mode():
+        return scaled["divergence"], solved["divergence"], *wins(model, text, other, grid)
 
 
 def report(found: dict[str, Any]) -> str:
