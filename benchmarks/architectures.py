@@ -45,10 +45,6 @@ SHAPES: dict[str, tuple[str, dict[str, Any]]] = {
     "Granite (2B, 6 layers)": ("Granite", sizes(2048, 8192, 6, 32, 8, residual_multiplier=0.22)),
     "StableLM 2 (1.6B, 8 layers)": ("StableLm", sizes(2048, 5632, 8, 32)),
     "OLMo 2 (1B, 5 layers)": ("Olmo2", sizes(2048, 8192, 5, 16)),
-    "Qwen3-MoE (30B-A3B, 2 layers, 64 experts)": (
-        "Qwen3Moe",
-        sizes(2048, 6144, 2, 32, 4, head_dim=128, num_experts=64, num_experts_per_tok=8, moe_intermediate_size=768),
-    ),
 }
 
 

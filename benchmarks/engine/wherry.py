@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from benchmarks.engine.workload import Job, main
 
-from wherry_cli.bench_engine import Meter, Plan, held
+from wherry_cli.bench_engine import Meter, Plan, held, settled
 from wherry_cli.bench_times import step_times
 from wherry_protocol.engine_config import to_args
 from wherry_runtime.engine.async_engine import AsyncEngine
@@ -44,6 +44,7 @@ class Wherry:
         self._runner = asyncio.Runner()
         self._engine = AsyncEngine(config)
         self._runner.run(self._engine.start())
+        self._runner.run(settled(self._engine))
         self._meter = Meter(self._engine, job.vocab_size)
         self.settings: dict[str, Any] = {
             "arguments": " ".join(a for a in to_args(config) if not a.startswith("--model")),

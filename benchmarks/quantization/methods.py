@@ -55,7 +55,7 @@ class Row:
 def every() -> list[Row]:
     recipes = known()
     plain = [Row(recipes[name], Settings()) for name in ("int8", "smoothquant", "llm-int8", "fp8")]
-    chosen = (NEAREST, recipes["int4"], recipes["awq"], recipes["gptq"])
+    chosen = (NEAREST, recipes["int4"], recipes["awq"], recipes["gptq"], recipes["awq-gptq"])
     grouped = [Row(r, Settings(bits=bits, group=group)) for bits, group in LAYOUTS for r in chosen]
     uneven = [Row(recipes["gptq"], Settings(bits_per_weight=bits)) for bits in MIXED]
     last = [Row(recipes[name], Settings()) for name in ("nf4", "mxfp4", "prune24", "prune")]

@@ -1,4 +1,4 @@
-"""What activations with outliers cost in int8, and what keeping them apart is worth.
+"""What activations with outliers cost, and what keeping them apart or scaling them away is worth.
 
 The sample model has none to speak of, so it is given some: one channel in every 128 of what each norm makes is
 multiplied by a factor, and the weights that read it are divided by it. The factor is a power of two: no result changes.
@@ -19,7 +19,7 @@ from wherry_runtime.tokenization.tokenizer import Tokenizer
 from wherry_runtime.tokenization.windows import windows
 
 FACTORS = (1, 16, 64)
-METHODS = ("int8", "smoothquant", "llm-int8")
+METHODS = ("int8", "smoothquant", "llm-int8", "gptq int4 g128", "awq int4 g128", "awq-gptq int4 g128")
 EVERY, FIRST = 128, 5  # channels: one in each group that shares a scale in the kernels
 READERS = {
     "input_layernorm": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),

@@ -25,6 +25,7 @@ from wherry_protocol.engine_config import EngineConfig
 from wherry_protocol.worker import ErrorEvent, ExecuteRequest, Prompt, SamplingParams, Token
 from wherry_runtime.engine.async_engine import AsyncEngine
 from wherry_runtime.engine.resources import cpu_threads
+from wherry_runtime.kernels.cpu.model import NativeModel
 from wherry_runtime.loading.config import ModelConfig
 from wherry_runtime.loading.errors import ModelError
 from wherry_runtime.loading.locate import locate
@@ -173,6 +174,13 @@ def held(engine: AsyncEngine) -> tuple[int, int, int]:
     return weights, bench_machine.covered(cache), weights - (0 if shared else table)
 
 
+async def settled(engine: AsyncEngine) -> None:
+    """Waits until weights are where they stay: steps take longer while they are read from the checkpoint's files."""
+    model = engine._ready().runner.model
+    if isinstance(model, NativeModel):
+        await asyncio.to_thread(model.settling.done.wait)
+
+
 @contextmanager
 def _progress(total: int) -> Iterator[Callable[[str], None]]:
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
@@ -213,6 +221,7 @@ async def _run(plan: Plan, config: EngineConfig, model: ModelConfig) -> Report:
         await engine.start()
     load_s = time.perf_counter() - began
     try:
+        await settled(engine)
         device = torch.device(engine.device)
         if device.type == "cuda":
             bandwidth = await asyncio.to_thread(bench_machine.read_bandwidth, threads, device)

@@ -1,4 +1,4 @@
-"""int8 with outliers of activations kept apart: what it is worth on a model that has some."""
+"""Methods that mind outliers of activations, on a model that has some."""
 
 import json
 from pathlib import Path
@@ -39,7 +39,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def quantized(model: Path, method: str, *more: str) -> Path:
-    target = model.with_name("-".join([method, *more]))
+    target = model.with_name(f"{method}-{len(more)}")
     made = CliRunner().invoke(app, ["quantize", str(model), str(target), "--method", method, *more])
     assert made.exit_code == 0, made.output
     return target
@@ -58,6 +58,15 @@ def test_outliers_spoil_int8_unless_they_are_kept_apart(model: Path, apart: Path
     assert divergence(apart) < 0.1 * spoilt
     # So high a threshold leaves them where they are: the same as int8.
     assert divergence(quantized(model, "llm-int8", "--outliers", "100000")) == pytest.approx(spoilt, rel=1e-3)
+
+
+@pytest.mark.skipif(not library.available(), reason="there are no native kernels on this machine")
+def test_awqs_scales_take_outliers_away_before_gptq_rounds(model: Path) -> None:
+    text = ("--calibration", str(TEXT.with_name("calibration.txt")), "--windows", "6", "--length", "192")
+    alone, both = (
+        divergence(quantized(model, method, *text, "--no-true-sequential")) for method in ("gptq", "awq-gptq")
+    )
+    assert both < 0.3 * alone
 
 
 def test_plain_weights_round_no_activations(apart: Path) -> None:

@@ -326,7 +326,7 @@ def test_a_method_that_has_not_so_few_bits_is_no_candidate(small: Path, tmp_path
             raise ModelError("too_few_bits", "")
         return Loss(0.0, 0.0)
 
-    assert str(first_within(1.0, loss)[0]) == "gptq 4 bits, groups of 128"
+    assert str(first_within(1.0, loss)[0]) == "awq-gptq 4 bits, groups of 128"
 
 
 def test_auto_leaves_nothing_where_nothing_is_good_enough(

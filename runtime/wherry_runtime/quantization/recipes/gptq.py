@@ -30,10 +30,7 @@ RECIPE = Recipe(
     groups=(128, 32, 64),
     calibrates=True,
     zero_points=True,
-    offers=(
-        *(Settings(bits_per_weight=bits) for bits in (2.75, 3.5, 4.125, 5.25)),
-        Settings(bits=4, group=128),
-    ),
+    offers=tuple(Settings(bits_per_weight=bits) for bits in (2.75, 3.5, 4.125, 5.25)),
     mixes=(
         *(Settings(bits=3, group=128), Settings(bits=2, group=32), Settings(bits=3, group=32)),
         *(Settings(bits=4, group=128), Settings(bits=4, group=32), Settings(bits=8, group=128)),
