@@ -8,6 +8,7 @@ from itertools import chain
 
 import torch
 
+from wherry_runtime.attention.features import beyond_kernels
 from wherry_runtime.kernels.cpu.library import Program
 from wherry_runtime.kvcache.native import NativeKVCache
 from wherry_runtime.layers.norm import Norm, RMSNorm, WholeRMSNorm
@@ -35,12 +36,9 @@ def unsupported(config: ModelConfig) -> str | None:
     missing = [
         what
         for has, what in (
-            (config.recurrent is not None, "state in place of attention"),
-            (config.sinks, "attention sinks"),
+            *beyond_kernels(config),
             (config.qk_norm == "heads", "norms with weights of each head"),
-            (config.qk_norm == "head" and config.norm.kind != "rms", "layer norm of queries and keys"),
             (not config.final_norm, "no norm before the head"),
-            (config.experts is not None, "experts"),
         )
         if has
     ]

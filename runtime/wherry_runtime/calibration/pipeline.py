@@ -20,10 +20,11 @@ from wherry_runtime.calibration.checkpoint import Source, shard_name, write_rest
 from wherry_runtime.calibration.layer import LayerQuantizer
 from wherry_runtime.calibration.matrices import Matrix, kept, linears, matrices
 from wherry_runtime.calibration.states import States, clear, rows
-from wherry_runtime.calibration.walk import Walk, empty_model, layer_prefix
+from wherry_runtime.calibration.walk import Walk
 from wherry_runtime.loading.config import read_json
 from wherry_runtime.loading.errors import ModelError
-from wherry_runtime.loading.loader import AnyDecoder
+from wherry_runtime.loading.loader import AnyDecoder, empty_model
+from wherry_runtime.models.layout import layer_prefix
 from wherry_runtime.models.registry import read_config
 from wherry_runtime.quantization.layouts.base import Writer
 from wherry_runtime.quantization.recipes.base import Recipe, Settings

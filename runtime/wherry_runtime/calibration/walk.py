@@ -14,9 +14,9 @@ from wherry_runtime.calibration.matrices import Layer
 from wherry_runtime.kvcache.paged import PagedKVCache
 from wherry_runtime.layers.eager import Batch, EagerOps
 from wherry_runtime.layers.linear import Linear, project
-from wherry_runtime.loading.config import ModelConfig
-from wherry_runtime.loading.loader import DTYPES, AnyDecoder, fill_part
+from wherry_runtime.loading.loader import DTYPES, empty_model, fill_part
 from wherry_runtime.models.decoder import Decoder
+from wherry_runtime.models.layout import layer_prefix
 from wherry_runtime.models.recurrent import RecurrentDecoder
 from wherry_runtime.models.registry import read_config
 from wherry_runtime.parallel.shard import Span
@@ -29,13 +29,6 @@ Watch = Callable[[Linear, torch.Tensor], None]
 
 class Reached(Exception):
     """Ends a run at the matrix product that was waited for."""
-
-
-def empty_model(config: ModelConfig, length: int, storage: Storage) -> AnyDecoder:
-    """A model for so many positions, without its weights."""
-    if config.recurrent is not None:
-        return RecurrentDecoder(config, config.recurrent, storage)
-    return Decoder(config, length, storage)
 
 
 class Walk:
@@ -118,11 +111,6 @@ class Walk:
     def logprobs(self, x: torch.Tensor, at: torch.Tensor) -> torch.Tensor:
         """[S, vocab_size] float32 after positions `at` [S], of what comes out of the last layer."""
         return self._way.logits(x, at, self._config.vocab_size).log_softmax(dim=-1)
-
-
-def layer_prefix(config: ModelConfig) -> str:
-    """What the checkpoint's names of all tensors in layers begin with; the layer's number follows."""
-    return config.layout.names.get("model.layers", "model.layers") + "."
 
 
 def _showing(watch: Watch, linear: Linear) -> Callable[[torch.Tensor], None]:

@@ -25,6 +25,7 @@ from wherry_runtime.loading.quantized import QuantizedCheckpoint
 from wherry_runtime.loading.weight_cache import WeightCache, WeightCacheError
 from wherry_runtime.models.decoder import Decoder
 from wherry_runtime.models.encoder import Encoder
+from wherry_runtime.models.layout import layer_prefix
 from wherry_runtime.models.recurrent import RecurrentDecoder
 from wherry_runtime.parallel.shard import Shard
 from wherry_runtime.quantization.formats import Format
@@ -89,11 +90,16 @@ def load_model(
         )
 
     def empty(storage: Storage) -> AnyDecoder:
-        if config.recurrent is not None:
-            return RecurrentDecoder(config, config.recurrent, storage)
-        return Decoder(config, num_positions, storage, shard)
+        return empty_model(config, num_positions, storage, shard)
 
     return _load(directory, config, storage, cache_root, shard, empty)
+
+
+def empty_model(config: ModelConfig, num_positions: int, storage: Storage, shard: Shard | None = None) -> AnyDecoder:
+    """The model, or a rank's part of it, without its weights."""
+    if config.recurrent is not None:
+        return RecurrentDecoder(config, config.recurrent, storage)
+    return Decoder(config, num_positions, storage, shard)
 
 
 def load_encoder(
@@ -172,7 +178,7 @@ def _tensors(
         return
     layout = config.layout
     yield from quantized.tensors({*slots, *(name.removeprefix(layout.prefix) for name in slots)})
-    layers = layout.names.get("model.layers", "model.layers") + "."
+    layers = layer_prefix(config)
     for name, rows in quantized.matrices():
         # Whoever quantizes writes [outputs, inputs], whatever a layout's floats are like.
         if not layout.transposed or not whole_name(name, slots, layout).startswith(layers):
@@ -236,8 +242,8 @@ def _keeping(storage: Storage, quantized: QuantizedCheckpoint, config: ModelConf
 
 def _on_cuda(storage: Storage, config: ModelConfig) -> bool:
     """Whether the CUDA kernels compute this model."""
-    kernels = cuda_support.unavailable(storage.device) or cuda_support.unsupported(config, FORMATS["float32"])
-    return kernels is None and config.recurrent is None
+    reason = cuda_support.unavailable(storage.device) or cuda_support.unsupported(config, FORMATS["float32"])
+    return reason is None
 
 
 def _by_our_names(held: Mapping[str, Format], config: ModelConfig) -> dict[str, Format]:

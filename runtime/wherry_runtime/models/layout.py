@@ -31,10 +31,15 @@ def checkpoint_slots(slots: Slots, config: ModelConfig) -> Slots:
         else:
             _, number, module, kind = match.groups()
             layers.setdefault(number, {})[f"{module}.{kind}"] = slot
-    prefix = config.layout.names.get("model.layers", "model.layers")
+    prefix = layer_prefix(config)
     for number, own in layers.items():
-        result |= {f"{prefix}.{number}.{name}": slot for name, slot in _Layer(config, own).slots()}
+        result |= {f"{prefix}{number}.{name}": slot for name, slot in _Layer(config, own).slots()}
     return result
+
+
+def layer_prefix(config: ModelConfig) -> str:
+    """What the checkpoint's names of all tensors in layers begin with; the layer's number follows."""
+    return config.layout.names.get("model.layers", "model.layers") + "."
 
 
 class Origin(NamedTuple):
@@ -79,9 +84,8 @@ def vector_name(own: str, config: ModelConfig) -> str:
     """The checkpoint's name of a tensor in a layer that is in no other one, such as a norm's weights."""
     if (match := LAYER.fullmatch(own)) is None:
         return own
-    layers, number, module, kind = match.groups()
-    names = config.layout.names
-    return f"{names.get(layers, layers)}.{number}.{names.get(module, module)}.{kind}"
+    _, number, module, kind = match.groups()
+    return f"{layer_prefix(config)}{number}.{config.layout.names.get(module, module)}.{kind}"
 
 
 class _Layer:

@@ -14,10 +14,10 @@ from pathlib import Path
 import torch
 
 from wherry_protocol.engine_config import Quantization
-from wherry_runtime.calibration.walk import Walk, empty_model
+from wherry_runtime.calibration.walk import Walk
 from wherry_runtime.engine.resources import available_memory
 from wherry_runtime.loading.errors import ModelError
-from wherry_runtime.loading.loader import DTYPES, AnyDecoder
+from wherry_runtime.loading.loader import DTYPES, AnyDecoder, empty_model
 from wherry_runtime.models.registry import read_config
 from wherry_runtime.quality.measure import add
 from wherry_runtime.quality.score import Score, Summary

@@ -8,6 +8,7 @@ from wherry_runtime.formats.gguf import fused_experts
 from wherry_runtime.formats.gguf.fields import Config, Fields, Metadata
 from wherry_runtime.formats.gguf.reader import TensorInfo
 from wherry_runtime.loading.errors import ModelError
+from wherry_runtime.models.families import bloom, falcon, gpt2, gpt_neox, gpt_oss
 
 Tensors = dict[str, TensorInfo]
 Shapes = dict[str, tuple[int, ...]]
@@ -90,7 +91,7 @@ GPT_OSS = Particular(
     write=lambda config: {"gpt-oss.expert_feed_forward_length": int(config["intermediate_size"])},
     refused=_gpt_oss_refused,
     common=_gpt_oss_common,
-    aliases={"num_experts": "num_local_experts", "experts_per_token": "num_experts_per_tok"},
+    aliases=gpt_oss.FAMILY.aliases,
 )
 GPT2 = Particular(
     read=lambda fields, tensors, config: {
@@ -108,14 +109,7 @@ GPT2 = Particular(
         "max_position_embeddings": 1024,
         **config,
     },
-    aliases={
-        "n_embd": "hidden_size",
-        "n_layer": "num_hidden_layers",
-        "n_head": "num_attention_heads",
-        "n_inner": "intermediate_size",
-        "n_positions": "max_position_embeddings",
-        "activation_function": "hidden_act",
-    },
+    aliases=gpt2.FAMILY.aliases,
 )
 STABLELM = Particular(refused=lambda config: _set(config, ("use_parallel_residual",), to=True))
 GPT_NEOX = Particular(
@@ -130,7 +124,7 @@ GPT_NEOX = Particular(
     refused=lambda config: (
         _set(config, ("attention_bias",), to=False) + _set(config, ("tie_word_embeddings",), to=True)
     ),
-    aliases={"rotary_pct": "partial_rotary_factor", "rotary_emb_base": "rope_theta"},
+    aliases=gpt_neox.FAMILY.aliases,
 )
 
 
@@ -168,7 +162,7 @@ FALCON = Particular(
     write=lambda config: {"falcon.tensor_data_layout": "jploski"},
     refused=lambda config: _set(config, ("alibi", "bias"), to=True) + _set(config, ("parallel_attn",), to=False),
     common=_falcon_common,
-    aliases={"ffn_hidden_size": "intermediate_size", "activation": "hidden_act", "n_embed": "hidden_size"},
+    aliases=falcon.FAMILY.aliases,
     fits=lambda config: not _two_norms(config),
 )
 FALCON_TWO_NORMS = FALCON._replace(fits=_two_norms)
@@ -190,12 +184,7 @@ BLOOM = Particular(
         **config,
         "intermediate_size": 4 * int(config["hidden_size"]),
     },
-    aliases={
-        "n_embed": "hidden_size",
-        "n_layer": "num_hidden_layers",
-        "n_head": "num_attention_heads",
-        "seq_length": "max_position_embeddings",
-    },
+    aliases=bloom.FAMILY.aliases,
 )
 
 

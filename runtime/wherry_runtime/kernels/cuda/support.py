@@ -6,6 +6,7 @@ import shutil
 
 import torch
 
+from wherry_runtime.attention.features import beyond_kernels
 from wherry_runtime.kvcache.formats import KVFormat
 from wherry_runtime.loading.config import ModelConfig
 
@@ -50,15 +51,12 @@ def unsupported(config: ModelConfig, stored: KVFormat) -> str | None:
     missing = [
         what
         for has, what in (
-            (config.recurrent is not None, "state in place of attention"),
+            *beyond_kernels(config),
             (config.alibi != 0, "linear biases (ALiBi)"),
             (config.attention_softcap is not None, "soft cap of scores"),
-            (config.sinks, "attention sinks"),
             (config.local_rope is not None, "second rotary embedding"),
             (config.clip_qkv is not None, "clipped queries, keys and values"),
             (config.qk_norm in ("heads", "whole"), "norms with weights of each head, or over all heads"),
-            (config.qk_norm == "head" and config.norm.kind != "rms", "layer norm of queries and keys"),
-            (config.experts is not None, "experts"),
         )
         if has
     ]
